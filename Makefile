@@ -1,0 +1,52 @@
+# Everything a developer runs. Needs Python >= 3.10 and a C++17 compiler; the rest is set up in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUTPUT ?= outputs/digits
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+# The build finds the pinned cmake and ninja of the environment first.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test test-long check lint format bench package-check clean
+
+demo: $(VENV)/.built  ## the main job: train on real digits, smooth against i.i.d. initialisation
+	$(BIN)/python -m odeblock train --output $(OUTPUT)
+
+test: check $(VENV)/.built  ## lint, types and tests; minutes
+	$(BIN)/pytest
+
+test-long: $(VENV)/.built  ## what is too long for every push
+	$(BIN)/pytest -m "long or not long"
+
+check: lint $(VENV)/.built
+	$(BIN)/mypy
+
+lint: $(VENV)/.dependencies
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format: $(VENV)/.dependencies
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+bench: $(VENV)/.built  ## speed against eager PyTorch; on a quiet machine
+	$(BIN)/pytest benchmarks --benchmark-only --benchmark-json=outputs/bench.json
+
+package-check: $(VENV)/.dependencies  ## an isolated `pip install .` where there is no torch
+	$(BIN)/python tests/check_package.py
+
+clean:
+	rm -rf $(VENV) build dist outputs odeblock/_core*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache
+
+$(VENV)/.dependencies: requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+$(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@

@@ -1,0 +1,138 @@
+// The Python module odeblock._core: addresses and sizes in, nothing kept, the GIL released while it computes.
+// Its caller, odeblock/ops.py, has checked everything; _core.pyi has the signatures with names.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "api.h"
+
+namespace py = pybind11;
+using odeblock::BackwardProblem;
+using odeblock::Dtype;
+using odeblock::ForwardProblem;
+using odeblock::Problem;
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void set_sizes(Problem& p, int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth,
+               int threads) {
+  p.dtype = static_cast<Dtype>(dtype);
+  p.activation = activation;
+  p.batch = batch;
+  p.dim = dim;
+  p.hidden = hidden;
+  p.depth = depth;
+  p.threads = threads;
+}
+
+void set_weights(Problem& p, uintptr_t V, uintptr_t W, uintptr_t hidden_bias, uintptr_t output_bias) {
+  p.V = pointer<const void>(V);
+  p.W = pointer<const void>(W);
+  p.hidden_bias = pointer<const void>(hidden_bias);
+  p.output_bias = pointer<const void>(output_bias);
+}
+
+size_t forward_workspace(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth,
+                         int threads) {
+  Problem p{};
+  set_sizes(p, dtype, activation, batch, dim, hidden, depth, threads);
+  return odeblock::cpu_kernels().forward_workspace(p);
+}
+
+void forward(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth, double scale,
+             uintptr_t h, uintptr_t V, uintptr_t W, uintptr_t hidden_bias, uintptr_t output_bias, uintptr_t y,
+             uintptr_t states, int64_t save_every, bool save_final, uintptr_t workspace, int threads) {
+  ForwardProblem p{};
+  set_sizes(p, dtype, activation, batch, dim, hidden, depth, threads);
+  set_weights(p, V, W, hidden_bias, output_bias);
+  p.scale = scale;
+  p.save_every = save_every;
+  p.save_final = save_final;
+  p.h = pointer<const void>(h);
+  p.y = pointer<void>(y);
+  p.states = pointer<void>(states);
+  p.workspace = pointer<void>(workspace);
+  py::gil_scoped_release release;
+  odeblock::cpu_kernels().forward(p);
+}
+
+size_t backward_workspace(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth,
+                          int64_t save_every, int threads) {
+  Problem p{};
+  set_sizes(p, dtype, activation, batch, dim, hidden, depth, threads);
+  p.save_every = save_every;
+  return odeblock::cpu_kernels().backward_workspace(p);
+}
+
+void backward(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth, double scale,
+              uintptr_t grad, uintptr_t h, uintptr_t V, uintptr_t W, uintptr_t hidden_bias, uintptr_t output_bias,
+              uintptr_t states, uintptr_t dh, uintptr_t dV, uintptr_t dW, uintptr_t dhidden_bias,
+              uintptr_t doutput_bias, uintptr_t report, int64_t save_every, uintptr_t workspace, int threads) {
+  BackwardProblem p{};
+  set_sizes(p, dtype, activation, batch, dim, hidden, depth, threads);
+  set_weights(p, V, W, hidden_bias, output_bias);
+  p.scale = scale;
+  p.save_every = save_every;
+  p.grad = pointer<const void>(grad);
+  p.h = pointer<const void>(h);
+  p.states = pointer<const void>(states);
+  p.dh = pointer<void>(dh);
+  p.dV = pointer<void>(dV);
+  p.dW = pointer<void>(dW);
+  p.dhidden_bias = pointer<void>(dhidden_bias);
+  p.doutput_bias = pointer<void>(doutput_bias);
+  p.report = pointer<double>(report);
+  p.workspace = pointer<void>(workspace);
+  py::gil_scoped_release release;
+  odeblock::cpu_kernels().backward(p);
+}
+
+std::vector<std::string> split(const std::string& list) {
+  std::vector<std::string> items;
+  std::stringstream stream(list);
+  for (std::string item; std::getline(stream, item, ',');) items.push_back(item);
+  return items;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = ODEBLOCK_COMPILER;
+  info["openmp"] = static_cast<bool>(ODEBLOCK_WITH_OPENMP);
+  std::vector<std::string> builds = {odeblock::cpu_kernels_baseline.name};
+#ifdef ODEBLOCK_WITH_AVX2
+  builds.push_back(odeblock::cpu_kernels_avx2.name);
+#endif
+  info["cpu_builds"] = builds;
+  info["cpu_features"] = odeblock::cpu_kernels().name;
+#ifdef ODEBLOCK_WITH_CUDA
+  const odeblock::CudaDevices devices = odeblock::cuda_devices();
+  info["cuda_version"] = ODEBLOCK_CUDA_VERSION;
+  info["cuda_architectures"] = split(ODEBLOCK_CUDA_ARCHITECTURES);
+  info["cuda_devices"] = devices.count;
+  info["cuda_error"] = devices.error ? py::object(py::str(devices.error)) : py::none();
+#else
+  info["cuda_version"] = py::none();
+  info["cuda_architectures"] = std::vector<std::string>();
+  info["cuda_devices"] = 0;
+  info["cuda_error"] = py::none();
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, module) {
+  module.def("forward_workspace", &forward_workspace);
+  module.def("forward", &forward);
+  module.def("backward_workspace", &backward_workspace);
+  module.def("backward", &backward);
+  module.def("build_info", &build_info);
+}

@@ -1,0 +1,134 @@
+// The forward on the CPU: all L steps for the rows of a tile before the next tile, so that their states stay
+// in cache. Threads take ranges of rows and never meet.
+#pragma once
+
+#include <omp.h>
+
+#include "tiles.h"
+
+namespace odeblock {
+namespace {
+
+// Rows' states that a thread carries through all steps: half a typical L2 cache. Fewer would stream the
+// weights of all layers through the cache more often.
+constexpr int64_t kForwardTileBytes = 128 << 10;
+
+// A parallel region costs some 5 microseconds; below this many multiply-adds a thread is not worth it.
+constexpr double kWorkPerThread = 1e5;
+
+template <class T>
+int64_t forward_tile_blocks(int64_t dim) {
+  const int64_t blocks = kForwardTileBytes / (dim * kLanes<T> * static_cast<int64_t>(sizeof(T)));
+  return blocks < 3 ? 3 : blocks / 3 * 3;
+}
+
+template <class T>
+int forward_threads(const Problem& p) {
+  const double work = 2.0 * p.batch * p.dim * p.hidden * p.depth / kWorkPerThread;
+  int64_t n = block_count<T>(p.batch);
+  if (n > p.threads) n = p.threads;
+  if (n > work) n = static_cast<int64_t>(work);
+  return n < 1 ? 1 : static_cast<int>(n);
+}
+
+// The weights of one layer.
+template <class T>
+struct Layer {
+  Matrix<T> V, W;
+  const T *hidden_bias, *output_bias;  // or null
+};
+
+template <class T>
+ODEBLOCK_INLINE Layer<T> layer(const Problem& p, int64_t k) {
+  const auto at = [k](const void* array, int64_t size) {
+    return array ? static_cast<const T*>(array) + k * size : nullptr;
+  };
+  return {{at(p.V, p.dim * p.hidden), p.dim, p.hidden},
+          {at(p.W, p.dim * p.hidden), p.hidden, p.dim},
+          at(p.hidden_bias, p.hidden),
+          at(p.output_bias, p.dim)};
+}
+
+// Saved state number n of block b: [q, W].
+template <class T, class Pointer>
+ODEBLOCK_INLINE Pointer saved_state(Pointer states, const Problem& p, int64_t n, int64_t b) {
+  const int64_t padded = (p.batch + kRowPadding - 1) / kRowPadding * kRowPadding;
+  return states + (n * padded + b * kLanes<T>)*p.dim;
+}
+
+template <class T>
+ODEBLOCK_INLINE void copy(const T* from, int64_t count, T* to) {
+  for (int64_t i = 0; i < count; i += kLanes<T>) store(to + i, load(from + i));
+}
+
+// next = h + scale (V sigma(W h + hidden_bias) + output_bias) for a slab of N blocks; next may be h.
+// z: scratch of N blocks of m features.
+template <class T, int N>
+ODEBLOCK_INLINE void step(const Layer<T>& layer, Activate<T> sigma, T scale, const T* h, T* z, T* next) {
+  product<T, false, N>(layer.W, h, layer.hidden_bias, T(1), nullptr, z);
+  sigma(z, N * layer.W.rows * kLanes<T>, z);
+  product<T, false, N>(layer.V, z, layer.output_bias, scale, h, next);
+}
+
+template <class T>
+struct ForwardScratch {
+  T* h;  // a tile's states
+  T* z;  // a slab's hidden units
+};
+
+template <class T>
+ForwardScratch<T> forward_scratch(const Problem& p, Arena& arena) {
+  return {arena.take<T>(forward_tile_blocks<T>(p.dim) * p.dim * kLanes<T>), arena.take<T>(3 * p.hidden * kLanes<T>)};
+}
+
+template <class T>
+size_t forward_workspace(const Problem& p) {
+  Arena arena(nullptr);
+  for (int t = 0; t < forward_threads<T>(p); t++) forward_scratch<T>(p, arena);
+  return arena.bytes();
+}
+
+// All steps for the blocks [first, first + count), at most a tile.
+template <class T>
+void forward_tile(const ForwardProblem& p, Activate<T> sigma, const ForwardScratch<T>& scratch, int64_t first,
+                  int64_t count) {
+  const int64_t block = p.dim * kLanes<T>;
+  T* states = static_cast<T*>(p.states);
+  load_blocks(static_cast<const T*>(p.h), p.batch, p.dim, first, count, scratch.h);
+  int64_t saved = 0;
+  for (int64_t k = 0; k < p.depth; k++) {
+    const Layer<T> weights = layer<T>(p, k);
+    const bool save = p.save_every && k % p.save_every == 0;
+    for_slabs(0, count, [&](int64_t b, auto width) {
+      constexpr int N = decltype(width)::value;
+      T* h = scratch.h + b * block;
+      if (save) copy(h, N * block, saved_state<T>(states, p, saved, first + b));
+      step<T, N>(weights, sigma, static_cast<T>(p.scale), h, scratch.z, h);
+    });
+    saved += save;
+  }
+  if (p.save_final) copy(scratch.h, count * block, saved_state<T>(states, p, saved, first));
+  store_blocks(scratch.h, p.batch, p.dim, first, count, static_cast<T*>(p.y));
+}
+
+template <class T>
+void forward(const ForwardProblem& p) {
+  if (p.batch == 0) return;
+  const Activate<T> sigma =
+      with_activation(p.activation, [](auto a) -> Activate<T> { return activate<T, decltype(a)>; });
+  const int64_t tile = forward_tile_blocks<T>(p.dim);
+  const int threads = forward_threads<T>(p);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const int t = omp_get_thread_num();
+    Arena arena(p.workspace);
+    ForwardScratch<T> scratch{};
+    for (int i = 0; i <= t; i++) scratch = forward_scratch<T>(p, arena);
+    const Range blocks = part(block_count<T>(p.batch), t, omp_get_num_threads());
+    for (int64_t b = blocks.begin; b < blocks.end; b += tile)
+      forward_tile<T>(p, sigma, scratch, b, b + tile < blocks.end ? tile : blocks.end - b);
+  }
+}
+
+}  // namespace
+}  // namespace odeblock

@@ -1,0 +1,64 @@
+// The plain structs that one call passes to the native core. No dependency: Python, torch and CUDA stay out.
+//
+//   h_{k+1} = h_k + scale (V_k sigma(W_k h_k + hidden_bias_k) + output_bias_k),   k = 0 .. L-1
+//
+// Every array is dense and row-major, of the type `dtype`, and belongs to the caller.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define ODEBLOCK_INLINE __host__ __device__ __forceinline__
+#else
+#define ODEBLOCK_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace odeblock {
+
+enum class Dtype : int { float32 = 0, float64 = 1 };
+
+// Saved states hold the batch rounded up to this many rows, so that whole vectors of any instruction set fit.
+constexpr int64_t kRowPadding = 16;
+
+struct Problem {
+  Dtype dtype;
+  int activation;  // id in activations.h
+  int64_t batch;   // B >= 0
+  int64_t dim;     // q >= 1
+  int64_t hidden;  // m >= 1
+  int64_t depth;   // L >= 1
+  double scale;
+
+  // The forward saves h_0, h_K, h_2K, .. below L for K = save_every > 0, and none of them for K = 0.
+  // Saved states are [n, rows / W, q, W]: blocks of W rows, one vector wide, feature by feature.
+  int64_t save_every;
+
+  const void* V;            // [L, q, m]  read
+  const void* W;            // [L, m, q]  read
+  const void* hidden_bias;  // [L, m]     read, or null
+  const void* output_bias;  // [L, q]     read, or null
+  void* workspace;          // bytes of forward_workspace / backward_workspace: scratch
+  int threads;              // at most this many threads; the workspace was sized for them
+};
+
+struct ForwardProblem : Problem {
+  bool save_final;  // whether h_L is saved, behind the others
+  const void* h;    // [B, q]  read
+  void* y;          // [B, q]  written
+  void* states;     // [n, B padded, q]  written
+};
+
+struct BackwardProblem : Problem {
+  const void* grad;    // [B, q]  read: d loss / d y
+  const void* h;       // [B, q]  read by the adjoint (save_every = 0) to measure its drift; else null
+  const void* states;  // [n, B padded, q]  read; for the adjoint h_L alone
+  void* dh;            // [B, q]     written
+  void* dV;            // [L, q, m]  written; null, with the three below, where no weight needs a gradient
+  void* dW;            // [L, m, q]  written, or null
+  void* dhidden_bias;  // [L, m]     written, or null
+  void* doutput_bias;  // [L, q]     written, or null
+  double* report;      // [3] written by the adjoint: last change, drift, evaluations per step
+};
+
+}  // namespace odeblock

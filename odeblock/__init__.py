@@ -1,0 +1,25 @@
+"""odeblock: very deep residual networks in the neural-ODE regime, with fused native kernels."""
+
+from importlib.metadata import version as _version
+
+# torch comes first: its OpenMP runtime then serves the native core too, and there is one thread pool.
+import torch as _torch  # noqa: F401
+
+from . import diagnostics, functional, initializers, reference
+from .autograd import DriftWarning
+from .block import DeepResBlock
+from .build import build_info
+from .network import DeepResNet
+
+__version__ = _version("odeblock")
+
+__all__ = [
+    "DeepResBlock",
+    "DeepResNet",
+    "DriftWarning",
+    "build_info",
+    "diagnostics",
+    "functional",
+    "initializers",
+    "reference",
+]

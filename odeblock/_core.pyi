@@ -1,0 +1,66 @@
+"""The native core (``csrc/bindings.cpp``): addresses and sizes in, nothing kept. See ``csrc/api.h``."""
+
+from typing import Any
+
+def forward_workspace(
+    dtype: int, activation: int, batch: int, dim: int, hidden: int, depth: int, threads: int, /
+) -> int: ...
+def forward(
+    dtype: int,
+    activation: int,
+    batch: int,
+    dim: int,
+    hidden: int,
+    depth: int,
+    scale: float,
+    h: int,
+    V: int,
+    W: int,
+    hidden_bias: int,
+    output_bias: int,
+    y: int,
+    states: int,
+    save_every: int,
+    save_final: bool,
+    workspace: int,
+    threads: int,
+    /,
+) -> None: ...
+def backward_workspace(
+    dtype: int,
+    activation: int,
+    batch: int,
+    dim: int,
+    hidden: int,
+    depth: int,
+    save_every: int,
+    threads: int,
+    /,
+) -> int: ...
+def backward(
+    dtype: int,
+    activation: int,
+    batch: int,
+    dim: int,
+    hidden: int,
+    depth: int,
+    scale: float,
+    grad: int,
+    h: int,
+    V: int,
+    W: int,
+    hidden_bias: int,
+    output_bias: int,
+    states: int,
+    dh: int,
+    dV: int,
+    dW: int,
+    dhidden_bias: int,
+    doutput_bias: int,
+    report: int,
+    save_every: int,
+    workspace: int,
+    threads: int,
+    /,
+) -> None: ...
+def build_info() -> dict[str, Any]: ...

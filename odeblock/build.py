@@ -1,0 +1,51 @@
+"""What was built and what will run here: ``odeblock.build_info()``, printed by ``python -m odeblock info``."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from . import ops
+
+
+def build_info() -> dict[str, Any]:
+    """The build of the native core, and what this machine makes of it.
+
+    Returns a dict with the keys
+        version: of odeblock.
+        native: whether the native core is present.
+        compiler, openmp, cuda_version, cuda_architectures, cpu_builds: how it was built; ``cuda_version``
+            is None and ``cuda_architectures`` empty for a build without CUDA; ``cpu_builds`` lists the
+            instruction sets that are in the binary.
+        cpu_features: the instruction set that runs here.
+        cuda_devices: number of GPUs that the core's CUDA runtime sees; ``cuda_error``: its message, if any.
+        torch, threads: PyTorch's version, and the number of threads a call uses now.
+        paths: which code serves a block, by device and dtype.
+    """
+    native: dict[str, Any] = {
+        "compiler": None,
+        "openmp": False,
+        "cuda_version": None,
+        "cuda_architectures": [],
+        "cpu_builds": [],
+        "cpu_features": None,
+        "cuda_devices": 0,
+        "cuda_error": None,
+    }
+    if ops._core is not None:
+        native.update(ops._core.build_info())
+    cpu = "native core" if ops._core is not None else "PyTorch reference (no native core in this build)"
+    return {
+        "version": version("odeblock"),
+        "native": ops._core is not None,
+        **native,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "paths": {
+            "cpu float32, float64": cpu,
+            "cpu bfloat16, float16": "PyTorch reference",
+            "cuda, other devices": "PyTorch reference",
+        },
+    }

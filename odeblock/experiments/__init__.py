@@ -1,0 +1,1 @@
+"""The experiments behind ``python -m odeblock``; they need the extra ``odeblock[experiments]``."""

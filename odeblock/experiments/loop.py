@@ -1,0 +1,106 @@
+"""One training loop: SGD with momentum at the rates of the gradient flow, cosine schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..diagnostics import smoothness
+from ..network import DeepResNet
+from .config import TrainConfig
+from .digits import Digits
+
+MOMENTUM = 0.9
+
+
+def make_optimizer(network: DeepResNet, lr: float) -> torch.optim.SGD:
+    """SGD with momentum; rate lr for A and B, L·lr for V and W.
+
+    The gradient of the risk R with respect to one layer is of size 1/L. The gradient flow
+    dZ/dt = -L ∂R/∂Z (Marion et al. 2024, equation (4)) makes up for it: layers move at a speed that does not
+    depend on L, and neighbours move alike, so that weights smooth in depth stay smooth.
+    """
+    stacked = list(network.block.parameters())
+    ends = [*network.A.parameters(), *network.B.parameters()]
+    groups = [{"params": stacked, "lr": lr * network.block.depth}, {"params": ends, "lr": lr}]
+    return torch.optim.SGD(groups, momentum=MOMENTUM)
+
+
+def train_step(network: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> float:
+    """One step on the batch x [B, 64], y [B]; returns the cross-entropy before it.
+
+    Raises FloatingPointError, and leaves the weights as they are, where the loss is not finite.
+    """
+    optimizer.zero_grad()
+    loss: Tensor = F.cross_entropy(network(x), y)
+    value = loss.item()
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the loss is {value}")
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return value
+
+
+@torch.no_grad()
+def measure(network: DeepResNet, data: Digits) -> dict[str, Any]:
+    """Loss on the training set, accuracies as fractions of 1, and the smoothness in depth of V and W."""
+    logits = network(data.train_x)
+    return {
+        "train_loss": F.cross_entropy(logits, data.train_y).item(),
+        "train_accuracy": accuracy(logits, data.train_y),
+        "test_accuracy": accuracy(network(data.test_x), data.test_y),
+        "V": smoothness(network.block.V),
+        "W": smoothness(network.block.W),
+    }
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """The fraction of rows of ``logits`` [n, classes] that are largest at their label."""
+    return int((logits.argmax(1) == labels).sum()) / len(labels)
+
+
+class Training:
+    """A network under training. ``history`` holds ``measure`` at the start and after every epoch."""
+
+    def __init__(self, network: DeepResNet, data: Digits, config: TrainConfig) -> None:
+        self.network, self.data, self.config = network, data, config
+        self.steps_per_epoch = math.ceil(len(data.train_x) / config.batch_size)
+        self.total_steps = config.epochs * self.steps_per_epoch
+        self.step = 0
+        self.history: list[dict[str, Any]] = []
+        self.record()
+
+    def record(self) -> None:
+        """Append the measures of the weights as they are, unless the last entry already tells them."""
+        if not self.history or self.history[-1]["step"] != self.step:
+            epoch = self.step / self.steps_per_epoch
+            self.history.append({"epoch": epoch, "step": self.step, **measure(self.network, self.data)})
+
+    def run(self, on_step: Callable[[float], None]) -> None:
+        """Train to the end, calling ``on_step(loss)`` after every step.
+
+        Raises FloatingPointError naming the step at which the loss is no longer finite.
+        """
+        order = torch.Generator().manual_seed(self.config.seed)
+        optimizer = make_optimizer(self.network, self.config.lr)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.total_steps)
+        for _ in range(self.config.epochs):
+            for rows in torch.randperm(len(self.data.train_x), generator=order).split(self.config.batch_size):
+                rows = rows.to(self.config.device)
+                try:
+                    loss = train_step(
+                        self.network, optimizer, self.data.train_x[rows], self.data.train_y[rows]
+                    )
+                except FloatingPointError as error:
+                    raise FloatingPointError(
+                        f"{error} at step {self.step + 1} of {self.total_steps}; a lower lr may help"
+                    ) from None
+                schedule.step()
+                self.step += 1
+                on_step(loss)
+            self.record()

@@ -1,0 +1,65 @@
+"""The networks that are trained and compared: built from the settings, and their eager twin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import reference
+from ..block import DeepResBlock
+from ..network import DeepResNet
+from .config import TrainConfig
+from .digits import CLASSES, FEATURES
+
+
+def network_arguments(config: TrainConfig, init: str) -> dict[str, Any]:
+    """Arguments of ``DeepResNet`` (device aside), as they are stored in a checkpoint."""
+    return {
+        "in_features": FEATURES,
+        "dim": config.dim,
+        "depth": config.depth,
+        "out_features": CLASSES,
+        "hidden_dim": config.hidden_dim,
+        "activation": config.activation,
+        "init": init,
+        "backward": config.backward,
+    }
+
+
+def build_network(config: TrainConfig, init: str) -> DeepResNet:
+    """A network drawn with the seed. A and B come first, so they are the same for every ``init``."""
+    network = DeepResNet(**network_arguments(config, init))
+    with torch.random.fork_rng(devices=[]):  # drawn on the CPU: the same weights for every device
+        torch.manual_seed(config.seed)
+        network.A.reset_parameters()
+        network.B.reset_parameters()
+        network.block.reset_parameters()
+    return network.to(config.device)
+
+
+class EagerBlock(nn.Module):
+    """A block's own parameters run as a loop of PyTorch operators, differentiated by ordinary autograd."""
+
+    def __init__(self, block: DeepResBlock) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, h: Tensor) -> Tensor:
+        """h [..., dim] -> h_L [..., dim]."""
+        block = self.block
+        return reference.deep_residual(
+            h,
+            block.V,
+            block.W,
+            block.hidden_bias,
+            block.output_bias,
+            activation=block.activation,
+            scale=block.scale,
+        )
+
+
+def eager_twin(network: DeepResNet) -> nn.Module:
+    """The same network on the same parameters, with the eager loop for a block."""
+    return nn.Sequential(network.A, EagerBlock(network.block), network.B)

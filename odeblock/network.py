@@ -1,0 +1,72 @@
+"""``DeepResNet``: the paper's network F(x) = B h_L, with h_0 = A x and a deep residual block between."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .block import DeepResBlock
+from .validation import check_size
+
+
+class DeepResNet(nn.Module):
+    """F(x) = B h_L with h_0 = A x: a linear map in, a ``DeepResBlock``, a linear map out.
+
+    Marion, Wu, Sander & Biau, ICLR 2024, equation (2).
+
+    Arguments:
+        in_features: size of x.
+        dim: q, features of the block.
+        depth: L, residual steps.
+        out_features: size of F(x).
+        hidden_dim, activation, bias, init, scale, backward, device, dtype: of the block, see
+            ``DeepResBlock``; ``bias`` holds for A and B as well.
+
+    Submodules: ``A`` (nn.Linear), ``block`` (DeepResBlock), ``B`` (nn.Linear).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        dim: int,
+        depth: int,
+        out_features: int,
+        hidden_dim: int | None = None,
+        *,
+        activation: str = "gelu",
+        bias: bool = False,
+        init: str = "smooth",
+        scale: float | None = None,
+        backward: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_size("in_features", in_features)
+        check_size("dim", dim)
+        check_size("out_features", out_features)
+        self.A = nn.Linear(in_features, dim, bias=bias, device=device, dtype=dtype)
+        self.block = DeepResBlock(
+            dim,
+            depth,
+            hidden_dim,
+            activation=activation,
+            bias=bias,
+            init=init,
+            scale=scale,
+            backward=backward,
+            device=device,
+            dtype=dtype,
+        )
+        self.B = nn.Linear(dim, out_features, bias=bias, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        self.A.reset_parameters()
+        self.block.reset_parameters()
+        self.B.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> F(x) [..., out_features]."""
+        y: Tensor = self.B(self.block(self.A(x)))
+        return y

@@ -1,0 +1,191 @@
+"""The custom ops ``odeblock::deep_residual`` and its backward: schemas, fake versions, kernels.
+
+The only file that calls the native core. float32 and float64 tensors on the CPU go to it; everything else
+(other dtypes, other devices, a build without the core) runs the same op in plain PyTorch (``reference``).
+The low-level ``torch.library`` interface is used because its calls cost a few microseconds.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .activations import ACTIVATIONS
+from .reference import states_shape
+
+try:
+    from . import _core
+except ImportError:  # built without the native core: the reference serves every call
+    _core = None  # type: ignore[assignment]
+
+_NATIVE_DTYPES = {torch.float32: 0, torch.float64: 1}
+
+_library = torch.library.Library("odeblock", "DEF")
+_library.define(
+    "deep_residual(Tensor h, Tensor V, Tensor W, Tensor? hidden_bias, Tensor? output_bias, str activation, "
+    "float scale, int save_every, bool save_final) -> (Tensor y, Tensor states)"
+)
+_library.define(
+    "deep_residual_backward(Tensor grad, Tensor? h, Tensor V, Tensor W, Tensor? hidden_bias, "
+    "Tensor? output_bias, Tensor states, str activation, float scale, int save_every, "
+    "bool weight_gradients) -> (Tensor dh, Tensor dV, Tensor dW, Tensor dhidden_bias, "
+    "Tensor doutput_bias, Tensor report)"
+)
+
+REPORT_SIZE = 3  # estimate, drift, evaluations per step: see reference.backward
+
+
+def runs_natively(tensor: Tensor) -> bool:
+    """Whether a block of this device and dtype runs on the native core."""
+    return _core is not None and tensor.device.type == "cpu" and tensor.dtype in _NATIVE_DTYPES
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _forward(
+    h: Tensor,
+    V: Tensor,
+    W: Tensor,
+    hidden_bias: Tensor | None,
+    output_bias: Tensor | None,
+    activation: str,
+    scale: float,
+    save_every: int,
+    save_final: bool,
+) -> tuple[Tensor, Tensor]:
+    if not runs_natively(h):
+        return reference.forward(
+            h, V, W, hidden_bias, output_bias, activation, scale, save_every, save_final
+        )
+    h, V, W = h.contiguous(), V.contiguous(), W.contiguous()
+    hidden_bias, output_bias = _contiguous(hidden_bias), _contiguous(output_bias)
+    batch, dim = h.shape
+    depth, hidden = W.shape[:2]
+    threads = torch.get_num_threads()
+    sizes = (_NATIVE_DTYPES[h.dtype], ACTIVATIONS[activation].native_id, batch, dim, hidden, depth)
+    y = torch.empty_like(h)
+    states = h.new_empty(states_shape(batch, dim, depth, save_every, save_final))
+    workspace = torch.empty(_core.forward_workspace(*sizes, threads), dtype=torch.uint8)
+    _core.forward(
+        *sizes,
+        scale,
+        _pointer(h),
+        _pointer(V),
+        _pointer(W),
+        _pointer(hidden_bias),
+        _pointer(output_bias),
+        _pointer(y),
+        _pointer(states),
+        save_every,
+        save_final,
+        _pointer(workspace),
+        threads,
+    )
+    return y, states
+
+
+def _backward(
+    grad: Tensor,
+    h: Tensor | None,
+    V: Tensor,
+    W: Tensor,
+    hidden_bias: Tensor | None,
+    output_bias: Tensor | None,
+    states: Tensor,
+    activation: str,
+    scale: float,
+    save_every: int,
+    weight_gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if not runs_natively(grad):
+        return reference.backward(
+            grad, h, V, W, hidden_bias, output_bias, states, activation, scale, save_every, weight_gradients
+        )
+    grad, V, W = grad.contiguous(), V.contiguous(), W.contiguous()
+    h, hidden_bias, output_bias = _contiguous(h), _contiguous(hidden_bias), _contiguous(output_bias)
+    batch, dim = grad.shape
+    depth, hidden = W.shape[:2]
+    threads = torch.get_num_threads()
+    sizes = (_NATIVE_DTYPES[grad.dtype], ACTIVATIONS[activation].native_id, batch, dim, hidden, depth)
+    dh = torch.empty_like(grad)
+    gradients = [
+        torch.empty_like(p) if weight_gradients and p is not None else grad.new_empty(0)
+        for p in (V, W, hidden_bias, output_bias)
+    ]
+    dV, dW, dhidden, doutput = gradients
+    report = torch.zeros(REPORT_SIZE, dtype=torch.float64)
+    workspace = torch.empty(_core.backward_workspace(*sizes, save_every, threads), dtype=torch.uint8)
+    _core.backward(
+        *sizes,
+        scale,
+        _pointer(grad),
+        _pointer(h),
+        _pointer(V),
+        _pointer(W),
+        _pointer(hidden_bias),
+        _pointer(output_bias),
+        _pointer(states),
+        _pointer(dh),
+        *(_pointer(g) if g.numel() else 0 for g in gradients),
+        _pointer(report),
+        save_every,
+        _pointer(workspace),
+        threads,
+    )
+    return dh, dV, dW, dhidden, doutput, report
+
+
+# One kernel for every backend: it decides by itself between the native core and PyTorch operators.
+_library.impl("deep_residual", _forward, "CompositeExplicitAutograd")
+_library.impl("deep_residual_backward", _backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("odeblock::deep_residual", lib=_library)
+def _forward_fake(
+    h: Tensor,
+    V: Tensor,
+    W: Tensor,
+    hidden_bias: Tensor | None,
+    output_bias: Tensor | None,
+    activation: str,
+    scale: float,
+    save_every: int,
+    save_final: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = states_shape(h.shape[0], h.shape[1], V.shape[0], save_every, save_final)
+    states = h.new_empty(shape, dtype=torch.promote_types(h.dtype, torch.float32))
+    return h.new_empty(h.shape), states
+
+
+@torch.library.register_fake("odeblock::deep_residual_backward", lib=_library)
+def _backward_fake(
+    grad: Tensor,
+    h: Tensor | None,
+    V: Tensor,
+    W: Tensor,
+    hidden_bias: Tensor | None,
+    output_bias: Tensor | None,
+    states: Tensor,
+    activation: str,
+    scale: float,
+    save_every: int,
+    weight_gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    gradients = [
+        p.new_empty(p.shape) if weight_gradients and p is not None else grad.new_empty(0)
+        for p in (V, W, hidden_bias, output_bias)
+    ]
+    dV, dW, dhidden, doutput = gradients
+    report = torch.empty(REPORT_SIZE, dtype=torch.float64, device="cpu")
+    return grad.new_empty(grad.shape), dV, dW, dhidden, doutput, report
+
+
+forward = torch.ops.odeblock.deep_residual.default
+backward = torch.ops.odeblock.deep_residual_backward.default

@@ -1,0 +1,99 @@
+"""Checks of the arguments of ``deep_residual``: every error names the argument, what was expected, what came."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .activations import get_activation
+
+STRATEGIES = ("auto", "adjoint", "checkpoint", "store")
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_arguments(
+    h: Tensor,
+    V: Tensor,
+    W: Tensor,
+    hidden_bias: Tensor | None,
+    output_bias: Tensor | None,
+    activation: str,
+    scale: float | None,
+    backward: str,
+) -> float:
+    """Refuse what cannot be computed; return the scale, 1/L unless given."""
+    for name, tensor in (("h", h), ("V", V), ("W", W)):
+        _check_tensor(name, tensor)
+    if V.dim() != 3 or V.shape[0] < 1:
+        raise ValueError(f"V: expected shape [L, q, m] with L >= 1, got {list(V.shape)}")
+    depth, dim, hidden = V.shape
+    if dim < 1 or hidden < 1:
+        raise ValueError(f"V: expected shape [L, q, m] with q, m >= 1, got {list(V.shape)}")
+    _check_shape("W", W, (depth, hidden, dim), "[L, m, q]", V)
+    if h.dim() < 1 or h.shape[-1] != dim:
+        raise ValueError(f"h: expected shape [..., {dim}] (q of V {list(V.shape)}), got {list(h.shape)}")
+    if hidden_bias is not None:
+        _check_tensor("hidden_bias", hidden_bias)
+        _check_shape("hidden_bias", hidden_bias, (depth, hidden), "[L, m]", V)
+    if output_bias is not None:
+        _check_tensor("output_bias", output_bias)
+        _check_shape("output_bias", output_bias, (depth, dim), "[L, q]", V)
+    for name, tensor in (("V", V), ("W", W), ("hidden_bias", hidden_bias), ("output_bias", output_bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype != h.dtype:
+            raise TypeError(f"{name}: expected the dtype of h, {h.dtype}; got {tensor.dtype}")
+        if tensor.device != h.device:
+            raise ValueError(f"{name}: expected the device of h, {h.device}; got {tensor.device}")
+    get_activation(activation)
+    check_strategy(backward)
+    return 1.0 / depth if scale is None else check_scale(scale)
+
+
+def check_scale(scale: Any) -> float:
+    """A finite number, as a float."""
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+        raise TypeError(f"scale: expected a number or None (1/L), got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale!r}")
+    return float(scale)
+
+
+def check_strategy(backward: Any) -> str:
+    """One of the names of the backward strategies."""
+    if not isinstance(backward, str):
+        raise TypeError(f"backward: expected a name (str), got {type(backward).__name__}")
+    if backward not in STRATEGIES:
+        raise ValueError(f"backward: expected one of {', '.join(STRATEGIES)}; got {backward!r}")
+    return backward
+
+
+def check_size(name: str, value: Any) -> int:
+    """A whole number >= 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int >= 1, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected an int >= 1, got {value}")
+    return value
+
+
+def _check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in DTYPES:
+        expected = ", ".join(str(dtype) for dtype in DTYPES)
+        raise TypeError(f"{name}: expected one of {expected}; got {value.dtype}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got {value.layout}; call .to_dense()")
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], letters: str, V: Tensor) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"{name}: expected shape {letters} = {list(shape)} (from V {list(V.shape)}), got {list(tensor.shape)}"
+        )

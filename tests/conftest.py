@@ -1,0 +1,28 @@
+"""Shared set-up: the tests run against the installed package, and without nondeterminism of their own."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# `python -m pytest` puts the checkout on the path, where it would hide an installed package that has the
+# native core behind sources that have none.
+_root = Path(__file__).resolve().parents[1]
+if not any((_root / "odeblock").glob("_core*.so")):
+    sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != _root]
+
+import torch  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restores the number of threads that a test changes."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,118 @@
+"""sigma and sigma' element by element: inside a block the factor 1/L would hide a wrong one."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import mpmath
+import pytest
+import torch
+from torch import Tensor
+
+from odeblock.activations import ACTIVATIONS
+from odeblock.functional import deep_residual
+
+DTYPES = (torch.float32, torch.float64)
+GRID = torch.cat([torch.linspace(-30, 30, 2001), torch.linspace(-2, 2, 2001), torch.linspace(-1e-3, 1e-3, 201)])
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+
+
+def through_a_block(name: str, z: Tensor) -> tuple[Tensor, Tensor]:
+    """sigma(z), sigma'(z) from one step: the first feature carries z, the second receives sigma(z)."""
+    h = torch.stack([z, torch.zeros_like(z)], 1).requires_grad_()
+    W = torch.tensor([[[1.0, 0.0]]], dtype=z.dtype)
+    V = torch.tensor([[[0.0], [1.0]]], dtype=z.dtype)
+    y = deep_residual(h, V, W, activation=name, scale=1.0)
+    (gradient,) = torch.autograd.grad(y[:, 1].sum(), h)
+    return y[:, 1].detach(), gradient[:, 0]
+
+
+def exact(name: str, z: float) -> tuple[float, float]:
+    """The same in 40 digits."""
+    with mpmath.workdps(40):
+        x = mpmath.mpf(z)
+        one = mpmath.mpf(1)
+        logistic = 1 / (1 + mpmath.exp(-x))
+        if name == "tanh":
+            value, slope = mpmath.tanh(x), mpmath.sech(x) ** 2
+        elif name == "sigmoid":
+            value, slope = logistic, logistic / (1 + mpmath.exp(x))
+        elif name == "softplus":
+            value, slope = mpmath.log1p(mpmath.exp(x)), logistic
+        elif name == "silu":
+            value, slope = x * logistic, logistic + x * logistic / (1 + mpmath.exp(x))
+        elif name == "gelu":
+            value, slope = x * mpmath.ncdf(x), mpmath.ncdf(x) + x * mpmath.npdf(x)
+        elif name == "gelu_tanh":
+            c, k = mpmath.sqrt(2 / mpmath.pi), mpmath.mpf("0.044715")
+            p = 1 / (1 + mpmath.exp(-2 * c * (x + k * x**3)))
+            value = x * p
+            slope = p + x * p * (1 - p) * 2 * c * (1 + 3 * k * x**2)
+        elif name == "relu":
+            value, slope = max(x, mpmath.mpf(0)), one if z > 0 else 0 * one
+        elif name == "leaky_relu":
+            value, slope = (x, one) if z > 0 else (x / 100, one / 100)
+        else:
+            value, slope = x, one
+        return float(value), float(slope)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_values_and_derivatives(name: str, dtype: torch.dtype) -> None:
+    z = GRID.to(dtype)
+    s, d = through_a_block(name, z)
+    true_s, true_d = torch.tensor([exact(name, x) for x in z.tolist()], dtype=torch.float64).unbind(1)
+    eps = torch.finfo(dtype).eps
+    # Relative where sigma is not in a vanishing tail, where only the absolute error can be kept.
+    error_s = (s.double() - true_s).abs() / true_s.abs().clamp_min(1e-2)
+    error_d = (d.double() - true_d).abs() / true_d.abs().clamp_min(1.0)
+    small = z.abs() < 1e-3
+    relative = ((s.double() - true_s).abs() / true_s.abs().clamp_min(1e-300))[small]
+    assert float(error_s.max()) <= 4 * eps
+    assert float(error_d.max()) <= 4 * eps
+    assert float(relative.max()) <= 4 * eps
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_nan_in_nan_out(name: str) -> None:
+    z = torch.tensor([float("nan"), 0.5])
+    s, d = through_a_block(name, z)
+    assert s.isnan().tolist() == [True, False]
+    assert not d[1].isnan()
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_large_arguments_saturate(name: str) -> None:
+    z = torch.tensor([-1e4, 1e4], dtype=torch.float64)
+    s, d = through_a_block(name, z)
+    true = torch.tensor([exact(name, x) for x in z.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(s, true[:, 0], rtol=1e-15, atol=1e-290)
+    torch.testing.assert_close(d, true[:, 1], rtol=1e-15, atol=1e-290)
+
+
+def test_the_gpu_table(tmp_path: Path) -> None:
+    """activations.h on the scalar functions of cuda/math.cuh, run on the host: the same nine functions."""
+    program = tmp_path / "activations"
+    source = Path(__file__).parent / "activations_host.cpp"
+    compiler = shutil.which("c++") or shutil.which("g++")
+    assert compiler, "a C++ compiler is needed"
+    subprocess.run([compiler, "-std=c++17", "-O1", f"-I{CSRC}", source, "-o", program], check=True)
+    points = [-9.5, -3.0, -0.7, -1e-4, 0.0, 1e-4, 0.3, 2.5, 11.0, 200.0]
+    for activation in ACTIVATIONS.values():
+        arguments = [str(activation.native_id), *map(repr, points)]
+        lines = subprocess.check_output([program, *arguments], text=True).split("\n")
+        for x, line in zip(points, lines, strict=False):
+            s, d = map(float, line.split())
+            true_s, true_d = exact(activation.name, x)
+            assert s == pytest.approx(true_s, rel=1e-13, abs=4e-16), (activation.name, x)
+            assert d == pytest.approx(true_d, rel=1e-13, abs=4e-16), (activation.name, x)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc: CUDA code is not compiled here")
+def test_the_table_compiles_for_a_gpu(tmp_path: Path) -> None:
+    source = Path(__file__).parent / "activations_device.cu"
+    command = ["nvcc", "-std=c++17", "-arch=sm_80", "-Werror", "all-warnings", f"-I{CSRC}", "-c", source]
+    subprocess.run([*command, "-o", tmp_path / "activations.o"], check=True)

@@ -1,0 +1,190 @@
+"""What deep_residual accepts and refuses, and the ops beneath it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from oracle import NAMES, make_case
+from torch import Tensor, nn
+
+from odeblock import functional, ops, reference
+from odeblock.activations import ACTIVATIONS
+
+STRATEGIES = ("auto", "store", "checkpoint", "adjoint")
+ENTRY_POINTS = (functional.deep_residual, reference.deep_residual)
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    case = make_case(3, 4, 5, 6)
+    return {**{name: case.tensors[name].float() for name in NAMES}, **changes}
+
+
+REFUSED = [
+    ({"h": torch.randn(3, 5)}, ValueError, r"h: expected shape \[\.\.\., 4\].*got \[3, 5\]"),
+    ({"h": torch.tensor(1.0)}, ValueError, r"h: expected shape"),
+    ({"h": [1.0, 2.0]}, TypeError, "h: expected a torch.Tensor, got list"),
+    ({"h": torch.ones(3, 4, dtype=torch.int64)}, TypeError, r"h: expected one of .*got torch.int64"),
+    ({"h": torch.ones(3, 4, dtype=torch.complex64)}, TypeError, r"h: expected one of .*got torch.complex64"),
+    ({"h": torch.randn(3, 4).to_sparse()}, TypeError, "h: expected a dense"),
+    ({"V": torch.randn(4, 5)}, ValueError, r"V: expected shape \[L, q, m\].*got \[4, 5\]"),
+    ({"V": torch.randn(0, 4, 5)}, ValueError, r"V: .*L >= 1.*got \[0, 4, 5\]"),
+    ({"V": torch.randn(6, 4, 0)}, ValueError, r"V: .*q, m >= 1"),
+    ({"V": None}, TypeError, "V: expected a torch.Tensor, got NoneType"),
+    ({"W": torch.randn(6, 4, 5)}, ValueError, r"W: expected shape \[L, m, q\] = \[6, 5, 4\].*got \[6, 4, 5\]"),
+    ({"W": torch.randn(5, 5, 4)}, ValueError, r"W: .*got \[5, 5, 4\]"),
+    ({"W": torch.randn(6, 5, 4).double()}, TypeError, "W: expected the dtype of h, torch.float32; got torch.float64"),
+    ({"W": torch.randn(6, 5, 4, device="meta")}, ValueError, "W: expected the device of h, cpu; got meta"),
+    ({"hidden_bias": torch.randn(6, 4)}, ValueError, r"hidden_bias: expected shape \[L, m\] = \[6, 5\]"),
+    ({"hidden_bias": 1.0}, TypeError, "hidden_bias: expected a torch.Tensor, got float"),
+    ({"output_bias": torch.randn(4)}, ValueError, r"output_bias: expected shape \[L, q\] = \[6, 4\].*got \[4\]"),
+    ({"output_bias": torch.randn(6, 4).half()}, TypeError, "output_bias: expected the dtype of h"),
+    ({"activation": "swish"}, ValueError, "activation: expected one of identity, relu,.*got 'swish'"),
+    ({"activation": torch.tanh}, TypeError, "activation: expected a name"),
+    ({"scale": float("nan")}, ValueError, "scale: expected a finite number, got nan"),
+    ({"scale": float("inf")}, ValueError, "scale: expected a finite number, got inf"),
+    ({"scale": "0.1"}, TypeError, "scale: expected a number"),
+    ({"scale": True}, TypeError, "scale: expected a number"),
+    ({"backward": "reversible"}, ValueError, "backward: expected one of auto, .*got 'reversible'"),
+    ({"backward": None}, TypeError, "backward: expected a name"),
+]
+
+
+@pytest.mark.parametrize("function", ENTRY_POINTS, ids=["functional", "reference"])
+@pytest.mark.parametrize(("changes", "error", "message"), REFUSED)
+def test_bad_arguments(function: Any, changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        function(**arguments(**changes))
+
+
+@pytest.mark.parametrize("function", ENTRY_POINTS, ids=["functional", "reference"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0, 4)])
+def test_an_empty_batch(function: Any, strategy: str, shape: tuple[int, ...]) -> None:
+    tensors = arguments(h=torch.randn(shape))
+    for tensor in tensors.values():
+        tensor.requires_grad_()
+    y = function(**tensors, backward=strategy)
+    assert y.shape == shape
+    y.sum().backward()
+    for name, tensor in tensors.items():
+        assert tensor.grad.shape == tensor.shape
+        assert not tensor.grad.any(), name
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_leading_dimensions(strategy: str) -> None:
+    tensors = arguments()
+    h = torch.randn(2, 3, 5, 4)
+    y = functional.deep_residual(**{**tensors, "h": h}, backward=strategy)
+    rows = functional.deep_residual(**{**tensors, "h": h.reshape(-1, 4)}, backward=strategy)
+    assert torch.equal(y, rows.view(2, 3, 5, 4))
+    single = functional.deep_residual(**{**tensors, "h": h[0, 0, 0]}, backward=strategy)
+    assert single.shape == (4,)
+    assert torch.equal(single, y[0, 0, 0])
+
+
+def strided(tensor: Tensor, how: str) -> Tensor:
+    """The same values in another memory layout."""
+    if how == "transposed":
+        return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+    if how == "sliced":
+        wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), float("nan"), dtype=tensor.dtype)
+        wide[..., ::2] = tensor
+        return wide[..., ::2]
+    return tensor[:1].expand_as(tensor)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("how", ["transposed", "sliced", "expanded"])
+def test_strides(how: str, strategy: str) -> None:
+    layouts = {name: strided(tensor, how).requires_grad_() for name, tensor in arguments().items()}
+    dense = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in layouts.items()}
+    assert not layouts["V"].is_contiguous()
+    outputs = []
+    for tensors in (layouts, {name: t.requires_grad_() for name, t in dense.items()}):
+        y = functional.deep_residual(**tensors, backward=strategy)
+        grad = strided(torch.linspace(-1, 1, y.numel()).view_as(y), how)
+        outputs.append([y, *torch.autograd.grad(y, list(tensors.values()), grad)])
+    for a, b in zip(*outputs, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_the_reference_is_the_loop_of_modules_it_stands_for(name: str, bias: bool) -> None:
+    """Written once more, with nn.Linear and PyTorch's activation modules."""
+    modules = {
+        "identity": nn.Identity(),
+        "relu": nn.ReLU(),
+        "leaky_relu": nn.LeakyReLU(),
+        "tanh": nn.Tanh(),
+        "sigmoid": nn.Sigmoid(),
+        "softplus": nn.Softplus(),
+        "silu": nn.SiLU(),
+        "gelu": nn.GELU(),
+        "gelu_tanh": nn.GELU(approximate="tanh"),
+    }
+    depth, dim, hidden, scale = 7, 4, 6, 0.3
+    first = [nn.Linear(dim, hidden, bias=bias).double() for _ in range(depth)]
+    second = [nn.Linear(hidden, dim, bias=bias).double() for _ in range(depth)]
+    h = x = torch.randn(5, dim, dtype=torch.float64)
+    for w, v in zip(first, second, strict=True):
+        h = h + scale * v(modules[name](w(h)))
+    stacked = {
+        "V": torch.stack([v.weight for v in second]),
+        "W": torch.stack([w.weight for w in first]),
+        "hidden_bias": torch.stack([w.bias for w in first]) if bias else None,
+        "output_bias": torch.stack([v.bias for v in second]) if bias else None,
+    }
+    for function in ENTRY_POINTS:
+        y = function(x, **stacked, activation=name, scale=scale)
+        torch.testing.assert_close(y, h, rtol=1e-14, atol=1e-14)
+
+
+def test_the_scale_is_one_over_the_depth_by_default() -> None:
+    tensors = arguments()
+    assert torch.equal(
+        functional.deep_residual(**tensors), functional.deep_residual(**tensors, scale=1 / 6)
+    )
+
+
+def test_auto_keeps_at_most_the_square_root_of_the_depth() -> None:
+    for depth in range(1, 3000):
+        every, final = functional.saved_states("auto", depth)
+        assert not final
+        saved = reference.states_shape(1, 1, depth, every, final)[0]
+        run_again = every if every > 1 else 0
+        assert saved + run_again <= 2 * depth**0.5 + 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("save_every", "save_final"), [(0, False), (1, False), (3, False), (0, True)])
+def test_opcheck(dtype: torch.dtype, save_every: int, save_final: bool) -> None:
+    case = make_case(3, 4, 5, 7, smooth=True)
+    h, V, W, b, c = (case.tensors[name].to(dtype) for name in NAMES)
+    forward = (h, V, W, b, c, "tanh", 0.1, save_every, save_final)
+    torch.library.opcheck(torch.ops.odeblock.deep_residual, forward)
+    torch.library.opcheck(torch.ops.odeblock.deep_residual, (h, V, W, None, None, *forward[5:]))
+    if save_every or save_final:
+        _, states = ops.forward(*forward)
+        grad = case.grad.to(dtype)
+        for weight_gradients in (True, False):
+            backward = (grad, h, V, W, b, c, states, "tanh", 0.1, save_every, weight_gradients)
+            torch.library.opcheck(torch.ops.odeblock.deep_residual_backward, backward)
+
+
+def test_the_graph_compiler_sees_one_graph() -> None:
+    tensors = arguments()
+    for tensor in tensors.values():
+        tensor.requires_grad_()
+
+    def loss(*inputs: Tensor) -> Tensor:
+        return functional.deep_residual(*inputs).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    inputs = list(tensors.values())
+    expected, found = (torch.autograd.grad(f(*inputs), inputs) for f in (loss, compiled))
+    for a, b in zip(expected, found, strict=True):
+        assert torch.equal(a, b)

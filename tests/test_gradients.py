@@ -1,0 +1,177 @@
+"""Autograd: gradcheck, agreement of the strategies, determinism, and the adjoint's word when it fails."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from oracle import NAMES, make_case, run
+from torch import Tensor
+
+from odeblock import DeepResBlock, DriftWarning, reference
+from odeblock.activations import ACTIVATIONS
+from odeblock.functional import deep_residual
+
+STRATEGIES = ("auto", "store", "checkpoint", "adjoint")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradcheck(activation: str, strategy: str) -> None:
+    case = make_case(3, 4, 5, 8, activation=activation)
+    inputs = [case.tensors[name].clone().requires_grad_() for name in NAMES]
+
+    def block(*tensors: Tensor) -> Tensor:
+        return deep_residual(*tensors, activation=activation, backward=strategy)
+
+    assert torch.autograd.gradcheck(block, inputs)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradcheck_of_the_reference_ops(activation: str) -> None:
+    """The plain PyTorch backward, which serves other dtypes and devices, against autograd of the loop."""
+    case = make_case(5, 4, 6, 10, activation=activation)
+    truth = run(reference.deep_residual, case, torch.float64)
+    tensors = [case.tensors[name] for name in NAMES]
+    for save_every, save_final in ((1, False), (4, False), (0, True)):
+        y, states = reference.forward(*tensors, activation, 0.1, save_every, save_final)
+        torch.testing.assert_close(y, truth["y"], rtol=1e-13, atol=1e-13)
+        gradients = reference.backward(
+            case.grad, tensors[0], *tensors[1:], states, activation, 0.1, save_every, True
+        )
+        for name, gradient in zip(NAMES, gradients, strict=False):
+            torch.testing.assert_close(gradient, truth[name], rtol=1e-11, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("strategy", ["auto", "store", "checkpoint", "adjoint"])
+def test_half_precision_keeps_a_float32_state(dtype: torch.dtype, strategy: str) -> None:
+    """Served by the reference: gradients within a few roundings of the storage dtype at depth 200."""
+    case = make_case(9, 16, 12, 200, activation="tanh", smooth=True)
+    truth = run(reference.deep_residual, case, torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = run(deep_residual, case, dtype, backward=strategy)
+    for name, value in truth.items():
+        error = float((found[name] - value).abs().max() / value.abs().max())
+        assert error < 4 * torch.finfo(dtype).eps, (name, error)
+
+
+def random_inputs(batch: int, dim: int, hidden: int, depth: int, dtype: torch.dtype) -> list[Tensor]:
+    case = make_case(batch, dim, hidden, depth)
+    return [case.tensors[name].to(dtype) for name in NAMES]
+
+
+def results(inputs: list[Tensor], strategy: str) -> list[Tensor]:
+    inputs = [tensor.clone().requires_grad_() for tensor in inputs]
+    y = deep_residual(*inputs, backward=strategy)
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), inputs)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(50, 20, 30, 17), (400, 310, 7, 5)], ids=str)
+def test_checkpoint_is_store_bit_for_bit(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    inputs = random_inputs(*shape, dtype)
+    for a, b in zip(results(inputs, "store"), results(inputs, "checkpoint"), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("strategy", ["store", "checkpoint", "adjoint"])
+@pytest.mark.parametrize("shape", [(1, 40, 50, 9), (77, 40, 50, 9), (520, 310, 9, 5)], ids=str)
+def test_the_number_of_threads_changes_no_bit(shape: tuple[int, ...], strategy: str) -> None:
+    inputs = random_inputs(*shape, torch.float32)
+    torch.set_num_threads(1)
+    alone = results(inputs, strategy)
+    for threads in (2, 3, 5):
+        torch.set_num_threads(threads)
+        for _ in range(5):
+            for a, b in zip(alone, results(inputs, strategy), strict=True):
+                assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("strategy", ["store", "adjoint"])
+def test_a_row_does_not_feel_its_neighbours(strategy: str, dtype: torch.dtype) -> None:
+    h, *weights = random_inputs(60, 24, 31, 12, dtype)
+    y, dh, *_ = results([h, *weights], strategy)
+    for rows in (slice(0, 1), slice(3, 20), slice(37, 60), slice(59, 60)):
+        part_y, part_dh, *_ = results([h[rows], *weights], strategy)
+        assert torch.equal(part_y, y[rows])
+        assert torch.equal(part_dh, dh[rows])
+
+
+def test_inference_and_training_give_the_same_bits() -> None:
+    h, *weights = random_inputs(33, 20, 30, 25, torch.float32)
+    with torch.no_grad():
+        y = deep_residual(h, *weights)
+    for strategy in STRATEGIES:
+        assert torch.equal(y, results([h, *weights], strategy)[0])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_only_what_requires_a_gradient_gets_one(strategy: str) -> None:
+    inputs = random_inputs(6, 5, 4, 9, torch.float64)
+    everything = results(inputs, strategy)[1:]
+    for chosen in range(len(inputs)):
+        tensors = [t.clone().requires_grad_(i == chosen) for i, t in enumerate(inputs)]
+        deep_residual(*tensors, backward=strategy).square().sum().backward()
+        for i, tensor in enumerate(tensors):
+            assert (tensor.grad is not None) == (i == chosen)
+        torch.testing.assert_close(tensors[chosen].grad, everything[chosen])
+
+
+def test_parameters_get_their_gradient_without_a_copy() -> None:
+    block = DeepResBlock(8, 20)
+    y = block(torch.randn(3, 8))
+    y.sum().backward()
+    first = block.V.grad
+    assert first is not None
+    assert first.is_contiguous()
+    block(torch.randn(3, 8)).sum().backward()  # accumulated in place
+    assert block.V.grad is first
+
+
+def test_a_second_derivative_is_refused() -> None:
+    block = DeepResBlock(4, 10, dtype=torch.float64)
+    x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(block(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_an_output_may_be_changed_in_place() -> None:
+    for strategy in STRATEGIES:
+        block = DeepResBlock(4, 30, backward=strategy)
+        x = torch.randn(2, 4, requires_grad=True)
+        (expected,) = torch.autograd.grad((2 * block(x)).sum(), x)
+        y = block(x)
+        y.mul_(2)
+        y.sum().backward()
+        torch.testing.assert_close(x.grad, expected)
+
+
+def test_the_adjoint_says_when_a_step_cannot_be_inverted() -> None:
+    torch.manual_seed(0)
+    weights = 30 * torch.randn(2, 3, 8, 8)
+    x = torch.randn(5, 8, requires_grad=True)
+    with pytest.warns(DriftWarning, match='use backward="auto"'):
+        deep_residual(x, weights[0], weights[1], activation="tanh", backward="adjoint").sum().backward()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_nan_in_nan_out(strategy: str) -> None:
+    h, *weights = random_inputs(20, 6, 7, 12, torch.float32)
+    h[3, 2] = float("nan")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        y, dh, dV, dW, *_ = results([h, *weights], strategy)
+    assert y[3].isnan().all()
+    assert dh[3].isnan().all()
+    rest = torch.arange(20) != 3
+    assert y[rest].isfinite().all()
+    assert dh[rest].isfinite().all()
+    assert dV.isnan().any()
+    assert dW.isnan().any()
+    assert any(w.category is DriftWarning for w in caught) == (strategy == "adjoint")

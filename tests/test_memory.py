@@ -1,0 +1,51 @@
+"""Peak memory of a training step, in fresh processes: the adjoint's does not grow with depth."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+# Bytes of the process's peak (VmHWM: ru_maxrss would be inherited from the parent) during one step, beyond what
+# it held before, parameters and their gradients.
+PROGRAM = """
+import re, sys
+import torch
+from odeblock import DeepResBlock
+
+def status(key):
+    return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+
+depth, strategy = int(sys.argv[1]), sys.argv[2]
+torch.manual_seed(0)
+DeepResBlock(32, 8)(torch.randn(64, 32)).sum().backward()
+block = DeepResBlock(32, depth, backward=strategy)
+x = torch.randn(8192, 32)
+before = status("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")
+block(x).square().sum().backward()
+print(status("VmHWM") - before - sum(p.numel() * 4 for p in block.parameters()))
+"""
+
+
+def step_bytes(depth: int, strategy: str) -> int:
+    return int(subprocess.check_output([sys.executable, "-c", PROGRAM, str(depth), strategy], text=True))
+
+
+STATE = 8192 * 32 * 4  # one state of the batch: 1 MiB
+
+
+def test_the_adjoint_is_flat_in_depth() -> None:
+    shallow, deep = step_bytes(64, "adjoint"), step_bytes(2048, "adjoint")
+    assert shallow > 2 * STATE  # the measurement sees the step
+    assert deep < 1.1 * shallow
+
+
+def test_store_grows_linearly() -> None:
+    shallow, deep = step_bytes(64, "store"), step_bytes(512, "store")
+    assert 0.9 * (512 - 64) * STATE < deep - shallow < 1.1 * (512 - 64) * STATE
+
+
+def test_checkpoint_and_auto_grow_like_the_square_root() -> None:
+    for strategy in ("checkpoint", "auto"):
+        shallow, deep = step_bytes(64, strategy), step_bytes(1024, strategy)
+        assert deep - shallow < 2.5 * (1024**0.5 - 64**0.5) * STATE
