@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import ops
+from . import ops, reference
 
 
 class DriftWarning(RuntimeWarning):
@@ -49,35 +48,47 @@ class DeepResidual(torch.autograd.Function):
         h, V, W, hidden_bias, output_bias, ctx.activation, ctx.scale, ctx.save_every, _ = inputs
         states = output[1]
         ctx.mark_non_differentiable(states)
-        # The input is kept only where the adjoint measures its drift against it.
-        ctx.save_for_backward(h if not ctx.save_every else None, V, W, hidden_bias, output_bias, states)
+        ctx.save_for_backward(h, V, W, hidden_bias, output_bias, states)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
         if grad is None:
             return (None,) * 9
-        h, V, W, hidden_bias, output_bias, states = ctx.saved_tensors
-        dh, dV, dW, dhidden, doutput, report = ops.backward(
-            grad,
-            h,
-            V,
-            W,
-            hidden_bias,
-            output_bias,
-            states,
-            ctx.activation,
-            ctx.scale,
-            ctx.save_every,
-            any(ctx.needs_input_grad[1:5]),
-        )
-        if not ctx.save_every:
-            _warn_of_drift(report, grad.dtype)
-        gradients = (dh, dV, dW, dhidden, doutput)
-        return *(g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False)), *(
-            (None,) * 4
-        )
+        *inputs, states = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            gradients = _differentiable_gradients(ctx, grad, inputs)
+        else:
+            h, *weights = inputs
+            need_weights = any(ctx.needs_input_grad[1:5])
+            *gradients, report = ops.backward(
+                grad,
+                h if not ctx.save_every else None,  # where the adjoint measures its drift
+                *weights,
+                states,
+                ctx.activation,
+                ctx.scale,
+                ctx.save_every,
+                need_weights,
+            )
+            if not ctx.save_every:
+                _warn_of_drift(report, grad.dtype)
+        needed = (g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False))
+        return (*needed, None, None, None, None)
+
+
+def _differentiable_gradients(ctx: Any, grad: Tensor, inputs: list[Tensor | None]) -> list[Tensor | None]:
+    """Under ``create_graph=True``: gradients that can be differentiated again, through the reference.
+
+    It runs the block again and stores every state, whatever the strategy.
+    """
+    y = reference.deep_residual(*inputs, activation=ctx.activation, scale=ctx.scale)  # type: ignore[arg-type]
+    wanted = [i for i in range(len(inputs)) if ctx.needs_input_grad[i]]
+    found = torch.autograd.grad(y, [inputs[i] for i in wanted], grad, create_graph=True)  # type: ignore[misc]
+    gradients: list[Tensor | None] = [None] * len(inputs)
+    for i, gradient in zip(wanted, found, strict=True):
+        gradients[i] = gradient
+    return gradients
 
 
 def _warn_of_drift(report: Tensor, dtype: torch.dtype) -> None:

@@ -111,11 +111,23 @@ void forward_tile(const ForwardProblem& p, Activate<T> sigma, const ForwardScrat
   store_blocks(scratch.h, p.batch, p.dim, first, count, static_cast<T*>(p.y));
 }
 
+// Saved states have room for a multiple of kRowPadding rows: zeros where no block reaches.
+template <class T>
+void clear_padding(const ForwardProblem& p) {
+  const int64_t saved = (p.save_every ? (p.depth + p.save_every - 1) / p.save_every : 0) + p.save_final;
+  T* states = static_cast<T*>(p.states);
+  for (int64_t n = 0; n < saved; n++) {
+    T* end = saved_state<T>(states, p, n + 1, 0);
+    for (T* x = saved_state<T>(states, p, n, block_count<T>(p.batch)); x < end; x++) *x = T(0);
+  }
+}
+
 template <class T>
 void forward(const ForwardProblem& p) {
   if (p.batch == 0) return;
   const Activate<T> sigma =
       with_activation(p.activation, [](auto a) -> Activate<T> { return activate<T, decltype(a)>; });
+  clear_padding<T>(p);
   const int64_t tile = forward_tile_blocks<T>(p.dim);
   const int threads = forward_threads<T>(p);
 #pragma omp parallel num_threads(threads) if (threads > 1)

@@ -22,7 +22,7 @@ def make_optimizer(network: DeepResNet, lr: float) -> torch.optim.SGD:
     """SGD with momentum; rate lr for A and B, L·lr for V and W.
 
     The gradient of the risk R with respect to one layer is of size 1/L. The gradient flow
-    dZ/dt = -L ∂R/∂Z (Marion et al. 2024, equation (4)) makes up for it: layers move at a speed that does not
+    dZ/dt = -L ∂R/∂Z (Marion et al. 2024) makes up for it: layers move at a speed that does not
     depend on L, and neighbours move alike, so that weights smooth in depth stay smooth.
     """
     stacked = list(network.block.parameters())
@@ -38,11 +38,17 @@ def train_step(network: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, 
     """
     optimizer.zero_grad()
     loss: Tensor = F.cross_entropy(network(x), y)
+    value = finite(loss)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return value
+
+
+def finite(loss: Tensor) -> float:
+    """The loss as a number; FloatingPointError where it is none."""
     value = loss.item()
     if not math.isfinite(value):
         raise FloatingPointError(f"the loss is {value}")
-    loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
     return value
 
 
@@ -51,7 +57,7 @@ def measure(network: DeepResNet, data: Digits) -> dict[str, Any]:
     """Loss on the training set, accuracies as fractions of 1, and the smoothness in depth of V and W."""
     logits = network(data.train_x)
     return {
-        "train_loss": F.cross_entropy(logits, data.train_y).item(),
+        "train_loss": finite(F.cross_entropy(logits, data.train_y)),
         "train_accuracy": accuracy(logits, data.train_y),
         "test_accuracy": accuracy(network(data.test_x), data.test_y),
         "V": smoothness(network.block.V),
@@ -71,6 +77,9 @@ class Training:
         self.network, self.data, self.config = network, data, config
         self.steps_per_epoch = math.ceil(len(data.train_x) / config.batch_size)
         self.total_steps = config.epochs * self.steps_per_epoch
+        self.generator = torch.Generator().manual_seed(config.seed)  # of the order of the data
+        self.optimizer = make_optimizer(network, config.lr)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.total_steps)
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self.record()
@@ -86,21 +95,19 @@ class Training:
 
         Raises FloatingPointError naming the step at which the loss is no longer finite.
         """
-        order = torch.Generator().manual_seed(self.config.seed)
-        optimizer = make_optimizer(self.network, self.config.lr)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.total_steps)
-        for _ in range(self.config.epochs):
-            for rows in torch.randperm(len(self.data.train_x), generator=order).split(self.config.batch_size):
-                rows = rows.to(self.config.device)
-                try:
-                    loss = train_step(
-                        self.network, optimizer, self.data.train_x[rows], self.data.train_y[rows]
-                    )
-                except FloatingPointError as error:
-                    raise FloatingPointError(
-                        f"{error} at step {self.step + 1} of {self.total_steps}; a lower lr may help"
-                    ) from None
-                schedule.step()
-                self.step += 1
-                on_step(loss)
-            self.record()
+        try:
+            for _ in range(self.config.epochs):
+                self._epoch(on_step)
+                self.record()
+        except FloatingPointError as error:
+            where = f"step {self.step + 1} of {self.total_steps}"
+            raise FloatingPointError(f"{error} at {where}; a smaller --lr may help") from None
+
+    def _epoch(self, on_step: Callable[[float], None]) -> None:
+        data = self.data
+        order = torch.randperm(len(data.train_x), generator=self.generator).to(self.config.device)
+        for rows in order.split(self.config.batch_size):
+            loss = train_step(self.network, self.optimizer, data.train_x[rows], data.train_y[rows])
+            self.schedule.step()
+            self.step += 1
+            on_step(loss)

@@ -7,6 +7,7 @@ inherited from the parent). On a GPU: PyTorch's own ``max_memory_allocated``.
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -21,6 +22,10 @@ from ..network import DeepResNet
 from .networks import eager_twin
 
 WARM_UP_DEPTH = 2
+
+RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
+"""glibc then hands freed memory back at once. Otherwise a step would reuse what building the network left
+over, which counts as resident already, and seem to need too little (see mallopt(3))."""
 
 
 def step_memory(network: dict[str, Any], batch: int, device: str, *, eager: bool) -> int | None:
@@ -37,7 +42,8 @@ def step_memory(network: dict[str, Any], batch: int, device: str, *, eager: bool
         return None
     request = json.dumps({"network": network, "batch": batch, "device": device, "eager": eager})
     command = [sys.executable, "-m", "odeblock.experiments.memory", request]
-    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    environment = {**os.environ, **RETURN_FREED_MEMORY}
+    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout
     return int(json.loads(answer))
 
 
