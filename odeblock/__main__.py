@@ -34,7 +34,9 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code. Wrong options end the process with code 2."""
-    parser = _Parser(prog="python -m odeblock", description="Very deep residual networks.", allow_abbrev=False)
+    parser = _Parser(
+        prog="python -m odeblock", description="Very deep residual networks.", allow_abbrev=False
+    )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for add in (_add_info, _add_train):
         add(commands)
@@ -123,7 +125,9 @@ def _train(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()
     except OSError as error:
-        parser.error(f"argument --output: expected a folder to write to, got {str(output)!r} ({error.strerror})")
+        parser.error(
+            f"argument --output: expected a folder to write to, got {str(output)!r} ({error.strerror})"
+        )
     config = replace(TrainConfig(), **(QUICK if arguments.quick else {}))
     names = {field.name for field in fields(TrainConfig)}
     given = {key: value for key, value in vars(arguments).items() if key in names and value is not None}

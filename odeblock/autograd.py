@@ -27,7 +27,7 @@ class DeepResidual(torch.autograd.Function):
     """y = h_L for h [B, q], with the states saved that ``save_every`` and ``save_final`` ask for."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         h: Tensor,
         V: Tensor,
         W: Tensor,
@@ -38,9 +38,7 @@ class DeepResidual(torch.autograd.Function):
         save_every: int,
         save_final: bool,
     ) -> tuple[Tensor, Tensor]:
-        y, states = ops.forward(
-            h, V, W, hidden_bias, output_bias, activation, scale, save_every, save_final
-        )
+        y, states = ops.forward(h, V, W, hidden_bias, output_bias, activation, scale, save_every, save_final)
         return y, states
 
     @staticmethod
@@ -77,18 +75,15 @@ class DeepResidual(torch.autograd.Function):
         return (*needed, None, None, None, None)
 
 
-def _differentiable_gradients(ctx: Any, grad: Tensor, inputs: list[Tensor | None]) -> list[Tensor | None]:
+def _differentiable_gradients(ctx: Any, grad: Tensor, inputs: list[Any]) -> list[Tensor | None]:
     """Under ``create_graph=True``: gradients that can be differentiated again, through the reference.
 
     It runs the block again and stores every state, whatever the strategy.
     """
-    y = reference.deep_residual(*inputs, activation=ctx.activation, scale=ctx.scale)  # type: ignore[arg-type]
-    wanted = [i for i in range(len(inputs)) if ctx.needs_input_grad[i]]
-    found = torch.autograd.grad(y, [inputs[i] for i in wanted], grad, create_graph=True)  # type: ignore[misc]
-    gradients: list[Tensor | None] = [None] * len(inputs)
-    for i, gradient in zip(wanted, found, strict=True):
-        gradients[i] = gradient
-    return gradients
+    y = reference.deep_residual(*inputs, activation=ctx.activation, scale=ctx.scale)
+    wanted = [tensor for tensor, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    return [next(found) if need else None for need in ctx.needs_input_grad[: len(inputs)]]
 
 
 def _warn_of_drift(report: Tensor, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""What was built and what will run here: ``odeblock.build_info()``, printed by ``python -m odeblock info``."""
+"""``odeblock.build_info()``: what was built and what runs here, printed by ``python -m odeblock info``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,18 @@ from typing import Any
 import torch
 
 from . import ops
+
+
+_NO_CORE: dict[str, Any] = {
+    "compiler": None,
+    "openmp": False,
+    "cuda_version": None,
+    "cuda_architectures": [],
+    "cpu_builds": [],
+    "cpu_features": None,
+    "cuda_devices": 0,
+    "cuda_error": None,
+}
 
 
 def build_info() -> dict[str, Any]:
@@ -24,23 +36,12 @@ def build_info() -> dict[str, Any]:
         torch, threads: PyTorch's version, and the number of threads a call uses now.
         paths: which code serves a block, by device and dtype.
     """
-    native: dict[str, Any] = {
-        "compiler": None,
-        "openmp": False,
-        "cuda_version": None,
-        "cuda_architectures": [],
-        "cpu_builds": [],
-        "cpu_features": None,
-        "cuda_devices": 0,
-        "cuda_error": None,
-    }
-    if ops._core is not None:
-        native.update(ops._core.build_info())
-    cpu = "native core" if ops._core is not None else "PyTorch reference (no native core in this build)"
+    native = ops.core_build_info()
+    cpu = "native core" if native else "PyTorch reference (no native core in this build)"
     return {
         "version": version("odeblock"),
-        "native": ops._core is not None,
-        **native,
+        "native": native is not None,
+        **(native or _NO_CORE),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "paths": {

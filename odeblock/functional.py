@@ -59,7 +59,9 @@ def deep_residual(
     tensors = (rows, V, W, hidden_bias, output_bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         save_every, save_final = saved_states(backward, V.shape[0])
-        y, _ = DeepResidual.apply(*tensors, activation, scale, save_every, save_final)
+        y, _ = DeepResidual.apply(  # type: ignore[no-untyped-call]
+            *tensors, activation, scale, save_every, save_final
+        )
     else:
         y, _ = ops.forward(*tensors, activation, scale, 0, False)
     result: Tensor = y.view(h.shape)

@@ -7,6 +7,8 @@ The low-level ``torch.library`` interface is used because its calls cost a few m
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -36,12 +38,18 @@ _library.define(
 REPORT_SIZE = 3  # estimate, drift, evaluations per step: see reference.backward
 
 
+def core_build_info() -> dict[str, Any] | None:
+    """How the native core was built and what it finds here; None where there is none."""
+    return None if _core is None else _core.build_info()
+
+
 def runs_natively(tensor: Tensor) -> bool:
     """Whether a block of this device and dtype runs on the native core."""
     return _core is not None and tensor.device.type == "cpu" and tensor.dtype in _NATIVE_DTYPES
 
 
 def _pointer(tensor: Tensor | None) -> int:
+    """The tensor's address; 0, the core's null, for None and for an empty tensor."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -61,9 +69,7 @@ def _forward(
     save_final: bool,
 ) -> tuple[Tensor, Tensor]:
     if not runs_natively(h):
-        return reference.forward(
-            h, V, W, hidden_bias, output_bias, activation, scale, save_every, save_final
-        )
+        return reference.forward(h, V, W, hidden_bias, output_bias, activation, scale, save_every, save_final)
     h, V, W = h.contiguous(), V.contiguous(), W.contiguous()
     hidden_bias, output_bias = _contiguous(hidden_bias), _contiguous(output_bias)
     batch, dim = h.shape
@@ -115,11 +121,10 @@ def _backward(
     threads = torch.get_num_threads()
     sizes = (_NATIVE_DTYPES[grad.dtype], ACTIVATIONS[activation].native_id, batch, dim, hidden, depth)
     dh = torch.empty_like(grad)
-    gradients = [
+    dV, dW, dhidden, doutput = (
         torch.empty_like(p) if weight_gradients and p is not None else grad.new_empty(0)
         for p in (V, W, hidden_bias, output_bias)
-    ]
-    dV, dW, dhidden, doutput = gradients
+    )
     report = torch.zeros(REPORT_SIZE, dtype=torch.float64)
     workspace = torch.empty(_core.backward_workspace(*sizes, save_every, threads), dtype=torch.uint8)
     _core.backward(
@@ -133,7 +138,10 @@ def _backward(
         _pointer(output_bias),
         _pointer(states),
         _pointer(dh),
-        *(_pointer(g) if g.numel() else 0 for g in gradients),
+        _pointer(dV),
+        _pointer(dW),
+        _pointer(dhidden),
+        _pointer(doutput),
         _pointer(report),
         save_every,
         _pointer(workspace),
@@ -178,11 +186,10 @@ def _backward_fake(
     save_every: int,
     weight_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    gradients = [
+    dV, dW, dhidden, doutput = (
         p.new_empty(p.shape) if weight_gradients and p is not None else grad.new_empty(0)
         for p in (V, W, hidden_bias, output_bias)
-    ]
-    dV, dW, dhidden, doutput = gradients
+    )
     report = torch.empty(REPORT_SIZE, dtype=torch.float64, device="cpu")
     return grad.new_empty(grad.shape), dV, dW, dhidden, doutput, report
 

@@ -168,8 +168,8 @@ def backward(
     if not save_every:
         assert h is not None, "the adjoint needs the block's input to measure its drift"
         report = reconstruction.report(above, h.to(dtype), states[-1, :batch])
-    low = (gradient.to(V.dtype) for gradient in (dV, dW, dhidden, doutput))
-    return a.to(grad.dtype, copy=True), *low, report
+    low = V.dtype
+    return a.to(grad.dtype, copy=True), dV.to(low), dW.to(low), dhidden.to(low), doutput.to(low), report
 
 
 def _layer(bias: Tensor | None, k: int) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Checks of the arguments of ``deep_residual``: every error names the argument, what was expected, what came."""
+"""Checks of arguments: every error names the argument, what was expected and what came."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ def check_arguments(
     backward: str,
 ) -> float:
     """Refuse what cannot be computed; return the scale, 1/L unless given."""
-    for name, tensor in (("h", h), ("V", V), ("W", W)):
-        _check_tensor(name, tensor)
+    _check_tensor("h", h)
+    _check_tensor("V", V)
+    _check_tensor("W", W)
     if V.dim() != 3 or V.shape[0] < 1:
         raise ValueError(f"V: expected shape [L, q, m] with L >= 1, got {list(V.shape)}")
     depth, dim, hidden = V.shape
@@ -73,7 +74,7 @@ def check_strategy(backward: Any) -> str:
     return backward
 
 
-def check_size(name: str, value: Any) -> int:
+def check_size(name: str, value: int) -> int:
     """A whole number >= 1."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int >= 1, got {type(value).__name__}")
@@ -94,6 +95,5 @@ def _check_tensor(name: str, value: Any) -> None:
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], letters: str, V: Tensor) -> None:
     if tuple(tensor.shape) != shape:
-        raise ValueError(
-            f"{name}: expected shape {letters} = {list(shape)} (from V {list(V.shape)}), got {list(tensor.shape)}"
-        )
+        expected = f"{letters} = {list(shape)} (from V {list(V.shape)})"
+        raise ValueError(f"{name}: expected shape {expected}, got {list(tensor.shape)}")

@@ -36,7 +36,8 @@ def main() -> None:
     headers = [
         str(path.relative_to(ROOT))
         for path in (ROOT / "csrc").rglob("*")
-        if path.is_file() and any(f"{name}/" in path.read_text() for name in ("#include <torch", "#include <ATen"))
+        if path.is_file()
+        and any(f"{name}/" in path.read_text() for name in ("#include <torch", "#include <ATen"))
     ]
     assert not headers, f"the native core includes PyTorch: {headers}"
 

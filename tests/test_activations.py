@@ -15,7 +15,9 @@ from odeblock.activations import ACTIVATIONS
 from odeblock.functional import deep_residual
 
 DTYPES = (torch.float32, torch.float64)
-GRID = torch.cat([torch.linspace(-30, 30, 2001), torch.linspace(-2, 2, 2001), torch.linspace(-1e-3, 1e-3, 201)])
+GRID = torch.cat(
+    [torch.linspace(-30, 30, 2001), torch.linspace(-2, 2, 2001), torch.linspace(-1e-3, 1e-3, 201)]
+)
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 
 

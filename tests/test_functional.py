@@ -32,13 +32,25 @@ REFUSED = [
     ({"V": torch.randn(0, 4, 5)}, ValueError, r"V: .*L >= 1.*got \[0, 4, 5\]"),
     ({"V": torch.randn(6, 4, 0)}, ValueError, r"V: .*q, m >= 1"),
     ({"V": None}, TypeError, "V: expected a torch.Tensor, got NoneType"),
-    ({"W": torch.randn(6, 4, 5)}, ValueError, r"W: expected shape \[L, m, q\] = \[6, 5, 4\].*got \[6, 4, 5\]"),
+    (
+        {"W": torch.randn(6, 4, 5)},
+        ValueError,
+        r"W: expected shape \[L, m, q\] = \[6, 5, 4\].*got \[6, 4, 5\]",
+    ),
     ({"W": torch.randn(5, 5, 4)}, ValueError, r"W: .*got \[5, 5, 4\]"),
-    ({"W": torch.randn(6, 5, 4).double()}, TypeError, "W: expected the dtype of h, torch.float32; got torch.float64"),
+    (
+        {"W": torch.randn(6, 5, 4).double()},
+        TypeError,
+        "W: expected the dtype of h, torch.float32; got torch.float64",
+    ),
     ({"W": torch.randn(6, 5, 4, device="meta")}, ValueError, "W: expected the device of h, cpu; got meta"),
     ({"hidden_bias": torch.randn(6, 4)}, ValueError, r"hidden_bias: expected shape \[L, m\] = \[6, 5\]"),
     ({"hidden_bias": 1.0}, TypeError, "hidden_bias: expected a torch.Tensor, got float"),
-    ({"output_bias": torch.randn(4)}, ValueError, r"output_bias: expected shape \[L, q\] = \[6, 4\].*got \[4\]"),
+    (
+        {"output_bias": torch.randn(4)},
+        ValueError,
+        r"output_bias: expected shape \[L, q\] = \[6, 4\].*got \[4\]",
+    ),
     ({"output_bias": torch.randn(6, 4).half()}, TypeError, "output_bias: expected the dtype of h"),
     ({"activation": "swish"}, ValueError, "activation: expected one of identity, relu,.*got 'swish'"),
     ({"activation": torch.tanh}, TypeError, "activation: expected a name"),
@@ -145,9 +157,7 @@ def test_the_reference_is_the_loop_of_modules_it_stands_for(name: str, bias: boo
 
 def test_the_scale_is_one_over_the_depth_by_default() -> None:
     tensors = arguments()
-    assert torch.equal(
-        functional.deep_residual(**tensors), functional.deep_residual(**tensors, scale=1 / 6)
-    )
+    assert torch.equal(functional.deep_residual(**tensors), functional.deep_residual(**tensors, scale=1 / 6))
 
 
 def test_auto_keeps_at_most_the_square_root_of_the_depth() -> None:

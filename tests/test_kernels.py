@@ -93,8 +93,16 @@ def test_the_baseline_instruction_set(request: pytest.FixtureRequest) -> None:
     if build_info()["cpu_features"] == "baseline":
         return  # it is what the other tests of this file have just run
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-        + ["-k", "activations or shapes or biases or tiles"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            __file__,
+            "-k",
+            "activations or shapes or biases or tiles",
+        ],
         env={**os.environ, "ODEBLOCK_CPU": "baseline"},
         cwd=Path(request.config.rootpath),
         capture_output=True,

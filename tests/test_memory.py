@@ -5,8 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
-# Bytes of the process's peak (VmHWM: ru_maxrss would be inherited from the parent) during one step, beyond what
-# it held before, parameters and their gradients.
+# The process's peak in bytes during one step (VmHWM: ru_maxrss would be inherited from the parent), beyond
+# what it held before, parameters and their gradients.
 PROGRAM = """
 import re, sys
 import torch

@@ -6,9 +6,10 @@ inherited from the parent). On a GPU: PyTorch's own ``max_memory_allocated``.
 
 from __future__ import annotations
 
+import ctypes
 import json
-import os
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -23,9 +24,7 @@ from .networks import eager_twin
 
 WARM_UP_DEPTH = 2
 
-RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
-"""glibc then hands freed memory back at once. Otherwise a step would reuse what building the network left
-over, which counts as resident already, and seem to need too little (see mallopt(3))."""
+REPEATS = 3  # the kernel counts resident pages in batches per core: a single reading is off by some of them
 
 
 def step_memory(network: dict[str, Any], batch: int, device: str, *, eager: bool) -> int | None:
@@ -42,8 +41,7 @@ def step_memory(network: dict[str, Any], batch: int, device: str, *, eager: bool
         return None
     request = json.dumps({"network": network, "batch": batch, "device": device, "eager": eager})
     command = [sys.executable, "-m", "odeblock.experiments.memory", request]
-    environment = {**os.environ, **RETURN_FREED_MEMORY}
-    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout
+    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     return int(json.loads(answer))
 
 
@@ -59,15 +57,21 @@ def _measure_here(network: dict[str, Any], batch: int, device: str, eager: bool)
     x = torch.randn(batch, network["in_features"], device=device)
     y = torch.randint(network["out_features"], (batch,), device=device)
     step(build(WARM_UP_DEPTH), x, y)  # libraries and threads are there before the measurement
-    before = _reset_peak(device)
-    step(model, x, y)
-    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-    return max(0, _peak(device) - before - gradients)
+    added = []
+    for _ in range(REPEATS):
+        model.zero_grad()
+        before = _reset_peak(device)
+        step(model, x, y)
+        gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+        added.append(_peak(device) - before - gradients)
+    return max(0, int(statistics.median(added)))
 
 
 def _reset_peak(device: str) -> int:
     """Forget the peak so far; returns the bytes in use now."""
     if device == "cpu":
+        # What malloc keeps of freed memory is resident already, so that a step reusing it would seem free.
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS, see proc(5)
         return _status("VmRSS")
     torch.cuda.reset_peak_memory_stats(device)

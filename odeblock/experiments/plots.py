@@ -9,7 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 TITLES = {"smooth": "smooth initialisation", "iid": "i.i.d. initialisation"}
-COLOURS = {"V": "#0072B2", "W": "#D55E00"}  # blue and vermilion of Okabe & Ito: told apart by the colour-blind
+COLOURS = {
+    "V": "#0072B2",
+    "W": "#D55E00",
+}  # blue and vermilion of Okabe & Ito: told apart by the colour-blind
 FONT = 11
 
 

@@ -137,7 +137,9 @@ class Experiment:
     def _coefficients(self, network: DeepResNet) -> dict[str, list[float]]:
         """The chosen coefficient of V and of W, from layer 1 to L."""
         block = network.block
-        return {name: getattr(block, name).detach()[:, i, j].tolist() for name, (i, j) in self.indices.items()}
+        return {
+            name: getattr(block, name).detach()[:, i, j].tolist() for name, (i, j) in self.indices.items()
+        }
 
     def summary(self) -> dict[str, Any]:
         """For each network that was reached: history, the two coefficients along depth, and costs."""
