@@ -9,7 +9,6 @@ import torch
 
 from . import ops
 
-
 _NO_CORE: dict[str, Any] = {
     "compiler": None,
     "openmp": False,

@@ -7,6 +7,7 @@ The low-level ``torch.library`` interface is used because its calls cost a few m
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -18,8 +19,13 @@ from .reference import states_shape
 
 try:
     from . import _core
-except ImportError:  # built without the native core: the reference serves every call
+except ImportError as error:
     _core = None  # type: ignore[assignment]
+    warnings.warn(
+        f"odeblock runs without its native core, on slower PyTorch operators: {error}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 _NATIVE_DTYPES = {torch.float32: 0, torch.float64: 1}
 

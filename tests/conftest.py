@@ -1,5 +1,6 @@
-"""Shared set-up: the tests run against the installed package, and without nondeterminism of their own."""
+"""Shared set-up: the tests run against the installed package, from a fixed seed."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 _root = Path(__file__).resolve().parents[1]
 if not any((_root / "odeblock").glob("_core*.so")):
     sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != _root]
+
+# Idle OpenMP threads sleep rather than spin: tests and their subprocesses share few cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch  # noqa: E402
 

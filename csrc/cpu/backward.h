@@ -12,6 +12,7 @@
 // was saved), or, for the adjoint (K = 0), from the reconstruction below.
 #pragma once
 
+#include "barrier.h"
 #include "forward.h"
 #include "reconstruction.h"
 
@@ -97,8 +98,13 @@ size_t backward_workspace(const Problem& p) {
 template <class T>
 class Backward {
  public:
-  Backward(const BackwardProblem& problem, int thread, int threads)
-      : p(problem), t(thread), n(threads), scale(static_cast<T>(problem.scale)), block(p.dim * kLanes<T>) {
+  Backward(const BackwardProblem& problem, Barrier& meeting, int thread, int threads)
+      : p(problem),
+        barrier(meeting),
+        t(thread),
+        n(threads),
+        scale(static_cast<T>(problem.scale)),
+        block(p.dim * kLanes<T>) {
     sigma = with_activation(p.activation, [](auto a) -> Activate<T> { return activate<T, decltype(a)>; });
     sigma_backward =
         with_activation(p.activation, [](auto a) -> ActivateBackward<T> { return activate_backward<T, decltype(a)>; });
@@ -111,9 +117,7 @@ class Backward {
     const int64_t all = block_count<T>(p.batch), size = backward_tile_blocks<T>(p);
     for (first = 0; first < all; first += size) {
       // Threads own other rows of the last, smaller tile, and the panels of its first layer may be in use.
-      if (first > 0) {
-#pragma omp barrier
-      }
+      if (first > 0) barrier.wait(n);
       count = first + size < all ? size : all - first;
       mine = part(count, t, n);
       T* a = tile.a + mine.begin * block;
@@ -203,7 +207,7 @@ class Backward {
   // This thread's share of the sums over the rows of the tile.
   void weight_gradients(int64_t k) {
     if (!p.dV) return;
-#pragma omp barrier
+    barrier.wait(n);
     const Panels<T>& panels = tile.panels[k % 2];
     const bool accumulate = first > 0;
     const auto at = [k](void* array, int64_t size) { return static_cast<T*>(array) + k * size; };
@@ -221,7 +225,7 @@ class Backward {
 
   void merge_reports() {
     tile.reports[t] = report;
-#pragma omp barrier
+    barrier.wait(n);
     if (t != 0) return;
     for (int i = 1; i < n; i++) report.merge(tile.reports[i]);
     p.report[0] = report.change;
@@ -230,6 +234,7 @@ class Backward {
   }
 
   const BackwardProblem& p;
+  Barrier& barrier;
   const int t, n;  // this thread, of how many
   const T scale;
   const int64_t block;  // elements of a block of states
@@ -258,8 +263,9 @@ void backward(const BackwardProblem& p) {
     return;
   }
   const int threads = backward_threads<T>(p);
+  Barrier barrier;
 #pragma omp parallel num_threads(threads) if (threads > 1)
-  Backward<T>(p, omp_get_thread_num(), omp_get_num_threads()).run();
+  Backward<T>(p, barrier, omp_get_thread_num(), omp_get_num_threads()).run();
 }
 
 }  // namespace

@@ -2,7 +2,12 @@
 // in cache. Threads take ranges of rows and never meet.
 #pragma once
 
+#ifdef _OPENMP
 #include <omp.h>
+#else  // one thread
+static inline int omp_get_thread_num() { return 0; }
+static inline int omp_get_num_threads() { return 1; }
+#endif
 
 #include "tiles.h"
 

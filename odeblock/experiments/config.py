@@ -22,7 +22,7 @@ class TrainConfig:
     hidden_dim: int | None = None
     epochs: int = 30
     batch_size: int = 64
-    lr: float = 0.02
+    lr: float = 0.05
     seed: int = 0
     device: str = "cpu"
     activation: str = "gelu"

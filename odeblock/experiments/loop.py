@@ -39,7 +39,7 @@ def train_step(network: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, 
     optimizer.zero_grad()
     loss: Tensor = F.cross_entropy(network(x), y)
     value = finite(loss)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     optimizer.step()
     return value
 
@@ -93,15 +93,19 @@ class Training:
     def run(self, on_step: Callable[[float], None]) -> None:
         """Train to the end, calling ``on_step(loss)`` after every step.
 
-        Raises FloatingPointError naming the step at which the loss is no longer finite.
+        Raises FloatingPointError naming the step after which the loss is no longer finite. On
+        KeyboardInterrupt the weights that were reached are recorded before it goes on.
         """
         try:
             for _ in range(self.config.epochs):
                 self._epoch(on_step)
                 self.record()
         except FloatingPointError as error:
-            where = f"step {self.step + 1} of {self.total_steps}"
-            raise FloatingPointError(f"{error} at {where}; a smaller --lr may help") from None
+            where = f"after step {self.step} of {self.total_steps}"
+            raise FloatingPointError(f"{error} {where}; a smaller --lr may help") from None
+        except KeyboardInterrupt:
+            self.record()
+            raise
 
     def _epoch(self, on_step: Callable[[float], None]) -> None:
         data = self.data

@@ -11,7 +11,8 @@ from .. import reference
 from ..block import DeepResBlock
 from ..network import DeepResNet
 from .config import TrainConfig
-from .digits import CLASSES, FEATURES
+
+FEATURES, CLASSES = 64, 10  # of the digits: pixels and labels
 
 
 def network_arguments(config: TrainConfig, init: str) -> dict[str, Any]:

@@ -35,7 +35,7 @@ PACKAGES = ("odeblock", "torch", "numpy", "scikit-learn", "matplotlib", "rich")
 
 
 def train(config: TrainConfig, output: Path) -> int:
-    """Run the experiment and write results.json, coefficients.png and two checkpoints to the folder ``output``.
+    """Run the experiment; write results.json, coefficients.png and two checkpoints to the folder ``output``.
 
     Returns the exit code: 0; 130 after Ctrl-C; 1 when a loss was no longer finite. What was reached is saved
     and reported in every case.
@@ -112,9 +112,6 @@ class Experiment:
         task = progress.add_task(INITS[init], total=training.total_steps, note="")
         try:
             training.run(lambda loss: progress.update(task, advance=1, note=f"loss {loss:.4f}"))
-        except KeyboardInterrupt:
-            training.record()
-            raise
         except FloatingPointError as error:
             del self.runs[init]  # nothing of it is worth keeping
             raise FloatingPointError(f"{INITS[init]} network: {error}") from None
