@@ -52,7 +52,7 @@ def deep_residual(
             unknown activation or strategy.
 
     Source: Marion, Wu, Sander & Biau, "Implicit regularization of deep residual networks towards neural
-    ODEs", ICLR 2024, equation (2).
+    ODEs", ICLR 2024, arXiv 2309.01213.
     """
     scale = check_arguments(h, V, W, hidden_bias, output_bias, activation, scale, backward)
     rows = h.reshape(-1, h.shape[-1])

@@ -61,7 +61,7 @@ def smooth_(
     """Independent Gaussian processes in depth with kernel exp(-(s - s')² / 2ℓ²), ℓ = ``length_scale``.
 
     V_k = 𝒱(k/L), W_k = 𝒲(k/L) for smooth random functions 𝒱, 𝒲: the setting in which the network
-    discretises a neural ODE (Marion, Wu, Sander & Biau, ICLR 2024, section 3).
+    discretises a neural ODE (Marion, Wu, Sander & Biau, ICLR 2024).
     """
     if not (math.isfinite(length_scale) and length_scale > 0):
         raise ValueError(f"length_scale: expected a finite number > 0, got {length_scale!r}")

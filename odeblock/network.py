@@ -12,7 +12,7 @@ from .validation import check_size
 class DeepResNet(nn.Module):
     """F(x) = B h_L with h_0 = A x: a linear map in, a ``DeepResBlock``, a linear map out.
 
-    Marion, Wu, Sander & Biau, ICLR 2024, equation (2).
+    The network of Marion, Wu, Sander & Biau, ICLR 2024 (arXiv 2309.01213).
 
     Arguments:
         in_features: size of x.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from sklearn.datasets import load_digits as load_bunch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -37,7 +38,7 @@ def load_digits(device: str = "cpu") -> Digits:
     mean = train_x.mean(axis=0)
     deviation = (train_x - mean).std()
 
-    def tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+    def tensor(array: NDArray[np.float64], dtype: torch.dtype) -> Tensor:
         return torch.as_tensor(array, dtype=dtype, device=device)
 
     return Digits(
