@@ -162,7 +162,9 @@ def _device(text: str) -> str:
         raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
     count = torch.cuda.device_count()
     if text != "cpu" and int(text.partition(":")[2] or 0) >= count:
-        raise argparse.ArgumentTypeError(f"got {text!r}, but PyTorch sees {count} GPUs here; use cpu")
+        raise argparse.ArgumentTypeError(
+            f"expected cpu or one of the {count} GPUs that PyTorch sees here, got {text!r}"
+        )
     return text
 
 
