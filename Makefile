@@ -20,8 +20,9 @@ test: check $(VENV)/.built  ## lint, types and tests; minutes
 test-long: $(VENV)/.built  ## what is too long for every push
 	$(BIN)/pytest -m "long or not long"
 
-check: lint $(VENV)/.built
+check: lint $(VENV)/.built  ## lint and types, seconds
 	$(BIN)/mypy
+	$(BIN)/stubtest odeblock._core --ignore-missing-stub
 
 lint: $(VENV)/.dependencies
 	$(BIN)/ruff check .
@@ -48,5 +49,5 @@ $(VENV)/.dependencies: requirements-dev.txt
 	touch $@
 
 $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	ODEBLOCK_NATIVE=ON $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@

@@ -16,11 +16,16 @@ struct CpuKernels {
 };
 
 extern const CpuKernels cpu_kernels_baseline;
-#ifdef ODEBLOCK_WITH_AVX2
+#ifdef ODEBLOCK_X86
 extern const CpuKernels cpu_kernels_avx2;
+extern const CpuKernels cpu_kernels_avx512;
 #endif
 
-// The best build that this processor runs; ODEBLOCK_CPU=baseline|avx2 in the environment overrides the choice.
+// The builds in this binary that this processor runs, best last; returns their number.
+constexpr int kMaxCpuBuilds = 3;
+int cpu_builds(const CpuKernels* (&builds)[kMaxCpuBuilds]);
+
+// The best of them, or the one that ODEBLOCK_CPU in the environment names; chosen once.
 const CpuKernels& cpu_kernels();
 
 #ifdef ODEBLOCK_WITH_CUDA

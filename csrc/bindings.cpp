@@ -95,22 +95,23 @@ void backward(int dtype, int activation, int64_t batch, int64_t dim, int64_t hid
   odeblock::cpu_kernels().backward(p);
 }
 
+#ifdef ODEBLOCK_WITH_CUDA
 std::vector<std::string> split(const std::string& list) {
   std::vector<std::string> items;
   std::stringstream stream(list);
   for (std::string item; std::getline(stream, item, ',');) items.push_back(item);
   return items;
 }
+#endif
 
 py::dict build_info() {
   py::dict info;
   info["compiler"] = ODEBLOCK_COMPILER;
   info["openmp"] = static_cast<bool>(ODEBLOCK_WITH_OPENMP);
-  std::vector<std::string> builds = {odeblock::cpu_kernels_baseline.name};
-#ifdef ODEBLOCK_WITH_AVX2
-  builds.push_back(odeblock::cpu_kernels_avx2.name);
-#endif
-  info["cpu_builds"] = builds;
+  const odeblock::CpuKernels* builds[odeblock::kMaxCpuBuilds];
+  std::vector<std::string> names;
+  for (int i = 0, count = odeblock::cpu_builds(builds); i < count; i++) names.push_back(builds[i]->name);
+  info["cpu_builds"] = names;
   info["cpu_features"] = odeblock::cpu_kernels().name;
 #ifdef ODEBLOCK_WITH_CUDA
   const odeblock::CudaDevices devices = odeblock::cuda_devices();

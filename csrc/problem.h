@@ -2,7 +2,7 @@
 //
 //   h_{k+1} = h_k + scale (V_k sigma(W_k h_k + hidden_bias_k) + output_bias_k),   k = 0 .. L-1
 //
-// Every array is dense and row-major, of the type `dtype`, and belongs to the caller.
+// Every array is dense and row-major, of the type `dtype` unless it says otherwise, and belongs to the caller.
 #pragma once
 
 #include <cstddef>
@@ -16,7 +16,9 @@
 
 namespace odeblock {
 
-enum class Dtype : int { float32 = 0, float64 = 1 };
+// What rows, weights and gradients are stored in. The 16-bit types are computed in float: states h_k and the
+// adjoint never round to them, sums are taken in float.
+enum class Dtype : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
 
 // Saved states hold the batch rounded up to this many rows, so that whole vectors of any instruction set fit.
 constexpr int64_t kRowPadding = 16;
@@ -31,7 +33,8 @@ struct Problem {
   double scale;
 
   // The forward saves h_0, h_K, h_2K, .. below L for K = save_every > 0, and none of them for K = 0.
-  // Saved states are [n, rows / W, q, W]: blocks of W rows, one vector wide, feature by feature.
+  // Saved states are [n, rows / W, q, W]: blocks of W rows, one vector wide, feature by feature; float for the
+  // 16-bit types.
   int64_t save_every;
 
   const void* V;            // [L, q, m]  read
@@ -46,13 +49,13 @@ struct ForwardProblem : Problem {
   bool save_final;  // whether h_L is saved, behind the others
   const void* h;    // [B, q]  read
   void* y;          // [B, q]  written
-  void* states;     // [n, B padded, q]  written
+  void* states;     // [n, B padded, q]  written, as computed
 };
 
 struct BackwardProblem : Problem {
   const void* grad;    // [B, q]  read: d loss / d y
   const void* h;       // [B, q]  read by the adjoint (save_every = 0) to measure its drift; else null
-  const void* states;  // [n, B padded, q]  read; for the adjoint h_L alone
+  const void* states;  // [n, B padded, q]  read, as computed; for the adjoint h_L alone
   void* dh;            // [B, q]     written
   void* dV;            // [L, q, m]  written; null, with the three below, where no weight needs a gradient
   void* dW;            // [L, m, q]  written, or null

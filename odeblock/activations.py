@@ -1,4 +1,4 @@
-"""The one table of activations: name, PyTorch function, its backward, and the id the native core uses.
+"""The one table of activations: name, PyTorch function, its backward and module, and the native core's id.
 
 ``csrc/activations.h`` holds the same table for C++ and CUDA; ``tests/test_activations.py`` compares the two.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 _aten = torch.ops.aten
 
@@ -23,33 +23,37 @@ class Activation:
 
     name: what users write. native_id: what ``csrc/activations.h`` calls it.
     function: z -> sigma(z). backward: (u, z, s) -> u * sigma'(z), given s = sigma(z).
+    module: makes the ``torch.nn`` module of the same function.
     """
 
     name: str
     native_id: int
     function: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor, Tensor], Tensor]
+    module: Callable[[], nn.Module]
 
 
 _TABLE = (
-    Activation("identity", 0, lambda z: z, lambda u, z, s: u),
-    Activation("relu", 1, F.relu, lambda u, z, s: _aten.threshold_backward(u, z, 0)),
+    Activation("identity", 0, lambda z: z, lambda u, z, s: u, nn.Identity),
+    Activation("relu", 1, F.relu, lambda u, z, s: _aten.threshold_backward(u, z, 0), nn.ReLU),
     Activation(
         "leaky_relu",
         2,
         lambda z: F.leaky_relu(z, LEAKY_SLOPE),
         lambda u, z, s: _aten.leaky_relu_backward(u, z, LEAKY_SLOPE, False),
+        lambda: nn.LeakyReLU(LEAKY_SLOPE),
     ),
-    Activation("tanh", 3, torch.tanh, lambda u, z, s: _aten.tanh_backward(u, s)),
-    Activation("sigmoid", 4, torch.sigmoid, lambda u, z, s: _aten.sigmoid_backward(u, s)),
-    Activation("softplus", 5, F.softplus, lambda u, z, s: _aten.softplus_backward(u, z, 1, 20)),
-    Activation("silu", 6, F.silu, lambda u, z, s: _aten.silu_backward(u, z)),
-    Activation("gelu", 7, F.gelu, lambda u, z, s: _aten.gelu_backward(u, z)),
+    Activation("tanh", 3, torch.tanh, lambda u, z, s: _aten.tanh_backward(u, s), nn.Tanh),
+    Activation("sigmoid", 4, torch.sigmoid, lambda u, z, s: _aten.sigmoid_backward(u, s), nn.Sigmoid),
+    Activation("softplus", 5, F.softplus, lambda u, z, s: _aten.softplus_backward(u, z, 1, 20), nn.Softplus),
+    Activation("silu", 6, F.silu, lambda u, z, s: _aten.silu_backward(u, z), nn.SiLU),
+    Activation("gelu", 7, F.gelu, lambda u, z, s: _aten.gelu_backward(u, z), nn.GELU),
     Activation(
         "gelu_tanh",
         8,
         lambda z: F.gelu(z, approximate="tanh"),
         lambda u, z, s: _aten.gelu_backward(u, z, approximate="tanh"),
+        lambda: nn.GELU(approximate="tanh"),
     ),
 )
 

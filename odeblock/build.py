@@ -27,10 +27,10 @@ def build_info() -> dict[str, Any]:
     Returns a dict with the keys
         version: of odeblock.
         native: whether the native core is present.
-        compiler, openmp, cuda_version, cuda_architectures, cpu_builds: how it was built; ``cuda_version``
-            is None and ``cuda_architectures`` empty for a build without CUDA; ``cpu_builds`` lists the
-            instruction sets that are in the binary.
-        cpu_features: the instruction set that runs here.
+        compiler, openmp, cuda_version, cuda_architectures: how it was built; ``cuda_version``
+            is None and ``cuda_architectures`` empty for a build without CUDA.
+        cpu_builds: the instruction sets that are in the binary and that this processor runs.
+        cpu_features: the one of them that is used: the last, or what ``ODEBLOCK_CPU`` (environment) names.
         cuda_devices: number of GPUs that the core's CUDA runtime sees; ``cuda_error``: its message, if any.
         torch, threads: PyTorch's version, and the number of threads a call uses now.
         paths: which code serves a block, by device and dtype.
@@ -44,8 +44,7 @@ def build_info() -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "paths": {
-            "cpu float32, float64": cpu,
-            "cpu bfloat16, float16": "PyTorch reference",
+            "cpu": cpu,
             "cuda, other devices": "PyTorch reference",
         },
     }

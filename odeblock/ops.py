@@ -1,12 +1,13 @@
 """The custom ops ``odeblock::deep_residual`` and its backward: schemas, fake versions, kernels.
 
-The only file that calls the native core. float32 and float64 tensors on the CPU go to it; everything else
-(other dtypes, other devices, a build without the core) runs the same op in plain PyTorch (``reference``).
+The only file that calls the native core. Tensors on the CPU go to it; everything else (other devices, a
+build without the core) runs the same op in plain PyTorch (``reference``).
 The low-level ``torch.library`` interface is used because its calls cost a few microseconds.
 """
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import Any
 
@@ -15,19 +16,31 @@ from torch import Tensor
 
 from . import reference
 from .activations import ACTIVATIONS
-from .reference import states_shape
+from .reference import state_dtype, states_shape
 
 try:
     from . import _core
 except ImportError as error:
     _core = None  # type: ignore[assignment]
+    _reason = (
+        "it was installed where no C++ compiler was found; with GCC or Clang at hand, install it again"
+        if isinstance(error, ModuleNotFoundError)
+        else f"it cannot be loaded: {error}"
+    )
     warnings.warn(
-        f"odeblock runs without its native core, on slower PyTorch operators: {error}",
+        f"odeblock runs without its native core, correctly but on slower PyTorch operators: {_reason}",
         RuntimeWarning,
         stacklevel=2,
     )
+else:
+    _wanted, _builds = os.environ.get("ODEBLOCK_CPU"), _core.build_info()["cpu_builds"]
+    if _wanted and _wanted not in _builds:
+        raise ImportError(
+            f"ODEBLOCK_CPU: expected one of {', '.join(_builds)} (what this build of odeblock has and this "
+            f"processor runs), got {_wanted!r}; unset it to get the best of them"
+        )
 
-_NATIVE_DTYPES = {torch.float32: 0, torch.float64: 1}
+_NATIVE_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 _library = torch.library.Library("odeblock", "DEF")
 _library.define(
@@ -83,7 +96,7 @@ def _forward(
     threads = torch.get_num_threads()
     sizes = (_NATIVE_DTYPES[h.dtype], ACTIVATIONS[activation].native_id, batch, dim, hidden, depth)
     y = torch.empty_like(h)
-    states = h.new_empty(states_shape(batch, dim, depth, save_every, save_final))
+    states = h.new_empty(states_shape(batch, dim, depth, save_every, save_final), dtype=state_dtype(h.dtype))
     workspace = torch.empty(_core.forward_workspace(*sizes, threads), dtype=torch.uint8)
     _core.forward(
         *sizes,
@@ -174,7 +187,7 @@ def _forward_fake(
     save_final: bool,
 ) -> tuple[Tensor, Tensor]:
     shape = states_shape(h.shape[0], h.shape[1], V.shape[0], save_every, save_final)
-    states = h.new_empty(shape, dtype=torch.promote_types(h.dtype, torch.float32))
+    states = h.new_empty(shape, dtype=state_dtype(h.dtype))
     return h.new_empty(h.shape), states
 
 

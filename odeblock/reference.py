@@ -42,7 +42,7 @@ def deep_residual(
     """
     scale = check_arguments(h, V, W, hidden_bias, output_bias, activation, scale, backward)
     sigma = get_activation(activation)
-    state = h.to(_state_dtype(h.dtype))
+    state = h.to(state_dtype(h.dtype))
     hidden = hidden_bias.unbind(0) if hidden_bias is not None else [None] * V.shape[0]
     output = output_bias.unbind(0) if output_bias is not None else [None] * V.shape[0]
     # unbind once: indexing V[k] in the loop would make autograd accumulate a full-size gradient per step.
@@ -52,7 +52,8 @@ def deep_residual(
     return state.to(h.dtype)
 
 
-def _state_dtype(storage: torch.dtype) -> torch.dtype:
+def state_dtype(storage: torch.dtype) -> torch.dtype:
+    """States are kept in float32, and in float64 for float64."""
     return torch.promote_types(storage, torch.float32)
 
 
@@ -88,7 +89,7 @@ def forward(
     """y = h_L, and the states that the backward strategy asked for (see ``states_shape``)."""
     sigma = get_activation(activation)
     batch, depth = h.shape[0], V.shape[0]
-    state = h.to(_state_dtype(h.dtype))
+    state = h.to(state_dtype(h.dtype))
     states = state.new_zeros(states_shape(batch, h.shape[1], depth, save_every, save_final))
     for k in range(depth):
         if save_every and k % save_every == 0:
@@ -125,7 +126,7 @@ def backward(
     """
     sigma = get_activation(activation)
     batch, depth = grad.shape[0], V.shape[0]
-    dtype = _state_dtype(grad.dtype)
+    dtype = state_dtype(grad.dtype)
     a = grad.to(dtype)
     dV, dW, dhidden, doutput = (
         torch.zeros_like(p, dtype=dtype) if weight_gradients and p is not None else grad.new_empty(0)

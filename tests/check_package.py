@@ -1,11 +1,13 @@
 """Builds the package as a user's pip does, isolated and without torch, and checks what comes out.
 
-Run by `make package-check`; takes about a minute, for the build requirements are fetched by name.
+Once with a C++ compiler, once without one. Run by `make package-check`; takes about a minute, for the build
+requirements are fetched by name.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,6 +34,78 @@ def run(*command: str | Path, **environment: str) -> str:
     return result.stdout + result.stderr
 
 
+def site_packages() -> str:
+    """Where this interpreter has torch."""
+    return subprocess.check_output(
+        [sys.executable, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
+    ).strip()
+
+
+def build_and_install(folder: str, name: str, **environment: str) -> tuple[list[str], Path, float]:
+    """A wheel built in isolation by a new environment's pip: its files, the environment's python, seconds."""
+    home = Path(folder) / name
+    built = ("build", "*.egg-info", "*.so", ".*", "outputs")
+    shutil.copytree(ROOT, home / "source", ignore=shutil.ignore_patterns(*built))
+    venv.create(home / "venv", with_pip=True)
+    python = home / "venv" / "bin" / "python"
+    quiet = {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    begin = time.perf_counter()
+    run(
+        python,
+        "-m",
+        "pip",
+        "wheel",
+        home / "source",
+        "--no-deps",
+        "-w",
+        home,
+        ODEBLOCK_CUDA="OFF",
+        **environment,
+        **quiet,
+    )
+    seconds = time.perf_counter() - begin
+    (wheel,) = home.glob("odeblock-*.whl")
+    run(python, "-m", "pip", "install", "--no-deps", wheel, **quiet)
+    return zipfile.ZipFile(wheel).namelist(), python, seconds
+
+
+def try_out(python: Path, program: str, *options: str) -> str:
+    """Runs a program with the installed package and this interpreter's torch."""
+    isolated = "-P" if sys.version_info >= (3, 11) else "-E"
+    path = f"import sys; sys.path.append({site_packages()!r})\n"
+    return run(python, isolated, *options, "-c", path + program).strip()
+
+
+WITH_CORE = """
+import odeblock, torch
+block = odeblock.DeepResBlock(8, 16)
+block(torch.randn(4, 8)).sum().backward()
+info = odeblock.build_info()
+assert info["native"] and not info["cuda_architectures"], info
+assert "venv" in odeblock.__file__
+print("installed wheel works:", info["cpu_features"])
+"""
+
+WITHOUT_CORE = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import odeblock, torch
+    for strategy in ("auto", "adjoint"):
+        block = odeblock.DeepResBlock(8, 64, backward=strategy, dtype=torch.float64)
+        x = torch.randn(4, 8, dtype=torch.float64)
+        torch.testing.assert_close(block(x), odeblock.reference.deep_residual(x, block.V, block.W))
+        block(x).sum().backward()
+        assert block.V.grad.isfinite().all()
+said = [str(w.message) for w in caught if "native core" in str(w.message)]
+assert len(said) == 1 and "no C++ compiler was found" in said[0], caught
+info = odeblock.build_info()
+assert not info["native"] and "PyTorch" in info["paths"]["cpu"], info
+assert "venv" in odeblock.__file__
+print("wheel without a compiler works, and says:", said[0])
+"""
+
+
 def main() -> None:
     headers = [
         str(path.relative_to(ROOT))
@@ -42,37 +116,18 @@ def main() -> None:
     assert not headers, f"the native core includes PyTorch: {headers}"
 
     with tempfile.TemporaryDirectory() as folder:
-        environment = Path(folder) / "venv"
-        venv.create(environment, with_pip=True)
-        python = environment / "bin" / "python"
-        quiet = {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-        begin = time.perf_counter()
-        run(python, "-m", "pip", "wheel", ".", "--no-deps", "-w", folder, ODEBLOCK_CUDA="OFF", **quiet)
-        seconds = time.perf_counter() - begin
-        (wheel,) = Path(folder).glob("odeblock-*.whl")
-        names = zipfile.ZipFile(wheel).namelist()
+        names, python, seconds = build_and_install(folder, "native", ODEBLOCK_NATIVE="ON")
         for needed in ("odeblock/py.typed", "odeblock/_core.pyi", "odeblock/experiments/__init__.py"):
             assert needed in names, f"{needed} is missing from the wheel"
         assert any(name.startswith("odeblock/_core.") and name.endswith(".so") for name in names)
         assert not any(name.startswith(("tests/", "csrc/", "benchmarks/")) for name in names)
-        print(f"isolated CPU build without torch: {seconds:.0f} s, {wheel.stat().st_size / 1e3:.0f} kB")
+        print(f"isolated CPU build without torch: {seconds:.0f} s")
         assert seconds < LIMIT, f"the build took {seconds:.0f} s, the limit is {LIMIT:.0f} s"
+        print(try_out(python, WITH_CORE))
 
-        # Where torch is, the installed wheel runs on its native core.
-        run(python, "-m", "pip", "install", "--no-deps", wheel, **quiet)
-        site = subprocess.check_output(
-            [sys.executable, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
-        ).strip()
-        lines = run(
-            python,
-            "-P" if sys.version_info >= (3, 11) else "-E",
-            "-c",
-            f"import sys; sys.path.append({site!r}); import odeblock, torch;"
-            "block = odeblock.DeepResBlock(8, 16); block(torch.randn(4, 8)).sum().backward();"
-            "info = odeblock.build_info(); assert info['native'] and not info['cuda_architectures'], info;"
-            "assert 'venv' in odeblock.__file__; print('installed wheel works:', info['cpu_features'])",
-        )
-        print(lines.strip())
+        names, python, _ = build_and_install(folder, "plain", CXX="/nonexistent/c++")
+        assert not any(name.endswith(".so") for name in names)
+        print(try_out(python, WITHOUT_CORE))
 
 
 if __name__ == "__main__":

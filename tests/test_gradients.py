@@ -9,7 +9,7 @@ import torch
 from oracle import NAMES, make_case, run
 from torch import Tensor
 
-from odeblock import DeepResBlock, DriftWarning, reference
+from odeblock import DeepResBlock, DriftWarning, ops, reference
 from odeblock.activations import ACTIVATIONS
 from odeblock.functional import deep_residual
 
@@ -45,9 +45,12 @@ def test_gradcheck_of_the_reference_ops(activation: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("strategy", ["auto", "store", "checkpoint", "adjoint"])
-def test_half_precision_keeps_a_float32_state(dtype: torch.dtype, strategy: str) -> None:
-    """Served by the reference: gradients within a few roundings of the storage dtype at depth 200."""
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_half_precision_on_the_reference(
+    dtype: torch.dtype, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Float32 states: gradients within a few roundings of the storage dtype at depth 200."""
+    monkeypatch.setattr(ops, "_core", None)
     case = make_case(9, 16, 12, 200, activation="tanh", smooth=True)
     truth = run(reference.deep_residual, case, torch.float64)
     with warnings.catch_warnings():
@@ -69,7 +72,7 @@ def results(inputs: list[Tensor], strategy: str) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y.square().sum(), inputs)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(50, 20, 30, 17), (400, 310, 7, 5)], ids=str)
 def test_checkpoint_is_store_bit_for_bit(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     inputs = random_inputs(*shape, dtype)
@@ -80,8 +83,11 @@ def test_checkpoint_is_store_bit_for_bit(shape: tuple[int, ...], dtype: torch.dt
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("strategy", ["store", "checkpoint", "adjoint"])
 @pytest.mark.parametrize("shape", [(1, 40, 50, 9), (77, 40, 50, 9), (520, 310, 9, 5)], ids=str)
-def test_the_number_of_threads_changes_no_bit(shape: tuple[int, ...], strategy: str) -> None:
-    inputs = random_inputs(*shape, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_number_of_threads_changes_no_bit(
+    dtype: torch.dtype, shape: tuple[int, ...], strategy: str
+) -> None:
+    inputs = random_inputs(*shape, dtype)
     torch.set_num_threads(1)
     alone = results(inputs, strategy)
     for threads in (2, 3, 5):
@@ -91,7 +97,7 @@ def test_the_number_of_threads_changes_no_bit(shape: tuple[int, ...], strategy: 
                 assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("strategy", ["store", "adjoint"])
 def test_a_row_does_not_feel_its_neighbours(strategy: str, dtype: torch.dtype) -> None:
     h, *weights = random_inputs(60, 24, 31, 12, dtype)

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracle import check_rule, make_case
+from torch import Tensor
 
-from odeblock import build_info
+from odeblock import DeepResBlock, build_info, reference
 from odeblock.activations import ACTIVATIONS
 from odeblock.functional import deep_residual
 
 STRATEGIES = ("auto", "store", "checkpoint", "adjoint")
-DTYPES = (torch.float32, torch.float64)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # (B, q, m): nothing is a multiple of anything.
 SHAPES = [
     (1, 1, 1),
@@ -35,7 +37,7 @@ SHAPES = [
 
 def test_the_native_core_is_what_is_tested() -> None:
     assert build_info()["native"]
-    assert build_info()["paths"]["cpu float32, float64"] == "native core"
+    assert build_info()["paths"]["cpu"] == "native core"
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -71,15 +73,57 @@ def test_depths(depth: int, strategy: str) -> None:
 @pytest.mark.parametrize("smooth", [True, False], ids=["smooth", "iid"])
 @pytest.mark.parametrize("depth", [64, 256, 1024])
 @pytest.mark.parametrize("strategy", ["checkpoint", "adjoint"])
-def test_deep(strategy: str, depth: int, smooth: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_deep(dtype: torch.dtype, strategy: str, depth: int, smooth: bool) -> None:
     case = make_case(16, 48, 40, depth, activation="tanh", smooth=smooth)
-    check_rule(deep_residual, case, torch.float32, rebuilt=strategy == "adjoint", backward=strategy)
+    check_rule(deep_residual, case, dtype, rebuilt=strategy == "adjoint", backward=strategy)
 
 
 @pytest.mark.parametrize("strategy", ["store", "checkpoint", "adjoint"])
-def test_several_row_tiles(strategy: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_several_row_tiles(dtype: torch.dtype, strategy: str) -> None:
     # Wide enough that a batch of this size is swept tile after tile, weight gradients added up.
-    check_rule(deep_residual, make_case(700, 300, 20, 8), torch.float32, backward=strategy)
+    check_rule(deep_residual, make_case(700, 300, 20, 8), dtype, backward=strategy)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_half_precision_number_passes_through(dtype: torch.dtype) -> None:
+    """All 65536 patterns: widened exactly, and rounded as PyTorch rounds, in whole vectors and in tails."""
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    dim = 31
+    for order in (torch.arange(2**16), torch.randperm(2**16)):
+        h = torch.cat([patterns, patterns[: -(2**16) % dim]]).view(-1, dim)
+        c = torch.cat([patterns[order], patterns[: -(2**16) % dim]]).view(-1, dim)
+        for rows, bias in zip(h.split(128), c, strict=False):
+            zero = rows.new_zeros(1, dim, 1)
+            y = deep_residual(
+                rows, zero, zero.transpose(1, 2), None, bias[None], activation="sigmoid", scale=1.0
+            )
+            expected = (rows.float() + bias.float()).to(dtype)
+            # An infinite or NaN feature reaches all others through W.
+            finite = rows.isfinite().all(dim=1)
+            torch.testing.assert_close(y[finite], expected[finite], rtol=0, atol=0, equal_nan=True)
+            assert y[rows.isnan()].isnan().all()
+
+
+def test_depth_does_not_stagnate_in_bfloat16() -> None:
+    """Increments of size 1/L fall under half an ulp of a bfloat16 state; here the state is float32."""
+    torch.manual_seed(0)
+    block = DeepResBlock(48, 1024, dtype=torch.bfloat16)
+    x = torch.randn(64, 48, dtype=torch.bfloat16)
+    V, W = block.V.detach(), block.W.detach()
+    moved = reference.deep_residual(x.double(), V.double(), W.double()) - x.double()
+
+    eager = x
+    for V_k, W_k in zip(V, W, strict=True):
+        eager = eager + F.linear(F.gelu(F.linear(eager, W_k)), V_k) / 1024
+
+    def error(y: Tensor) -> float:
+        return float((y.double() - x.double() - moved).norm() / moved.norm())
+
+    assert moved.norm() > 0.2 * x.double().norm()
+    assert error(block(x)) < 0.01
+    assert error(eager) > 0.1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -88,25 +132,42 @@ def test_the_scale_may_be_negative_or_zero(dtype: torch.dtype) -> None:
         check_rule(deep_residual, make_case(4, 5, 6, 7, scale=scale), dtype)
 
 
-def test_the_baseline_instruction_set(request: pytest.FixtureRequest) -> None:
-    """The same tests with the kernels that run on every processor of the architecture."""
-    if build_info()["cpu_features"] == "baseline":
-        return  # it is what the other tests of this file have just run
+def other_builds() -> list[str]:
+    info = build_info()
+    return [name for name in info["cpu_builds"] if name != info["cpu_features"]]
+
+
+@pytest.mark.parametrize("build", other_builds())
+def test_every_instruction_set(build: str, request: pytest.FixtureRequest) -> None:
+    """These tests and those of the gradients with the other builds of the kernels that run here."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        __file__,
+        str(Path(__file__).parent / "test_gradients.py"),
+    ]
     result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            __file__,
-            "-k",
-            "activations or shapes or biases or tiles",
-        ],
-        env={**os.environ, "ODEBLOCK_CPU": "baseline"},
+        [*command, "-k", "not every_instruction_set and not deep"],
+        env={**os.environ, "ODEBLOCK_CPU": build},
         cwd=Path(request.config.rootpath),
         capture_output=True,
         text=True,
         check=False,
     )
     assert result.returncode == 0, result.stdout[-3000:]
+
+
+def test_an_instruction_set_that_is_not_there_is_refused() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", "import odeblock"],
+        env={**os.environ, "ODEBLOCK_CPU": "avx1024"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode != 0
+    assert "ODEBLOCK_CPU: expected one of baseline" in result.stderr
+    assert "got 'avx1024'" in result.stderr

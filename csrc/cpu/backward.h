@@ -53,10 +53,11 @@ struct BackwardTile {
   T* increments[2];               // [blocks, q, W]        adjoint: Δ_{k+1} and Δ_{k+2}
   T* segment;                     // [K, blocks, q, W]     checkpoint, K > 1
   Panels<T> panels[2];            //                       where weights need gradients
+  T* sums;                        // [1 or L, layer_size]  gradients of narrower types before they are rounded
   ReconstructionReport* reports;  // [threads]
 };
 
-template <class T>
+template <class S, class T = Compute<S>>
 BackwardTile<T> backward_tile(const Problem& p, Arena& arena) {
   const int64_t blocks = backward_tile_blocks<T>(p), rows = blocks * p.dim * kLanes<T>;
   const bool adjoint = p.save_every == 0;
@@ -71,6 +72,8 @@ BackwardTile<T> backward_tile(const Problem& p, Arena& arena) {
     panels.g = arena.take<T>(packed_size<T, kPanelX>(p.hidden, blocks));
     panels.h = arena.take<T>(packed_size<T, kPanelY>(p.dim, blocks));
   }
+  const bool one_tile = blocks == block_count<T>(p.batch);
+  tile.sums = arena.take<T>(kWidened<S> ? (one_tile ? 1 : p.depth) * layer_size(p) : 0);
   tile.reports = arena.take<ReconstructionReport>(backward_threads<T>(p));
   return tile;
 }
@@ -79,24 +82,28 @@ BackwardTile<T> backward_tile(const Problem& p, Arena& arena) {
 template <class T>
 struct SlabScratch {
   T *z, *u, *x, *f;  // [3, m, W], [3, m, W], [3, q, W], [3, q, W]
+  T* weights;        // a layer's, where they are widened
 };
 
-template <class T>
+template <class S, class T = Compute<S>>
 SlabScratch<T> slab_scratch(const Problem& p, Arena& arena) {
   const int64_t hidden = 3 * p.hidden * kLanes<T>, rows = 3 * p.dim * kLanes<T>;
-  return {arena.take<T>(hidden), arena.take<T>(hidden), arena.take<T>(rows), arena.take<T>(rows)};
+  return {arena.take<T>(hidden), arena.take<T>(hidden), arena.take<T>(rows), arena.take<T>(rows),
+          arena.take<T>(kWidened<S> ? layer_size(p) : 0)};
 }
 
-template <class T>
+template <class S>
 size_t backward_workspace(const Problem& p) {
   Arena arena(nullptr);
-  backward_tile<T>(p, arena);
-  for (int t = 0; t < backward_threads<T>(p); t++) slab_scratch<T>(p, arena);
+  backward_tile<S>(p, arena);
+  for (int t = 0; t < backward_threads<Compute<S>>(p); t++) slab_scratch<S>(p, arena);
   return arena.bytes();
 }
 
-template <class T>
+template <class S>
 class Backward {
+  typedef Compute<S> T;
+
  public:
   Backward(const BackwardProblem& problem, Barrier& meeting, int thread, int threads)
       : p(problem),
@@ -109,8 +116,8 @@ class Backward {
     sigma_backward =
         with_activation(p.activation, [](auto a) -> ActivateBackward<T> { return activate_backward<T, decltype(a)>; });
     Arena arena(p.workspace);
-    tile = backward_tile<T>(p, arena);
-    for (int i = 0; i <= t; i++) scratch = slab_scratch<T>(p, arena);
+    tile = backward_tile<S>(p, arena);
+    for (int i = 0; i <= t; i++) scratch = slab_scratch<S>(p, arena);
   }
 
   void run() {
@@ -121,12 +128,12 @@ class Backward {
       count = first + size < all ? size : all - first;
       mine = part(count, t, n);
       T* a = tile.a + mine.begin * block;
-      load_blocks(static_cast<const T*>(p.grad), p.batch, p.dim, first + mine.begin, mine.end - mine.begin, a);
+      load_blocks(static_cast<const S*>(p.grad), p.batch, p.dim, first + mine.begin, mine.end - mine.begin, a);
       if (p.save_every)
         sweep_segments();
       else
         sweep_reconstructed();
-      store_blocks(a, p.batch, p.dim, first + mine.begin, mine.end - mine.begin, static_cast<T*>(p.dh));
+      store_blocks(a, p.batch, p.dim, first + mine.begin, mine.end - mine.begin, static_cast<S*>(p.dh));
     }
     if (p.save_every == 0) merge_reports();
   }
@@ -141,7 +148,7 @@ class Backward {
       if (K > 1) rebuild(saved_state<T>(states, p, saved, first), bottom, top);
       for (int64_t k = top - 1; k >= bottom; k--) {
         const T* h = K > 1 ? segment_state(k - bottom) : saved_state<T>(states, p, saved, first);
-        const Layer<T> weights = layer<T>(p, k);
+        const Layer<T> weights = layer<S>(p, k, scratch.weights);
         for_slabs(mine.begin, mine.end,
                   [&](int64_t b, auto width) { adjoint_step<decltype(width)::value>(weights, k, b, h + b * block); });
         weight_gradients(k);
@@ -155,7 +162,7 @@ class Backward {
   void rebuild(const T* h, int64_t bottom, int64_t top) {
     copy(h + mine.begin * block, (mine.end - mine.begin) * block, segment_state(0) + mine.begin * block);
     for (int64_t k = bottom; k < top - 1; k++) {
-      const Layer<T> weights = layer<T>(p, k);
+      const Layer<T> weights = layer<S>(p, k, scratch.weights);
       for_slabs(mine.begin, mine.end, [&](int64_t b, auto width) {
         step<T, decltype(width)::value>(weights, sigma, scale, segment_state(k - bottom) + b * block, scratch.z,
                                         segment_state(k - bottom + 1) + b * block);
@@ -168,7 +175,7 @@ class Backward {
     const T* top = saved_state<T>(static_cast<const T*>(p.states), p, 0, first) + mine.begin * block;
     copy(top, (mine.end - mine.begin) * block, tile.h + mine.begin * block);
     for (int64_t k = p.depth - 1; k >= 0; k--) {
-      const Layer<T> weights = layer<T>(p, k);
+      const Layer<T> weights = layer<S>(p, k, scratch.weights);
       const int64_t history = p.depth - 1 - k;
       for_slabs(mine.begin, mine.end, [&](int64_t b, auto width) {
         constexpr int N = decltype(width)::value;
@@ -179,7 +186,7 @@ class Backward {
       });
       weight_gradients(k);
     }
-    measure_drift(static_cast<const T*>(p.h), p.batch, p.dim, first + mine.begin, mine.end - mine.begin,
+    measure_drift(static_cast<const S*>(p.h), p.batch, p.dim, first + mine.begin, mine.end - mine.begin,
                   tile.h + mine.begin * block, top, report);
   }
 
@@ -209,18 +216,34 @@ class Backward {
     if (!p.dV) return;
     barrier.wait(n);
     const Panels<T>& panels = tile.panels[k % 2];
-    const bool accumulate = first > 0;
-    const auto at = [k](void* array, int64_t size) { return static_cast<T*>(array) + k * size; };
+    const bool accumulate = first > 0, last = first + count == block_count<T>(p.batch);
     const Range output = part((p.dim + kPanelX - 1) / kPanelX, t, n);
     const Range hidden = part((p.hidden + kPanelX - 1) / kPanelX, t, n);
-    outer_product(panels.a, p.dim, output.begin, output.end, panels.s, p.hidden, count, scale, accumulate,
-                  at(p.dV, p.dim * p.hidden));
-    outer_product(panels.g, p.hidden, hidden.begin, hidden.end, panels.h, p.dim, count, T(1), accumulate,
-                  at(p.dW, p.dim * p.hidden));
-    if (p.dhidden_bias)
-      row_sum(panels.g, p.hidden, hidden.begin, hidden.end, count, T(1), accumulate, at(p.dhidden_bias, p.hidden));
-    if (p.doutput_bias)
-      row_sum(panels.a, p.dim, output.begin, output.end, count, scale, accumulate, at(p.doutput_bias, p.dim));
+    T* sums = tile.sums + (first == 0 && last ? 0 : k * layer_size(p));  // dV, dW and the biases', if narrowed
+
+    // Calls sum(where to) for this thread's rows of a gradient [rows, cols] of layer k, the `panels` of it.
+    const auto gradient = [&](void* array, Range panels, int64_t rows, int64_t cols, auto sum) {
+      if (!array) return;
+      S* stored = static_cast<S*>(array) + k * rows * cols;
+      if constexpr (kWidened<S>) {
+        sum(sums);
+        const int64_t begin = panels.begin * kPanelX, end = panels.end * kPanelX < rows ? panels.end * kPanelX : rows;
+        if (last && begin < end) narrow(sums + begin * cols, (end - begin) * cols, stored + begin * cols);
+        sums += rows * cols;
+      } else {
+        sum(stored);
+      }
+    };
+    gradient(p.dV, output, p.dim, p.hidden, [&](T* out) {
+      outer_product(panels.a, p.dim, output.begin, output.end, panels.s, p.hidden, count, scale, accumulate, out);
+    });
+    gradient(p.dW, hidden, p.hidden, p.dim, [&](T* out) {
+      outer_product(panels.g, p.hidden, hidden.begin, hidden.end, panels.h, p.dim, count, T(1), accumulate, out);
+    });
+    gradient(p.dhidden_bias, hidden, p.hidden, 1,
+             [&](T* out) { row_sum(panels.g, p.hidden, hidden.begin, hidden.end, count, T(1), accumulate, out); });
+    gradient(p.doutput_bias, output, p.dim, 1,
+             [&](T* out) { row_sum(panels.a, p.dim, output.begin, output.end, count, scale, accumulate, out); });
   }
 
   void merge_reports() {
@@ -248,24 +271,24 @@ class Backward {
 };
 
 // Gradients of no rows at all.
-template <class T>
+template <class S>
 void clear(void* array, int64_t count) {
-  for (int64_t i = 0; array && i < count; i++) static_cast<T*>(array)[i] = T(0);
+  for (int64_t i = 0; array && i < count; i++) static_cast<S*>(array)[i] = S{};
 }
 
-template <class T>
+template <class S>
 void backward(const BackwardProblem& p) {
   if (p.batch == 0) {
-    clear<T>(p.dV, p.depth * p.dim * p.hidden);
-    clear<T>(p.dW, p.depth * p.dim * p.hidden);
-    clear<T>(p.dhidden_bias, p.depth * p.hidden);
-    clear<T>(p.doutput_bias, p.depth * p.dim);
+    clear<S>(p.dV, p.depth * p.dim * p.hidden);
+    clear<S>(p.dW, p.depth * p.dim * p.hidden);
+    clear<S>(p.dhidden_bias, p.depth * p.hidden);
+    clear<S>(p.doutput_bias, p.depth * p.dim);
     return;
   }
-  const int threads = backward_threads<T>(p);
+  [[maybe_unused]] const int threads = backward_threads<Compute<S>>(p);
   Barrier barrier;
 #pragma omp parallel num_threads(threads) if (threads > 1)
-  Backward<T>(p, barrier, omp_get_thread_num(), omp_get_num_threads()).run();
+  Backward<S>(p, barrier, omp_get_thread_num(), omp_get_num_threads()).run();
 }
 
 }  // namespace

@@ -43,15 +43,29 @@ struct Layer {
   const T *hidden_bias, *output_bias;  // or null
 };
 
-template <class T>
-ODEBLOCK_INLINE Layer<T> layer(const Problem& p, int64_t k) {
-  const auto at = [k](const void* array, int64_t size) {
-    return array ? static_cast<const T*>(array) + k * size : nullptr;
+// Elements of the weights of one layer.
+ODEBLOCK_INLINE int64_t layer_size(const Problem& p) { return 2 * p.dim * p.hidden + p.hidden + p.dim; }
+
+// The weights of layer k: in place, or widened to `scratch` [layer_size], which the next call overwrites.
+template <class S, class T = Compute<S>>
+Layer<T> layer(const Problem& p, int64_t k, T* scratch) {
+  const auto at = [&](const void* array, int64_t size) -> const T* {
+    if (!array) return nullptr;
+    const S* stored = static_cast<const S*>(array) + k * size;
+    if constexpr (kWidened<S>) {
+      T* widened = scratch;
+      scratch += size;
+      widen(stored, size, widened);
+      return widened;
+    } else {
+      return stored;
+    }
   };
-  return {{at(p.V, p.dim * p.hidden), p.dim, p.hidden},
-          {at(p.W, p.dim * p.hidden), p.hidden, p.dim},
-          at(p.hidden_bias, p.hidden),
-          at(p.output_bias, p.dim)};
+  const T* V = at(p.V, p.dim * p.hidden);
+  const T* W = at(p.W, p.dim * p.hidden);
+  const T* hidden_bias = at(p.hidden_bias, p.hidden);
+  const T* output_bias = at(p.output_bias, p.dim);
+  return {{V, p.dim, p.hidden}, {W, p.hidden, p.dim}, hidden_bias, output_bias};
 }
 
 // Saved state number n of block b: [q, W].
@@ -77,32 +91,34 @@ ODEBLOCK_INLINE void step(const Layer<T>& layer, Activate<T> sigma, T scale, con
 
 template <class T>
 struct ForwardScratch {
-  T* h;  // a tile's states
-  T* z;  // a slab's hidden units
+  T* h;        // a tile's states
+  T* z;        // a slab's hidden units
+  T* weights;  // a layer's, where they are widened
 };
 
-template <class T>
+template <class S, class T = Compute<S>>
 ForwardScratch<T> forward_scratch(const Problem& p, Arena& arena) {
-  return {arena.take<T>(forward_tile_blocks<T>(p.dim) * p.dim * kLanes<T>), arena.take<T>(3 * p.hidden * kLanes<T>)};
+  return {arena.take<T>(forward_tile_blocks<T>(p.dim) * p.dim * kLanes<T>), arena.take<T>(3 * p.hidden * kLanes<T>),
+          arena.take<T>(kWidened<S> ? layer_size(p) : 0)};
 }
 
-template <class T>
+template <class S>
 size_t forward_workspace(const Problem& p) {
   Arena arena(nullptr);
-  for (int t = 0; t < forward_threads<T>(p); t++) forward_scratch<T>(p, arena);
+  for (int t = 0; t < forward_threads<Compute<S>>(p); t++) forward_scratch<S>(p, arena);
   return arena.bytes();
 }
 
 // All steps for the blocks [first, first + count), at most a tile.
-template <class T>
+template <class S, class T = Compute<S>>
 void forward_tile(const ForwardProblem& p, Activate<T> sigma, const ForwardScratch<T>& scratch, int64_t first,
                   int64_t count) {
   const int64_t block = p.dim * kLanes<T>;
   T* states = static_cast<T*>(p.states);
-  load_blocks(static_cast<const T*>(p.h), p.batch, p.dim, first, count, scratch.h);
+  load_blocks(static_cast<const S*>(p.h), p.batch, p.dim, first, count, scratch.h);
   int64_t saved = 0;
   for (int64_t k = 0; k < p.depth; k++) {
-    const Layer<T> weights = layer<T>(p, k);
+    const Layer<T> weights = layer<S>(p, k, scratch.weights);
     const bool save = p.save_every && k % p.save_every == 0;
     for_slabs(0, count, [&](int64_t b, auto width) {
       constexpr int N = decltype(width)::value;
@@ -113,7 +129,7 @@ void forward_tile(const ForwardProblem& p, Activate<T> sigma, const ForwardScrat
     saved += save;
   }
   if (p.save_final) copy(scratch.h, count * block, saved_state<T>(states, p, saved, first));
-  store_blocks(scratch.h, p.batch, p.dim, first, count, static_cast<T*>(p.y));
+  store_blocks(scratch.h, p.batch, p.dim, first, count, static_cast<S*>(p.y));
 }
 
 // Saved states have room for a multiple of kRowPadding rows: zeros where no block reaches.
@@ -127,23 +143,23 @@ void clear_padding(const ForwardProblem& p) {
   }
 }
 
-template <class T>
+template <class S, class T = Compute<S>>
 void forward(const ForwardProblem& p) {
   if (p.batch == 0) return;
   const Activate<T> sigma =
       with_activation(p.activation, [](auto a) -> Activate<T> { return activate<T, decltype(a)>; });
   clear_padding<T>(p);
   const int64_t tile = forward_tile_blocks<T>(p.dim);
-  const int threads = forward_threads<T>(p);
+  [[maybe_unused]] const int threads = forward_threads<T>(p);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const int t = omp_get_thread_num();
     Arena arena(p.workspace);
     ForwardScratch<T> scratch{};
-    for (int i = 0; i <= t; i++) scratch = forward_scratch<T>(p, arena);
+    for (int i = 0; i <= t; i++) scratch = forward_scratch<S>(p, arena);
     const Range blocks = part(block_count<T>(p.batch), t, omp_get_num_threads());
     for (int64_t b = blocks.begin; b < blocks.end; b += tile)
-      forward_tile<T>(p, sigma, scratch, b, b + tile < blocks.end ? tile : blocks.end - b);
+      forward_tile<S>(p, sigma, scratch, b, b + tile < blocks.end ? tile : blocks.end - b);
   }
 }
 

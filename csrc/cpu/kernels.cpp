@@ -8,7 +8,12 @@ namespace {
 
 template <class F>
 auto with_dtype(Dtype dtype, F f) {
-  return dtype == Dtype::float64 ? f(double()) : f(float());
+  switch (dtype) {
+    case Dtype::float64: return f(double());
+    case Dtype::bfloat16: return f(Bfloat16());
+    case Dtype::float16: return f(Float16());
+    default: return f(float());
+  }
 }
 
 }  // namespace

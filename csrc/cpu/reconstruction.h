@@ -103,16 +103,17 @@ void reconstruct(const Layer<T>& weights, Activate<T> sigma, T scale, int64_t ro
 }
 
 // How far the reconstructed h_0 of `count` blocks is from the block's input h [B, q]; top: their h_L.
-template <class T>
-void measure_drift(const T* input, int64_t batch, int64_t dim, int64_t first, int64_t count, const T* bottom,
+template <class S, class T = Compute<S>>
+void measure_drift(const S* input, int64_t batch, int64_t dim, int64_t first, int64_t count, const T* bottom,
                    const T* top, ReconstructionReport& report) {
   constexpr int W = kLanes<T>;
   for (int64_t b = 0; b < count; b++)
     for (int lane = 0; lane < W && (first + b) * W + lane < batch; lane++) {
-      const T* row = input + ((first + b) * W + lane) * dim;
+      const S* row = input + ((first + b) * W + lane) * dim;
       double error = 0, norm = kTiny<T>;
       for (int64_t i = 0; i < dim; i++) {
-        const double x = row[i], at_bottom = bottom[(b * dim + i) * W + lane], at_top = top[(b * dim + i) * W + lane];
+        const double x = widen(row[i]), at_bottom = bottom[(b * dim + i) * W + lane],
+                     at_top = top[(b * dim + i) * W + lane];
         ReconstructionReport::keep_largest(error, x > at_bottom ? x - at_bottom : at_bottom - x);
         ReconstructionReport::keep_largest(norm, x > 0 ? x : -x);
         ReconstructionReport::keep_largest(norm, at_top > 0 ? at_top : -at_top);

@@ -5,11 +5,24 @@
 
 #include "../problem.h"
 
-#if defined(__AVX2__) && defined(__FMA__)
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#include <immintrin.h>
+#define ODEBLOCK_VECTOR_BYTES 64
+#elif defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
 #define ODEBLOCK_VECTOR_BYTES 32
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#define ODEBLOCK_VECTOR_BYTES 16
 #else
-#define ODEBLOCK_VECTOR_BYTES 16  // SSE2, NEON
+#define ODEBLOCK_VECTOR_BYTES 16  // SSE2
+#endif
+
+// Of the vector registers, so many hold the sums of a product; the rest are its operands.
+#if ODEBLOCK_VECTOR_BYTES == 64 || defined(__aarch64__)
+#define ODEBLOCK_SUM_REGISTERS 24  // of 32
+#else
+#define ODEBLOCK_SUM_REGISTERS 12  // of 16
 #endif
 
 #define ODEBLOCK_NOINLINE __attribute__((noinline))
@@ -46,13 +59,19 @@ typedef Vec<double> VecD;
 typedef Mask<float> MaskF;
 typedef Mask<double> MaskD;
 
+// At any address of a T: saved states come back from whoever kept them, at whatever alignment. (Where the address
+// is aligned, as here it is, an unaligned access costs the same.)
+template <class T>
+struct Unaligned {
+  typedef Vec<T> type __attribute__((aligned(alignof(T)), may_alias));
+};
 template <class T>
 ODEBLOCK_INLINE Vec<T> load(const T* p) {
-  return *reinterpret_cast<const Vec<T>*>(p);
+  return *reinterpret_cast<const typename Unaligned<T>::type*>(p);
 }
 template <class T>
 ODEBLOCK_INLINE void store(T* p, Vec<T> v) {
-  *reinterpret_cast<Vec<T>*>(p) = v;
+  *reinterpret_cast<typename Unaligned<T>::type*>(p) = v;
 }
 template <class T>
 ODEBLOCK_INLINE Vec<T> broadcast(T x) {
@@ -65,9 +84,19 @@ ODEBLOCK_INLINE VecD constant(VecD, double x) { return broadcast(x); }
 
 // a b + c, rounded once where the instruction set has it. Contraction by the compiler is off (CMakeLists.txt):
 // what is fused is written here, so that every row goes through the same roundings whatever its neighbours.
-#if ODEBLOCK_VECTOR_BYTES == 32
+#if ODEBLOCK_VECTOR_BYTES == 64
+ODEBLOCK_INLINE VecF fma(VecF a, VecF b, VecF c) { return (VecF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+ODEBLOCK_INLINE VecD fma(VecD a, VecD b, VecD c) { return (VecD)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
+#elif ODEBLOCK_VECTOR_BYTES == 32
 ODEBLOCK_INLINE VecF fma(VecF a, VecF b, VecF c) { return (VecF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 ODEBLOCK_INLINE VecD fma(VecD a, VecD b, VecD c) { return (VecD)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
+#elif defined(__aarch64__)
+ODEBLOCK_INLINE VecF fma(VecF a, VecF b, VecF c) {
+  return (VecF)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+ODEBLOCK_INLINE VecD fma(VecD a, VecD b, VecD c) {
+  return (VecD)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+}
 #else
 ODEBLOCK_INLINE VecF fma(VecF a, VecF b, VecF c) { return a * b + c; }
 ODEBLOCK_INLINE VecD fma(VecD a, VecD b, VecD c) { return a * b + c; }
@@ -80,18 +109,35 @@ ODEBLOCK_INLINE VecF abs(VecF x) { return (VecF)((MaskF)x & 0x7fffffff); }
 ODEBLOCK_INLINE VecD abs(VecD x) { return (VecD)((MaskD)x & 0x7fffffffffffffff); }
 
 // The four sums over lanes of a, b, c, d, to out[0..3].
-#if ODEBLOCK_VECTOR_BYTES == 32
-ODEBLOCK_INLINE void sum_lanes(VecF a, VecF b, VecF c, VecF d, float* out) {
-  const __m256 ab = _mm256_hadd_ps((__m256)a, (__m256)b), cd = _mm256_hadd_ps((__m256)c, (__m256)d);
+#if ODEBLOCK_VECTOR_BYTES >= 32  // __m256 is Vec<float> itself with 32 bytes, half of it with 64
+ODEBLOCK_INLINE void sum_lanes(__m256 a, __m256 b, __m256 c, __m256 d, float* out) {
+  const __m256 ab = _mm256_hadd_ps(a, b), cd = _mm256_hadd_ps(c, d);
   const __m256 s = _mm256_hadd_ps(ab, cd);
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
 }
-ODEBLOCK_INLINE void sum_lanes(VecD a, VecD b, VecD c, VecD d, double* out) {
-  const __m256d ab = _mm256_hadd_pd((__m256d)a, (__m256d)b), cd = _mm256_hadd_pd((__m256d)c, (__m256d)d);
+ODEBLOCK_INLINE void sum_lanes(__m256d a, __m256d b, __m256d c, __m256d d, double* out) {
+  const __m256d ab = _mm256_hadd_pd(a, b), cd = _mm256_hadd_pd(c, d);
   const __m256d low = _mm256_permute2f128_pd(ab, cd, 0x20), high = _mm256_permute2f128_pd(ab, cd, 0x31);
   _mm256_storeu_pd(out, _mm256_add_pd(low, high));
 }
-#else
+#endif
+#if ODEBLOCK_VECTOR_BYTES == 64
+// Of the extractions only the masked ones are free of GCC 12's false warning about an uninitialised operand.
+ODEBLOCK_INLINE __m256 sum_halves(VecF x) {
+  return _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, (__m512)x, 0),
+                       _mm512_maskz_extractf32x8_ps(0xff, (__m512)x, 1));
+}
+ODEBLOCK_INLINE __m256d sum_halves(VecD x) {
+  return _mm256_add_pd(_mm512_maskz_extractf64x4_pd(0xf, (__m512d)x, 0),
+                       _mm512_maskz_extractf64x4_pd(0xf, (__m512d)x, 1));
+}
+ODEBLOCK_INLINE void sum_lanes(VecF a, VecF b, VecF c, VecF d, float* out) {
+  sum_lanes(sum_halves(a), sum_halves(b), sum_halves(c), sum_halves(d), out);
+}
+ODEBLOCK_INLINE void sum_lanes(VecD a, VecD b, VecD c, VecD d, double* out) {
+  sum_lanes(sum_halves(a), sum_halves(b), sum_halves(c), sum_halves(d), out);
+}
+#elif ODEBLOCK_VECTOR_BYTES == 16
 ODEBLOCK_INLINE void sum_lanes(VecF a, VecF b, VecF c, VecF d, float* out) {
   const VecF v[4] = {a, b, c, d};
   for (int i = 0; i < 4; i++) out[i] = (v[i][0] + v[i][1]) + (v[i][2] + v[i][3]);

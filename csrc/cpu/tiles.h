@@ -11,6 +11,7 @@
 #include "math.h"
 // math.h before activations.h, which is written on its functions
 #include "../activations.h"
+#include "storage.h"
 
 namespace odeblock {
 namespace {
@@ -51,25 +52,26 @@ struct Range {
 ODEBLOCK_INLINE Range part(int64_t size, int64_t t, int64_t n) { return {size * t / n, size * (t + 1) / n}; }
 
 // rows [batch, features] -> blocks [first, first + count); rows beyond the batch become zero.
-template <class T>
-void load_blocks(const T* rows, int64_t batch, int64_t features, int64_t first, int64_t count, T* blocks) {
+template <class S, class T = Compute<S>>
+void load_blocks(const S* rows, int64_t batch, int64_t features, int64_t first, int64_t count, T* blocks) {
   constexpr int W = kLanes<T>;
   for (int64_t b = 0; b < count; b++, blocks += features * W)
     for (int lane = 0; lane < W; lane++) {
       const int64_t row = (first + b) * W + lane;
-      for (int64_t i = 0; i < features; i++) blocks[i * W + lane] = row < batch ? rows[row * features + i] : T(0);
+      for (int64_t i = 0; i < features; i++)
+        blocks[i * W + lane] = row < batch ? widen(rows[row * features + i]) : T(0);
     }
 }
 
 // The reverse; rows beyond the batch are not written.
-template <class T>
-void store_blocks(const T* blocks, int64_t batch, int64_t features, int64_t first, int64_t count, T* rows) {
+template <class S, class T = Compute<S>>
+void store_blocks(const T* blocks, int64_t batch, int64_t features, int64_t first, int64_t count, S* rows) {
   constexpr int W = kLanes<T>;
   for (int64_t b = 0; b < count; b++, blocks += features * W)
     for (int lane = 0; lane < W; lane++) {
       const int64_t row = (first + b) * W + lane;
       if (row < batch)
-        for (int64_t i = 0; i < features; i++) rows[row * features + i] = blocks[i * W + lane];
+        for (int64_t i = 0; i < features; i++) narrow(blocks[i * W + lane], rows[row * features + i]);
     }
 }
 
@@ -94,7 +96,7 @@ ODEBLOCK_INLINE void product_rows(const Matrix<T>& A, int64_t i, const T* x, con
   const int64_t row_step = kTransposed ? 1 : A.cols, col_step = kTransposed ? A.rows : 1;
   const int64_t x_block = A.cols * W, out_block = A.rows * W;
 
-  Vec<T> total[M][N];
+  Vec<T> total[M][N] = {};
   for (int64_t begin = 0; begin < A.cols; begin += kRun) {
     const int64_t end = begin + kRun < A.cols ? begin + kRun : A.cols;
     Vec<T> sum[M][N] = {};
@@ -130,7 +132,7 @@ ODEBLOCK_INLINE void product_rows(const Matrix<T>& A, int64_t i, const T* x, con
 // base may be null (0) or out itself; bias [A.rows] may be null.
 template <class T, bool kTransposed, int N>
 ODEBLOCK_NOINLINE void product(Matrix<T> A, const T* x, const T* bias, T scale, const T* base, T* out) {
-  constexpr int M = N == 3 ? 4 : N == 2 ? 6 : 8;  // 12, 12 and 8 of the 16 registers hold sums
+  constexpr int M = ODEBLOCK_SUM_REGISTERS / N < 8 ? ODEBLOCK_SUM_REGISTERS / N : 8;
   int64_t i = 0;
   for (; i + M <= A.rows; i += M) product_rows<T, kTransposed, N, M>(A, i, x, bias, scale, base, out);
   for (; i + 2 <= A.rows; i += 2) product_rows<T, kTransposed, N, 2>(A, i, x, bias, scale, base, out);

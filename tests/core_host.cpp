@@ -1,0 +1,74 @@
+// The native CPU core without Python: reads one problem from standard input, runs it forward and backward, and
+// writes the results to standard output. test_core.py builds it for other processors and under sanitizers.
+// Every array is a block of its own of exactly its size, so that a sanitizer sees any access beyond it.
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "api.h"
+
+namespace {
+
+struct Header {
+  int64_t dtype, activation, batch, dim, hidden, depth, save_every, save_final, threads, biases;
+  double scale;
+};
+
+typedef std::unique_ptr<char[]> Bytes;
+
+Bytes allocate(size_t size) { return Bytes(new char[size]); }
+
+Bytes read(size_t size) {
+  Bytes bytes = allocate(size);
+  if (std::fread(bytes.get(), 1, size, stdin) != size) std::exit(2);
+  return bytes;
+}
+
+void write(const Bytes& bytes, size_t size) { std::fwrite(bytes.get(), 1, size, stdout); }
+
+}  // namespace
+
+int main() {
+  Header x;
+  if (std::fread(&x, sizeof x, 1, stdin) != 1) return 2;
+  const size_t stored = x.dtype == 1 ? 8 : x.dtype == 0 ? 4 : 2, computed = stored < 4 ? 4 : stored;
+  const size_t rows = x.batch * x.dim * stored, weights = x.depth * x.dim * x.hidden * stored;
+  const size_t hidden = x.biases ? x.depth * x.hidden * stored : 0, output = x.biases ? x.depth * x.dim * stored : 0;
+  const int64_t padded = (x.batch + odeblock::kRowPadding - 1) / odeblock::kRowPadding * odeblock::kRowPadding;
+  const int64_t saved = (x.save_every ? (x.depth + x.save_every - 1) / x.save_every : 0) + x.save_final;
+  const Bytes h = read(rows), V = read(weights), W = read(weights), b = read(hidden), c = read(output);
+  const Bytes grad = read(rows);
+  const Bytes states = allocate(saved * padded * x.dim * computed), y = allocate(rows);
+  const odeblock::CpuKernels& kernels = odeblock::cpu_kernels();
+
+  odeblock::ForwardProblem f{};
+  f.dtype = static_cast<odeblock::Dtype>(x.dtype);
+  f.activation = static_cast<int>(x.activation);
+  f.batch = x.batch, f.dim = x.dim, f.hidden = x.hidden, f.depth = x.depth;
+  f.scale = x.scale;
+  f.save_every = x.save_every, f.save_final = x.save_final != 0;
+  f.V = V.get(), f.W = W.get();
+  f.hidden_bias = x.biases ? b.get() : nullptr, f.output_bias = x.biases ? c.get() : nullptr;
+  f.threads = static_cast<int>(x.threads);
+  f.h = h.get(), f.y = y.get(), f.states = states.get();
+  const Bytes forward_workspace = allocate(kernels.forward_workspace(f));
+  f.workspace = forward_workspace.get();
+  kernels.forward(f);
+
+  odeblock::BackwardProblem g{};
+  static_cast<odeblock::Problem&>(g) = f;
+  const Bytes backward_workspace = allocate(kernels.backward_workspace(g));
+  const Bytes dh = allocate(rows), dV = allocate(weights), dW = allocate(weights);
+  const Bytes db = allocate(hidden), dc = allocate(output), report = allocate(3 * sizeof(double));
+  g.workspace = backward_workspace.get();
+  g.grad = grad.get(), g.h = h.get(), g.states = states.get();
+  g.dh = dh.get(), g.dV = dV.get(), g.dW = dW.get();
+  g.dhidden_bias = x.biases ? db.get() : nullptr, g.doutput_bias = x.biases ? dc.get() : nullptr;
+  g.report = reinterpret_cast<double*>(report.get());
+  kernels.backward(g);
+
+  write(y, rows), write(dh, rows), write(dV, weights), write(dW, weights), write(db, hidden), write(dc, output);
+  return 0;
+}

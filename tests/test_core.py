@@ -1,0 +1,138 @@
+"""The native CPU core without Python, built for other processors and under sanitizers, against the oracle.
+
+The sources are plain C++, so the same program (core_host.cpp) shows that the aarch64 build computes the right
+numbers (under emulation; skipped where no cross compiler is installed), and that no access is out of bounds.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import NAMES, Case, check_results, make_case, rounded
+from torch import Tensor
+
+from odeblock import build_info, ops
+from odeblock.activations import ACTIVATIONS
+from odeblock.functional import saved_states
+
+ROOT = Path(__file__).resolve().parents[1]
+CSRC = ROOT / "csrc"
+FLAGS = [
+    "-std=c++17",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+]
+CROSS = "aarch64-linux-gnu-g++"
+EMULATOR = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
+BUILDS = [name for name in build_info()["cpu_builds"] if name != "baseline"]
+
+
+def compile_host(folder: Path, compiler: str, *flags: str, builds: dict[str, list[str]]) -> Path:
+    """core_host for a processor: the kernels once for each of ``builds`` (name -> compiler flags)."""
+    defines = ["-DODEBLOCK_X86"] if len(builds) > 1 else []
+    objects = []
+    for name, target in builds.items():
+        objects.append(folder / f"{name}.o")
+        define = [f"-DODEBLOCK_KERNELS=cpu_kernels_{name}", f'-DODEBLOCK_KERNELS_NAME="{name}"']
+        source = str(CSRC / "cpu" / "kernels.cpp")
+        command = [compiler, *FLAGS, *flags, *target, *defines, *define, "-c", source, "-o", str(objects[-1])]
+        subprocess.run(command, check=True)
+    program = folder / "core_host"
+    sources = [CSRC / "cpu" / "dispatch.cpp", CSRC / "cpu" / "barrier.cpp", ROOT / "tests" / "core_host.cpp"]
+    command = [
+        compiler,
+        *FLAGS,
+        *flags,
+        *defines,
+        f"-I{CSRC}",
+        *map(str, [*sources, *objects]),
+        "-o",
+        str(program),
+    ]
+    subprocess.run(command, check=True)
+    return program
+
+
+def run_host(
+    command: list[str], case: Case, dtype: torch.dtype, backward: str, threads: int
+) -> dict[str, Tensor]:
+    """What ``oracle.run`` returns, from the program."""
+    tensors = [case.tensors[name] for name in NAMES]
+    depth, dim, hidden = tensors[1].shape
+    every, final = saved_states(backward, depth)
+    sizes = [
+        ops._NATIVE_DTYPES[dtype],
+        ACTIVATIONS[case.activation].native_id,
+        len(tensors[0]),
+        dim,
+        hidden,
+        depth,
+    ]
+    scale = 1 / depth if case.scale is None else case.scale
+    biases = tensors[3] is not None
+    header = struct.pack("10qd", *sizes, every, final, threads, biases, scale)
+    given = [t for t in (*tensors, case.grad) if t is not None]
+    data = [t.to(dtype).contiguous().view(torch.uint8).numpy().tobytes() for t in given]
+    out = subprocess.run(command, input=header + b"".join(data), capture_output=True, check=False)
+    assert out.returncode == 0, out.stderr.decode()[-3000:]
+    found = torch.frombuffer(bytearray(out.stdout), dtype=dtype).double()
+    names = [name for name in NAMES if case.tensors[name] is not None]
+    shapes = [case.tensors[name].shape for name in ("h", *names)]
+    parts = found.split([shape.numel() for shape in shapes])
+    results = {name: part.view(shape) for name, part, shape in zip(("y", *names), parts, shapes, strict=True)}
+    results["increment"] = results["y"] - case.tensors["h"]
+    return results
+
+
+# B, q, m, L: several tiles, tails of every kind, one row, one feature; deep enough for the adjoint.
+SHAPES = [(1, 1, 1, 24), (37, 17, 23, 9), (50, 64, 5, 10), (300, 310, 3, 12)]
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_program(command: list[str], activations: list[str]) -> None:
+    for activation in activations:
+        for i, shape in enumerate(SHAPES):
+            for j, dtype in enumerate(DTYPES):
+                backward = ("store", "checkpoint", "adjoint")[(i + j) % 3]
+                biases = (i + j) % 2 == 0
+                case = make_case(*shape, activation=activation, hidden_bias=biases, output_bias=biases)
+                case = rounded(case, dtype)
+                results = run_host(command, case, dtype, backward, threads=1 + (i + j) % 3)
+                check_results(results, case, dtype, rebuilt=backward == "adjoint")
+
+
+@pytest.mark.skipif(
+    shutil.which(CROSS) is None or EMULATOR is None,
+    reason=f"needs {CROSS} and an emulator (qemu-user-static)",
+)
+def test_aarch64_under_emulation(tmp_path: Path) -> None:
+    program = compile_host(tmp_path, CROSS, "-O2", "-static", "-fopenmp", builds={"baseline": []})
+    check_program([str(EMULATOR), str(program)], list(ACTIVATIONS))
+
+
+@pytest.mark.parametrize("build", ["baseline", *BUILDS])
+def test_no_access_is_out_of_bounds(
+    build: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path_factory.getbasetemp() / "sanitized" / "core_host"
+    if not program.exists():
+        program.parent.mkdir()
+        avx2 = ["-mavx2", "-mfma", "-mf16c"]
+        builds = {"baseline": [], "avx2": avx2, "avx512": [*avx2, "-mavx512f", "-mavx512dq"]}
+        if build_info()["cpu_builds"] == ["baseline"] and os.uname().machine != "x86_64":
+            builds = {"baseline": []}
+        sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-fopenmp"]
+        compile_host(program.parent, os.environ.get("CXX", "g++"), *sanitizers, builds=builds)
+    monkeypatch.setenv("ODEBLOCK_CPU", build)
+    monkeypatch.setenv("ASAN_OPTIONS", "detect_leaks=0")
+    check_program([str(program)], ["tanh"])
