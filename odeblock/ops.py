@@ -19,11 +19,11 @@ from .activations import ACTIVATIONS
 from .reference import state_dtype, states_shape
 
 try:
-    from . import _core
+    import odeblock._core as _core  # tells a missing module from one that cannot be loaded
 except ImportError as error:
     _core = None  # type: ignore[assignment]
     _reason = (
-        "it was installed where no C++ compiler was found; with GCC or Clang at hand, install it again"
+        "none was built, for no C++ compiler was found at installation; with GCC or Clang, install it again"
         if isinstance(error, ModuleNotFoundError)
         else f"it cannot be loaded: {error}"
     )
