@@ -6,7 +6,7 @@ from importlib.metadata import version as _version
 import torch as _torch  # noqa: F401
 
 from . import diagnostics, functional, initializers, limit, reference
-from .autograd import DriftWarning
+from .autograd import DriftError, DriftWarning
 from .block import DeepResBlock
 from .build import build_info
 from .network import DeepResNet
@@ -16,6 +16,7 @@ __version__ = _version("odeblock")
 __all__ = [
     "DeepResBlock",
     "DeepResNet",
+    "DriftError",
     "DriftWarning",
     "build_info",
     "diagnostics",

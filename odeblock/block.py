@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from .activations import get_activation
-from .functional import deep_residual
+from .autograd import Drift
+from .functional import recorded
 from .initializers import get_initializer
 from .layers import make_layer, stack_layers
 from .limit import VectorField, interpolate
-from .validation import check_scale, check_size, check_strategy
+from .validation import check_flag, check_scale, check_size, check_strategy
 
 PARAMETERS = ("V", "W", "hidden_bias", "output_bias")
 
@@ -35,6 +36,7 @@ class DeepResBlock(nn.Module):
         scale: step size, 1/L by default.
         backward: ``"auto"``, ``"adjoint"``, ``"checkpoint"`` or ``"store"``, see
             ``odeblock.functional.deep_residual``.
+        strict: whether an adjoint backward that cannot be trusted raises ``DriftError``, not only warns.
         device, dtype: of the parameters, as in ``nn.Linear``.
 
     Parameters:
@@ -63,6 +65,7 @@ class DeepResBlock(nn.Module):
         init: str = "smooth",
         scale: float | None = None,
         backward: str = "auto",
+        strict: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -75,6 +78,8 @@ class DeepResBlock(nn.Module):
         self.init = init
         self.scale = 1.0 / self.depth if scale is None else check_scale(scale)
         self.backward = check_strategy(backward)
+        self.strict = check_flag("strict", strict)
+        self._drift: Drift = {}
 
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(self.depth, *shape, device=device, dtype=dtype))
@@ -95,6 +100,16 @@ class DeepResBlock(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """h [..., dim] -> h_L [..., dim], of the same dtype and device."""
         return self._run(h, *self._weights())
+
+    @property
+    def last_drift(self) -> Drift | None:
+        """What the last adjoint backward of this block found; None before there was one.
+
+        ``estimate``: the largest relative change of a state in the last evaluation of its reconstruction;
+        ``drift``: the largest relative distance of the reconstructed h_0 from the input; ``evaluations`` of a
+        step's f, on average; ``order`` of the prediction that the reconstruction starts from.
+        """
+        return dict(self._drift) or None
 
     def trajectory(self, h: Tensor, every: int = 1) -> Tensor:
         """States along depth: h_0, h_every, h_2every, ... and, always last, h_L.
@@ -228,6 +243,8 @@ class DeepResBlock(nn.Module):
         if self.scale != 1.0 / self.depth:
             parts.append(("scale", self.scale))
         parts.append(("backward", self.backward))
+        if self.strict:
+            parts.append(("strict", True))
         return ", ".join(f"{name}={value!r}" for name, value in parts)
 
     # ---- inside ------------------------------------------------------------------------------------------
@@ -244,16 +261,8 @@ class DeepResBlock(nn.Module):
     def _run(
         self, h: Tensor, V: Tensor, W: Tensor, hidden_bias: Tensor | None, output_bias: Tensor | None
     ) -> Tensor:
-        return deep_residual(
-            h,
-            V,
-            W,
-            hidden_bias,
-            output_bias,
-            activation=self.activation,
-            scale=self.scale,
-            backward=self.backward,
-        )
+        options = (self.activation, self.scale, self.backward, self.strict)
+        return recorded(h, V, W, hidden_bias, output_bias, *options, self._drift)
 
     def _set_weights(self, weights: Sequence[Tensor | None]) -> None:
         """Replace the parameters by copies of V, W, hidden_bias, output_bias of the same depth."""
@@ -273,6 +282,7 @@ class DeepResBlock(nn.Module):
             init=self.init,
             scale=scale,
             backward=self.backward,
+            strict=self.strict,
             device="meta",
         )
         block._set_weights(weights)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .autograd import DeepResidual
+from .autograd import DeepResidual, Drift
 from .validation import check_arguments
 
 
@@ -22,6 +22,7 @@ def deep_residual(
     activation: str = "gelu",
     scale: float | None = None,
     backward: str = "auto",
+    strict: bool = False,
 ) -> Tensor:
     r"""All L steps of ``h ← h + scale · (V_k σ(W_k h + hidden_bias_k) + output_bias_k)`` in one call.
 
@@ -42,6 +43,7 @@ def deep_residual(
               each step for its input. Memory O(1); exact to rounding where the steps are small (L large);
               a ``DriftWarning`` says when they were not.
             - ``"auto"``: exact and never above O(√L): ``store`` for a few layers, else ``checkpoint``.
+        strict: whether an adjoint backward that cannot be trusted raises ``DriftError``, not only warns.
 
     Returns:
         h_L, with the shape, dtype and device of ``h``.
@@ -50,17 +52,34 @@ def deep_residual(
         TypeError: an argument is of the wrong type, or tensors of different dtypes.
         ValueError: shapes that do not fit, L = 0, tensors on different devices, a non-finite scale, an
             unknown activation or strategy.
+        DriftError: in the backward, with ``strict``.
 
     Source: Marion, Wu, Sander & Biau, "Implicit regularization of deep residual networks towards neural
     ODEs", ICLR 2024, arXiv 2309.01213.
     """
-    scale = check_arguments(h, V, W, hidden_bias, output_bias, activation, scale, backward)
+    return recorded(h, V, W, hidden_bias, output_bias, activation, scale, backward, strict, {})
+
+
+def recorded(
+    h: Tensor,
+    V: Tensor,
+    W: Tensor,
+    hidden_bias: Tensor | None,
+    output_bias: Tensor | None,
+    activation: str,
+    scale: float | None,
+    backward: str,
+    strict: bool,
+    record: Drift,
+) -> Tensor:
+    """``deep_residual``, with the report of an adjoint backward left in ``record`` when it has run."""
+    scale = check_arguments(h, V, W, hidden_bias, output_bias, activation, scale, backward, strict)
     rows = h.reshape(-1, h.shape[-1])
     tensors = (rows, V, W, hidden_bias, output_bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         save_every, save_final = saved_states(backward, V.shape[0])
         y, _ = DeepResidual.apply(  # type: ignore[no-untyped-call]
-            *tensors, activation, scale, save_every, save_final
+            *tensors, activation, scale, save_every, save_final, strict, record
         )
     else:
         y, _ = ops.forward(*tensors, activation, scale, 0, False)

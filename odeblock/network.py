@@ -19,7 +19,7 @@ class DeepResNet(nn.Module):
         dim: q, features of the block.
         depth: L, residual steps.
         out_features: size of F(x).
-        hidden_dim, activation, bias, init, scale, backward, device, dtype: of the block, see
+        hidden_dim, activation, bias, init, scale, backward, strict, device, dtype: of the block, see
             ``DeepResBlock``; ``bias`` holds for A and B as well.
 
     Submodules: ``A`` (nn.Linear), ``block`` (DeepResBlock), ``B`` (nn.Linear).
@@ -38,6 +38,7 @@ class DeepResNet(nn.Module):
         init: str = "smooth",
         scale: float | None = None,
         backward: str = "auto",
+        strict: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -55,6 +56,7 @@ class DeepResNet(nn.Module):
             init=init,
             scale=scale,
             backward=backward,
+            strict=strict,
             device=device,
             dtype=dtype,
         )

@@ -34,13 +34,15 @@ def deep_residual(
     activation: str = "gelu",
     scale: float | None = None,
     backward: str = "auto",
+    strict: bool = False,
 ) -> Tensor:
     """The block as a loop of PyTorch operators, differentiated by ordinary autograd.
 
-    Same arguments, result and errors as ``odeblock.functional.deep_residual``. ``backward`` is checked
-    and otherwise without effect: the gradients of a stored loop are those that every strategy must give.
+    Same arguments, result and errors as ``odeblock.functional.deep_residual``. ``backward`` and
+    ``strict`` are checked and otherwise without effect: the gradients of a stored loop are those that every
+    strategy must give.
     """
-    scale = check_arguments(h, V, W, hidden_bias, output_bias, activation, scale, backward)
+    scale = check_arguments(h, V, W, hidden_bias, output_bias, activation, scale, backward, strict)
     sigma = get_activation(activation)
     state = h.to(state_dtype(h.dtype))
     hidden = hidden_bias.unbind(0) if hidden_bias is not None else [None] * V.shape[0]

@@ -25,6 +25,7 @@ def check_arguments(
     activation: str,
     scale: float | None,
     backward: str,
+    strict: bool,
 ) -> float:
     """Refuse what cannot be computed; return the scale, 1/L unless given."""
     _check_tensor("h", h)
@@ -53,6 +54,7 @@ def check_arguments(
             raise ValueError(f"{name}: expected the device of h, {h.device}; got {tensor.device}")
     get_activation(activation)
     check_strategy(backward)
+    check_flag("strict", strict)
     return 1.0 / depth if scale is None else check_scale(scale)
 
 
@@ -72,6 +74,13 @@ def check_strategy(backward: Any) -> str:
     if backward not in STRATEGIES:
         raise ValueError(f"backward: expected one of {', '.join(STRATEGIES)}; got {backward!r}")
     return backward
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
+    return value
 
 
 def check_size(name: str, value: int) -> int:

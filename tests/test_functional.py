@@ -60,6 +60,7 @@ REFUSED = [
     ({"scale": True}, TypeError, "scale: expected a number"),
     ({"backward": "reversible"}, ValueError, "backward: expected one of auto, .*got 'reversible'"),
     ({"backward": None}, TypeError, "backward: expected a name"),
+    ({"strict": "yes"}, TypeError, "strict: expected True or False, got str"),
 ]
 
 

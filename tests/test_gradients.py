@@ -9,7 +9,7 @@ import torch
 from oracle import NAMES, make_case, run
 from torch import Tensor
 
-from odeblock import DeepResBlock, DriftWarning, ops, reference
+from odeblock import DeepResBlock, DriftError, DriftWarning, ops, reference
 from odeblock.activations import ACTIVATIONS
 from odeblock.functional import deep_residual
 
@@ -170,6 +170,43 @@ def test_the_adjoint_says_when_a_step_cannot_be_inverted() -> None:
     x = torch.randn(5, 8, requires_grad=True)
     with pytest.warns(DriftWarning, match='use backward="auto"'):
         deep_residual(x, weights[0], weights[1], activation="tanh", backward="adjoint").sum().backward()
+
+
+def test_strict_raises_where_the_adjoint_would_warn() -> None:
+    torch.manual_seed(0)
+    block = DeepResBlock(8, 3, activation="tanh", backward="adjoint", strict=True)
+    with torch.no_grad():
+        block.V.normal_(0, 30)
+        block.W.normal_(0, 30)
+    x = torch.randn(5, 8, requires_grad=True)
+    assert block.last_drift is None
+    with pytest.raises(DriftError, match='use backward="auto"'):
+        block(x).sum().backward()
+    assert block.last_drift is not None
+    assert block.last_drift["drift"] > 1e-3
+    block.backward = "auto"  # exact: nothing to be strict about
+    block(x).sum().backward()
+    assert "strict=True" in repr(block)
+    assert block.split(2)[0].strict
+    with pytest.raises(TypeError, match="strict: expected True or False, got int"):
+        DeepResBlock(8, 3, strict=1)
+
+
+def test_last_drift() -> None:
+    torch.manual_seed(0)
+    block = DeepResBlock(12, 300, backward="adjoint")
+    x = torch.randn(5, 12)
+    block(x)
+    assert block.last_drift is None  # before the backward
+    block(x).sum().backward()
+    drift = block.last_drift
+    assert drift is not None
+    assert set(drift) == {"estimate", "drift", "evaluations", "order"}
+    assert 0 < drift["estimate"] < 1e-6
+    assert 0 <= drift["drift"] < 1e-5
+    assert 1 <= drift["evaluations"] < 3
+    drift.clear()
+    assert block.last_drift
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
