@@ -127,7 +127,8 @@ class DeepResBlock(nn.Module):
         Raises:
             TypeError, ValueError: ``every`` is not a whole number from 1 to L, or as ``forward``.
         """
-        if check_size("every", every) > self.depth:
+        every = check_size("every", every)
+        if every > self.depth:
             raise ValueError(f"every: expected an int from 1 to the depth {self.depth}, got {every}")
         if not isinstance(h, Tensor) or h.dtype != self.V.dtype:
             return self.forward(h)  # raises
@@ -154,7 +155,7 @@ class DeepResBlock(nn.Module):
         Raises:
             TypeError, ValueError: ``depth`` is not a whole number >= 1.
         """
-        check_size("depth", depth)
+        depth = check_size("depth", depth)
         layers = torch.arange(1, depth + 1, dtype=torch.float64, device=self.V.device)
         position = layers * self.depth / depth  # exact wherever an old layer lies
         scale = None if self.scale == 1.0 / self.depth else self.scale * self.depth / depth
@@ -175,7 +176,8 @@ class DeepResBlock(nn.Module):
         Raises:
             TypeError, ValueError: ``parts`` is not a whole number from 1 to L.
         """
-        if check_size("parts", parts) > self.depth:
+        parts = check_size("parts", parts)
+        if parts > self.depth:
             raise ValueError(
                 f"parts: expected an int from 1 to the depth {self.depth}, got {parts}; a part holds at "
                 "least one step"

@@ -10,6 +10,7 @@ layers 𝒵 is taken to be linear, and constant below s = 1/L.
 
 from __future__ import annotations
 
+import numbers
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,8 +60,18 @@ class VectorField(nn.Module):
         self.block = block
 
     def forward(self, s: Tensor | float, h: Tensor) -> Tensor:
-        """s: time, a number or a tensor of one element; h [..., q] -> dh/ds [..., q], of h's dtype."""
+        """s: time, a number or a tensor of one element; h [..., q] -> dh/ds [..., q], of h's dtype.
+
+        Raises TypeError or ValueError, naming the argument, for anything else.
+        """
         block = self.block
+        if not isinstance(h, Tensor) or not h.is_floating_point():
+            got = h.dtype if isinstance(h, Tensor) else type(h).__name__
+            raise TypeError(f"h: expected a floating-point torch.Tensor, got {got}")
+        if h.dim() < 1 or h.shape[-1] != block.dim:
+            raise ValueError(f"h: expected shape [..., {block.dim}], got {list(h.shape)}")
+        if not isinstance(s, (Tensor, numbers.Real)):
+            raise TypeError(f"s: expected a number or a tensor of one element, got {type(s).__name__}")
         time = torch.as_tensor(s, dtype=torch.float64, device=h.device)
         if time.numel() != 1:
             raise ValueError(f"s: expected one number, got a tensor of shape {list(time.shape)}")

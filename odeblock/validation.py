@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 from typing import Any
 
 import torch
@@ -83,13 +84,17 @@ def check_flag(name: str, value: Any) -> bool:
     return value
 
 
-def check_size(name: str, value: int) -> int:
-    """A whole number >= 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int >= 1, got {type(value).__name__}")
+def check_size(name: str, value: Any) -> int:
+    """A whole number >= 1, also of another library's integer type, as an int."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        value = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an int >= 1, got {type(value).__name__}") from None
     if value < 1:
         raise ValueError(f"{name}: expected an int >= 1, got {value}")
-    return value
+    return int(value)
 
 
 def _check_tensor(name: str, value: Any) -> None:

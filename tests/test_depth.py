@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -192,6 +193,13 @@ def test_the_vector_field_has_the_parameters_and_gradients_of_the_block() -> Non
     assert low(0.5, torch.randn(2, 6)).dtype == torch.float32
     with pytest.raises(ValueError, match=r"s: expected one number, got a tensor of shape \[2\]"):
         field(torch.zeros(2), h)
+    with pytest.raises(TypeError, match="s: expected a number or a tensor of one element, got str"):
+        field("0.5", h)
+    with pytest.raises(ValueError, match=r"h: expected shape \[\.\.\., 6\], got \[2, 5\]"):
+        field(0.5, torch.randn(2, 5))
+    for bad in ([1.0], torch.ones(2, 6, dtype=torch.int64)):
+        with pytest.raises(TypeError, match="h: expected a floating-point torch.Tensor, got"):
+            field(0.5, bad)
 
 
 def test_interpolate_stops_at_both_ends() -> None:
@@ -311,6 +319,14 @@ def test_impossible_arguments(name: str) -> None:
     if name != "resample":
         with pytest.raises(ValueError, match=f"{argument}: expected an int from 1 to the depth 4, got 5"):
             call(5)
+
+
+def test_integers_of_other_libraries_are_integers() -> None:
+    block = make_block(depth=np.int64(4))
+    assert block.depth == 4
+    assert type(block.depth) is int
+    assert block.resample(np.int32(7)).depth == 7
+    assert len(block.split(torch.tensor(2))) == 2
 
 
 def test_trajectory_refuses_what_forward_refuses() -> None:

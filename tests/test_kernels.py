@@ -106,6 +106,7 @@ def test_every_half_precision_number_passes_through(dtype: torch.dtype) -> None:
             assert y[rows.isnan()].isnan().all()
 
 
+@torch.no_grad()
 def test_depth_does_not_stagnate_in_bfloat16() -> None:
     """Increments of size 1/L fall under half an ulp of a bfloat16 state; here the state is float32."""
     torch.manual_seed(0)
