@@ -198,7 +198,7 @@ def test_the_vector_field_has_the_parameters_and_gradients_of_the_block() -> Non
     with pytest.raises(ValueError, match=r"h: expected shape \[\.\.\., 6\], got \[2, 5\]"):
         field(0.5, torch.randn(2, 5))
     for bad in ([1.0], torch.ones(2, 6, dtype=torch.int64)):
-        with pytest.raises(TypeError, match="h: expected a floating-point torch.Tensor, got"):
+        with pytest.raises(TypeError, match=r"h: expected a floating-point torch\.Tensor, got"):
             field(0.5, bad)
 
 
