@@ -260,11 +260,9 @@ class DeepResBlock(nn.Module):
         count = len(pieces[0] or ())
         return list(zip(*([None] * count if piece is None else piece for piece in pieces), strict=True))
 
-    def _run(
-        self, h: Tensor, V: Tensor, W: Tensor, hidden_bias: Tensor | None, output_bias: Tensor | None
-    ) -> Tensor:
+    def _run(self, h: Tensor, *weights: Tensor | None) -> Tensor:
         options = (self.activation, self.scale, self.backward, self.strict)
-        return recorded(h, V, W, hidden_bias, output_bias, *options, self._drift)
+        return recorded(self._drift, h, *weights, *options)
 
     def _set_weights(self, weights: Sequence[Tensor | None]) -> None:
         """Replace the parameters by copies of V, W, hidden_bias, output_bias of the same depth."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,23 +58,13 @@ def deep_residual(
     Source: Marion, Wu, Sander & Biau, "Implicit regularization of deep residual networks towards neural
     ODEs", ICLR 2024, arXiv 2309.01213.
     """
-    return recorded(h, V, W, hidden_bias, output_bias, activation, scale, backward, strict, {})
+    return recorded({}, h, V, W, hidden_bias, output_bias, activation, scale, backward, strict)
 
 
-def recorded(
-    h: Tensor,
-    V: Tensor,
-    W: Tensor,
-    hidden_bias: Tensor | None,
-    output_bias: Tensor | None,
-    activation: str,
-    scale: float | None,
-    backward: str,
-    strict: bool,
-    record: Drift,
-) -> Tensor:
-    """``deep_residual``, with the report of an adjoint backward left in ``record`` when it has run."""
-    scale = check_arguments(h, V, W, hidden_bias, output_bias, activation, scale, backward, strict)
+def recorded(record: Drift, *arguments: Any) -> Tensor:
+    """``deep_residual`` of its arguments in order; an adjoint backward leaves its report in ``record``."""
+    h, V, W, hidden_bias, output_bias, activation, _, backward, strict = arguments
+    scale = check_arguments(*arguments)
     rows = h.reshape(-1, h.shape[-1])
     tensors = (rows, V, W, hidden_bias, output_bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):

@@ -2,7 +2,8 @@
 
 ``deep_residual`` is the differentiable loop; ordinary autograd of it in float64 is what every kernel is
 judged by. ``forward`` and ``backward`` are the two ops of ``ops.py`` written with PyTorch operators: the
-same recursion, saved states and adjoint as the native core, for every device and dtype it does not cover.
+same recursion, saved states and adjoint as the native core, for the devices that it does not cover and for
+an installation without it.
 
 Shapes: h, y, a [B, q]; V [L, q, m]; W [L, m, q]; hidden_bias [L, m]; output_bias [L, q]. States are kept
 in float32 (float64 for float64) whatever the storage dtype; products are taken in the storage dtype.

@@ -129,6 +129,21 @@ def main() -> None:
         assert not any(name.endswith(".so") for name in names)
         print(try_out(python, WITHOUT_CORE))
 
+        # What that advises: a compiler, and the same folder installed once more.
+        again = Path(folder) / "plain" / "source"
+        run(
+            python,
+            "-m",
+            "pip",
+            "wheel",
+            again,
+            "--no-deps",
+            "-w",
+            folder,
+            ODEBLOCK_CUDA="OFF",
+            ODEBLOCK_NATIVE="ON",
+        )
+
 
 if __name__ == "__main__":
     main()
