@@ -49,13 +49,16 @@ size_t forward_workspace(int dtype, int activation, int64_t batch, int64_t dim, 
 
 void forward(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth, double scale,
              uintptr_t h, uintptr_t V, uintptr_t W, uintptr_t hidden_bias, uintptr_t output_bias, uintptr_t y,
-             uintptr_t states, int64_t save_every, bool save_final, uintptr_t workspace, int threads) {
+             uintptr_t states, uintptr_t probe, uintptr_t checks, int64_t save_every, bool reconstruct,
+             uintptr_t workspace, int threads) {
   ForwardProblem p{};
   set_sizes(p, dtype, activation, batch, dim, hidden, depth, threads);
   set_weights(p, V, W, hidden_bias, output_bias);
   p.scale = scale;
   p.save_every = save_every;
-  p.save_final = save_final;
+  p.reconstruct = reconstruct;
+  p.probe = pointer<const void>(probe);
+  p.checks = pointer<void>(checks);
   p.h = pointer<const void>(h);
   p.y = pointer<void>(y);
   p.states = pointer<void>(states);
@@ -65,22 +68,29 @@ void forward(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidd
 }
 
 size_t backward_workspace(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth,
-                          int64_t save_every, int threads) {
+                          int64_t save_every, bool reconstruct, int64_t slots, int threads) {
   Problem p{};
   set_sizes(p, dtype, activation, batch, dim, hidden, depth, threads);
   p.save_every = save_every;
+  p.reconstruct = reconstruct;
+  p.slots = slots;
   return odeblock::cpu_kernels().backward_workspace(p);
 }
 
 void backward(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth, double scale,
               uintptr_t grad, uintptr_t h, uintptr_t V, uintptr_t W, uintptr_t hidden_bias, uintptr_t output_bias,
-              uintptr_t states, uintptr_t dh, uintptr_t dV, uintptr_t dW, uintptr_t dhidden_bias,
-              uintptr_t doutput_bias, uintptr_t report, int64_t save_every, uintptr_t workspace, int threads) {
+              uintptr_t states, uintptr_t probe, uintptr_t checks, uintptr_t dh, uintptr_t dV, uintptr_t dW,
+              uintptr_t dhidden_bias, uintptr_t doutput_bias, uintptr_t report, int64_t save_every, bool reconstruct,
+              int64_t slots, uintptr_t workspace, int threads) {
   BackwardProblem p{};
   set_sizes(p, dtype, activation, batch, dim, hidden, depth, threads);
   set_weights(p, V, W, hidden_bias, output_bias);
   p.scale = scale;
   p.save_every = save_every;
+  p.reconstruct = reconstruct;
+  p.slots = slots;
+  p.probe = pointer<const void>(probe);
+  p.checks = pointer<const void>(checks);
   p.grad = pointer<const void>(grad);
   p.h = pointer<const void>(h);
   p.states = pointer<const void>(states);

@@ -32,10 +32,14 @@ struct Problem {
   int64_t depth;   // L >= 1
   double scale;
 
-  // The forward saves h_0, h_K, h_2K, .. below L for K = save_every > 0, and none of them for K = 0.
+  // What the forward saves for the backward. K = save_every; h_0, h_K, h_2K, .. below L where the states between
+  // are to be run forward again (none for K = 0); for the adjoint, which reconstructs them, h_K, h_2K, .. below L
+  // and h_L (for K = 0, h_L alone), and projections of some states (see `checks`).
   // Saved states are [n, rows / W, q, W]: blocks of W rows, one vector wide, feature by feature; float for the
   // 16-bit types.
   int64_t save_every;
+  bool reconstruct;
+  int64_t slots;  // backward, not reconstructing, K > 1: states of a tile that it may hold besides, >= 1
 
   const void* V;            // [L, q, m]  read
   const void* W;            // [L, m, q]  read
@@ -45,23 +49,31 @@ struct Problem {
   int threads;              // at most this many threads; the workspace was sized for them
 };
 
+// The adjoint compares at most this many of its states with what the forward saw: the projections probeᵀh_k for
+// k = c, 2c, .. below L, c = check_every(L).
+constexpr int64_t kChecks = 16;
+ODEBLOCK_INLINE int64_t check_every(int64_t depth) { return (depth + kChecks) / (kChecks + 1); }
+
 struct ForwardProblem : Problem {
-  bool save_final;  // whether h_L is saved, behind the others
-  const void* h;    // [B, q]  read
-  void* y;          // [B, q]  written
-  void* states;     // [n, B padded, q]  written, as computed
+  const void* h;      // [B, q]  read
+  void* y;            // [B, q]  written
+  void* states;       // [n, B padded, q]  written, as computed
+  const void* probe;  // [q]  read where reconstruct, as computed
+  void* checks;       // [(L - 1) / c, B padded]  written where reconstruct, as computed
 };
 
 struct BackwardProblem : Problem {
   const void* grad;    // [B, q]  read: d loss / d y
-  const void* h;       // [B, q]  read by the adjoint (save_every = 0) to measure its drift; else null
-  const void* states;  // [n, B padded, q]  read, as computed; for the adjoint h_L alone
+  const void* h;       // [B, q]  read where reconstruct, to measure the drift; else null
+  const void* states;  // [n, B padded, q]  read, as computed
+  const void* probe;   // [q]  as in the forward
+  const void* checks;  // [(L - 1) / c, B padded]  read where reconstruct
   void* dh;            // [B, q]     written
   void* dV;            // [L, q, m]  written; null, with the three below, where no weight needs a gradient
   void* dW;            // [L, m, q]  written, or null
   void* dhidden_bias;  // [L, m]     written, or null
   void* doutput_bias;  // [L, q]     written, or null
-  double* report;      // [3] written by the adjoint: last change, drift, evaluations per step
+  double* report;      // [4] written where reconstruct: estimate, drift, evaluations and order per step
 };
 
 }  // namespace odeblock

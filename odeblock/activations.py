@@ -32,6 +32,11 @@ class Activation:
     backward: Callable[[Tensor, Tensor, Tensor], Tensor]
     module: Callable[[], nn.Module]
 
+    @property
+    def smooth(self) -> bool:
+        """Whether sigma' is continuous."""
+        return self.name not in ("relu", "leaky_relu")
+
 
 _TABLE = (
     Activation("identity", 0, lambda z: z, lambda u, z, s: u, nn.Identity),

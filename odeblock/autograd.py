@@ -20,24 +20,23 @@ class DriftError(RuntimeError):
 
 
 Drift = dict[str, float]
-"""Report of an adjoint backward: estimate (largest relative last change of a state in its reconstruction),
-drift (largest relative distance of the reconstructed h_0 from the input), evaluations (of a step's f, on
-average over steps and rows), order (of the prediction that the reconstruction starts from)."""
-
-PREDICTION_ORDER = 2  # Δ_k ≈ 2Δ_{k+1} - Δ_{k+2}
+"""Report of an adjoint backward. Relative errors of the worst row: estimate (of the states that activations
+were differentiated at, root mean square over depth), drift (of reconstructed states where the forward's are
+known: h_0, anchors, up to 16 projections between). Means over steps and rows: evaluations (of a step's f; a
+correction of W h alone counts one half), order (of the prediction it starts from). See docs/adjoint.md."""
 
 DRIFT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """What estimate and drift of an adjoint backward may reach, per storage dtype, before it warns.
 
-Reconstruction adds about one rounding error a step, a random walk over L steps: 1e-5 is 80 ulp of a
-float32 state. Half-precision products make f itself jump by an ulp of the storage dtype times 1/L.
+Rounding alone gives about one unit a step, a random walk over L steps: 1e-5 is 80 units of a float32 state.
+The gradients of half-precision blocks are rounded to 2^-8 and 2^-11.
 """
 
 
 class DeepResidual(torch.autograd.Function):
-    """y = h_L for h [B, q], with the states saved that ``save_every`` and ``save_final`` ask for.
+    """y = h_L for h [B, q], with what the backward's plan asks for saved (``checkpointing.Plan``).
 
-    An adjoint backward (``save_every`` = 0) fills ``record`` with its report, and raises where ``strict``.
+    An adjoint backward (``reconstruct``) fills ``record`` with its report, and raises where ``strict``.
     """
 
     @staticmethod
@@ -50,27 +49,30 @@ class DeepResidual(torch.autograd.Function):
         activation: str,
         scale: float,
         save_every: int,
-        save_final: bool,
+        reconstruct: bool,
+        slots: int,
         strict: bool,
         record: Drift,
-    ) -> tuple[Tensor, Tensor]:
-        y, states = ops.forward(h, V, W, hidden_bias, output_bias, activation, scale, save_every, save_final)
-        return y, states
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, states, checks = ops.forward(
+            h, V, W, hidden_bias, output_bias, activation, scale, save_every, reconstruct
+        )
+        return y, states, checks
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        h, V, W, hidden_bias, output_bias, ctx.activation, ctx.scale, ctx.save_every, _, *rest = inputs
-        ctx.strict, ctx.record = rest
-        states = output[1]
-        ctx.mark_non_differentiable(states)
-        ctx.save_for_backward(h, V, W, hidden_bias, output_bias, states)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        *tensors, ctx.activation, ctx.scale, ctx.save_every, ctx.reconstruct, ctx.slots = inputs[:10]
+        ctx.strict, ctx.record = inputs[10:]
+        _, states, checks = output
+        ctx.mark_non_differentiable(states, checks)
+        ctx.save_for_backward(*tensors, states, checks)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
         if grad is None:
-            return (None,) * 11
-        *inputs, states = ctx.saved_tensors
+            return (None,) * 12
+        *inputs, states, checks = ctx.saved_tensors
         if torch.is_grad_enabled():
             gradients = _differentiable_gradients(ctx, grad, inputs)
         else:
@@ -78,18 +80,39 @@ class DeepResidual(torch.autograd.Function):
             need_weights = any(ctx.needs_input_grad[1:5])
             *gradients, report = ops.backward(
                 grad,
-                h if not ctx.save_every else None,  # where the adjoint measures its drift
+                h if ctx.reconstruct else None,  # where the adjoint measures its drift
                 *weights,
                 states,
+                checks,
                 ctx.activation,
                 ctx.scale,
                 ctx.save_every,
+                ctx.reconstruct,
+                ctx.slots,
                 need_weights,
             )
-            if not ctx.save_every:
-                _judge_drift(report, grad.dtype, ctx.strict, ctx.record)
+            if ctx.reconstruct:
+                judge_drift(report, grad.dtype, ctx.strict, ctx.record)
         needed = (g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False))
-        return (*needed, *(None,) * 6)
+        return (*needed, *(None,) * 7)
+
+
+class DualDeepResidual(DeepResidual):
+    """The same with forward-mode derivatives, for which the graph compiler has no way."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        DeepResidual.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:5])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None, None]:
+        """The derivative along ``tangents``, by PyTorch operators: it can be differentiated again."""
+        h, V, W, hidden_bias, output_bias = ctx.saved_tensors[:5]
+        moving = reference.jvp(
+            tangents[:5], h, V, W, hidden_bias, output_bias, activation=ctx.activation, scale=ctx.scale
+        )
+        return moving, None, None
 
 
 def _differentiable_gradients(ctx: Any, grad: Tensor, inputs: list[Any]) -> list[Tensor | None]:
@@ -103,16 +126,17 @@ def _differentiable_gradients(ctx: Any, grad: Tensor, inputs: list[Any]) -> list
     return [next(found) if need else None for need in ctx.needs_input_grad[: len(inputs)]]
 
 
-def _judge_drift(report: Tensor, dtype: torch.dtype, strict: bool, record: Drift) -> None:
-    estimate, drift, evaluations = report.tolist()
-    record.update(estimate=estimate, drift=drift, evaluations=evaluations, order=PREDICTION_ORDER)
+def judge_drift(report: Tensor, dtype: torch.dtype, strict: bool, record: Drift) -> None:
+    """Keep the report of an adjoint backward in ``record``; warn or raise where it cannot be trusted."""
+    estimate, drift, evaluations, order = report.tolist()
+    record.update(estimate=estimate, drift=drift, evaluations=evaluations, order=order)
     tolerance = DRIFT_TOLERANCE[dtype]
     if estimate <= tolerance and drift <= tolerance:  # false where either is NaN
         return
     message = (
-        f"the adjoint reconstructed the activations with an error above {tolerance:g} (last change "
-        f"{estimate:.1e}, drift of the input {drift:.1e}, relative): its gradients are unreliable. The "
-        'residual steps are too large to be inverted at this depth; use backward="auto" or "checkpoint".'
+        f"the adjoint reconstructed the activations with an error above {tolerance:g} (relative; estimate "
+        f"{estimate:.1e}, drift {drift:.1e}): its gradients are unreliable. The residual steps are too large "
+        'to be inverted at this depth; use backward="auto" or "checkpoint", or more anchors.'
     )
     if strict:
         raise DriftError(message)

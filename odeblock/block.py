@@ -14,7 +14,7 @@ from .functional import recorded
 from .initializers import get_initializer
 from .layers import make_layer, stack_layers
 from .limit import VectorField, interpolate
-from .validation import check_flag, check_scale, check_size, check_strategy
+from .validation import check_options, check_scale, check_size
 
 PARAMETERS = ("V", "W", "hidden_bias", "output_bias")
 
@@ -36,7 +36,7 @@ class DeepResBlock(nn.Module):
         scale: step size, 1/L by default.
         backward: ``"auto"``, ``"adjoint"``, ``"checkpoint"`` or ``"store"``, see
             ``odeblock.functional.deep_residual``.
-        strict: whether an adjoint backward that cannot be trusted raises ``DriftError``, not only warns.
+        strict, anchors, memory_budget: options of the strategies, see there.
         device, dtype: of the parameters, as in ``nn.Linear``.
 
     Parameters:
@@ -66,6 +66,8 @@ class DeepResBlock(nn.Module):
         scale: float | None = None,
         backward: str = "auto",
         strict: bool = False,
+        anchors: int = 0,
+        memory_budget: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -77,8 +79,13 @@ class DeepResBlock(nn.Module):
         get_initializer(init)
         self.init = init
         self.scale = 1.0 / self.depth if scale is None else check_scale(scale)
-        self.backward = check_strategy(backward)
-        self.strict = check_flag("strict", strict)
+        check_options(backward, strict, anchors, memory_budget)
+        self.backward, self.strict, self.anchors, self.memory_budget = (
+            backward,
+            strict,
+            anchors,
+            memory_budget,
+        )
         self._drift: Drift = {}
 
         def empty(*shape: int) -> nn.Parameter:
@@ -105,9 +112,9 @@ class DeepResBlock(nn.Module):
     def last_drift(self) -> Drift | None:
         """What the last adjoint backward of this block found; None before there was one.
 
-        ``estimate``: the largest relative change of a state in the last evaluation of its reconstruction;
-        ``drift``: the largest relative distance of the reconstructed h_0 from the input; ``evaluations`` of a
-        step's f, on average; ``order`` of the prediction that the reconstruction starts from.
+        Relative errors of the worst row: ``estimate``, of the states that activations were differentiated at;
+        ``drift``, of reconstructed states that the forward knew. Means: ``evaluations`` of a step's f,
+        ``order`` of the prediction that the reconstruction starts from. See docs/adjoint.md.
         """
         return dict(self._drift) or None
 
@@ -245,8 +252,9 @@ class DeepResBlock(nn.Module):
         if self.scale != 1.0 / self.depth:
             parts.append(("scale", self.scale))
         parts.append(("backward", self.backward))
-        if self.strict:
-            parts.append(("strict", True))
+        for name, default in (("strict", False), ("anchors", 0), ("memory_budget", None)):
+            if getattr(self, name) != default:
+                parts.append((name, getattr(self, name)))
         return ", ".join(f"{name}={value!r}" for name, value in parts)
 
     # ---- inside ------------------------------------------------------------------------------------------
@@ -261,8 +269,8 @@ class DeepResBlock(nn.Module):
         return list(zip(*([None] * count if piece is None else piece for piece in pieces), strict=True))
 
     def _run(self, h: Tensor, *weights: Tensor | None) -> Tensor:
-        options = (self.activation, self.scale, self.backward, self.strict)
-        return recorded(self._drift, h, *weights, *options)
+        options = (self.backward, self.strict, self.anchors, self.memory_budget)
+        return recorded(self._drift, h, *weights, self.activation, self.scale, *options)
 
     def _set_weights(self, weights: Sequence[Tensor | None]) -> None:
         """Replace the parameters by copies of V, W, hidden_bias, output_bias of the same depth."""
@@ -283,6 +291,8 @@ class DeepResBlock(nn.Module):
             scale=scale,
             backward=self.backward,
             strict=self.strict,
+            anchors=self.anchors,
+            memory_budget=self.memory_budget,
             device="meta",
         )
         block._set_weights(weights)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops
-from .autograd import DeepResidual, Drift
+from . import checkpointing, ops, reference
+from .autograd import DeepResidual, Drift, DualDeepResidual
 from .validation import check_arguments
 
 
@@ -24,6 +23,8 @@ def deep_residual(
     scale: float | None = None,
     backward: str = "auto",
     strict: bool = False,
+    anchors: int = 0,
+    memory_budget: int | None = None,
 ) -> Tensor:
     r"""All L steps of ``h ← h + scale · (V_k σ(W_k h + hidden_bias_k) + output_bias_k)`` in one call.
 
@@ -39,12 +40,19 @@ def deep_residual(
             network; they differ in memory (B rows of q numbers a state) and in arithmetic.
 
             - ``"store"``: every state is kept. Least arithmetic, memory O(L).
-            - ``"checkpoint"``: every √L-th state is kept, the others run again. Exact, memory O(√L).
+            - ``"checkpoint"``: every √L-th state is kept, or what ``memory_budget`` allows, the others run
+              again. Exact.
             - ``"adjoint"``: only the last state is kept, the others are reconstructed from it by solving
               each step for its input. Memory O(1); exact to rounding where the steps are small (L large);
-              a ``DriftWarning`` says when they were not.
-            - ``"auto"``: exact and never above O(√L): ``store`` for a few layers, else ``checkpoint``.
+              a ``DriftWarning`` says when they were not. See docs/adjoint.md.
+            - ``"auto"``: exact and never above O(√L), or the ``memory_budget``: ``store`` where that is
+              enough, else ``checkpoint``.
         strict: whether an adjoint backward that cannot be trusted raises ``DriftError``, not only warns.
+        anchors: states that ``"adjoint"`` keeps besides, evenly in depth; the reconstruction starts afresh at
+            each, and is compared with it. Memory: anchors · B · q numbers.
+        memory_budget: bytes of states that ``"auto"`` and ``"checkpoint"`` may hold, those kept between
+            forward and backward and those run again together; None for O(√L). With less than √L states some
+            steps run more than once more, as few as possible (Griewank & Walther 2000).
 
     Returns:
         h_L, with the shape, dtype and device of ``h``.
@@ -52,38 +60,39 @@ def deep_residual(
     Raises:
         TypeError: an argument is of the wrong type, or tensors of different dtypes.
         ValueError: shapes that do not fit, L = 0, tensors on different devices, a non-finite scale, an
-            unknown activation or strategy.
+            unknown activation or strategy, anchors without ``"adjoint"``, a budget for a strategy without one
+            or below two states.
         DriftError: in the backward, with ``strict``.
 
     Source: Marion, Wu, Sander & Biau, "Implicit regularization of deep residual networks towards neural
     ODEs", ICLR 2024, arXiv 2309.01213.
     """
-    return recorded({}, h, V, W, hidden_bias, output_bias, activation, scale, backward, strict)
+    options = (activation, scale, backward, strict, anchors, memory_budget)
+    return recorded({}, h, V, W, hidden_bias, output_bias, *options)
 
 
 def recorded(record: Drift, *arguments: Any) -> Tensor:
     """``deep_residual`` of its arguments in order; an adjoint backward leaves its report in ``record``."""
-    h, V, W, hidden_bias, output_bias, activation, _, backward, strict = arguments
+    h, V, W, hidden_bias, output_bias, activation, _, backward, strict, anchors, memory_budget = arguments
     scale = check_arguments(*arguments)
     rows = h.reshape(-1, h.shape[-1])
     tensors = (rows, V, W, hidden_bias, output_bias)
+    plan = checkpointing.NOTHING
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        save_every, save_final = saved_states(backward, V.shape[0])
-        y, _ = DeepResidual.apply(  # type: ignore[no-untyped-call]
-            *tensors, activation, scale, save_every, save_final, strict, record
-        )
-    else:
-        y, _ = ops.forward(*tensors, activation, scale, 0, False)
+        state_bytes, slot_bytes = _sizes(rows)
+        plan = checkpointing.plan(backward, V.shape[0], anchors, memory_budget, state_bytes, slot_bytes)
+    function = DeepResidual if torch.compiler.is_compiling() else DualDeepResidual
+    y, *_ = function.apply(  # type: ignore[no-untyped-call]
+        *tensors, activation, scale, *plan, strict, record
+    )
     result: Tensor = y.view(h.shape)
     return result
 
 
-def saved_states(backward: str, depth: int) -> tuple[int, bool]:
-    """(K, final): the forward saves h_0, h_K, h_2K, ... (none for K = 0), and h_L if ``final``."""
-    if backward == "adjoint":
-        return 0, True
-    root = math.isqrt(depth - 1) + 1  # ⌈√L⌉
-    if backward == "store" or (backward == "auto" and depth <= 2 * root):
-        # 2√L states are what checkpointing holds at its peak: √L saved, √L run again.
-        return 1, False
-    return root, False
+def _sizes(rows: Tensor) -> tuple[int, int]:
+    """Bytes of a state of the whole batch, and of the rows that the CPU's kernels take through all layers
+    together (at most: kBackwardTileBytes and the least number of blocks in ``csrc/cpu/backward.h``)."""
+    row = rows.shape[1] * torch.finfo(reference.state_dtype(rows.dtype)).bits // 8
+    _, batch, _ = reference.states_shape(rows.shape[0], rows.shape[1], 1, 1, False)  # padded
+    tile = max(192, (256 << 10) // row)
+    return batch * row, min(batch, tile if ops.runs_natively(rows) else batch) * row

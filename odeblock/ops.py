@@ -16,7 +16,8 @@ from torch import Tensor
 
 from . import reference
 from .activations import ACTIVATIONS
-from .reference import state_dtype, states_shape
+from .reconstruction import REPORT_SIZE, probe
+from .reference import checks_shape, state_dtype, states_shape
 
 try:
     import odeblock._core as _core  # tells a missing module from one that cannot be loaded
@@ -45,16 +46,14 @@ _NATIVE_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.f
 _library = torch.library.Library("odeblock", "DEF")
 _library.define(
     "deep_residual(Tensor h, Tensor V, Tensor W, Tensor? hidden_bias, Tensor? output_bias, str activation, "
-    "float scale, int save_every, bool save_final) -> (Tensor y, Tensor states)"
+    "float scale, int save_every, bool reconstruct) -> (Tensor y, Tensor states, Tensor checks)"
 )
 _library.define(
     "deep_residual_backward(Tensor grad, Tensor? h, Tensor V, Tensor W, Tensor? hidden_bias, "
-    "Tensor? output_bias, Tensor states, str activation, float scale, int save_every, "
-    "bool weight_gradients) -> (Tensor dh, Tensor dV, Tensor dW, Tensor dhidden_bias, "
-    "Tensor doutput_bias, Tensor report)"
+    "Tensor? output_bias, Tensor states, Tensor checks, str activation, float scale, int save_every, "
+    "bool reconstruct, int slots, bool weight_gradients) -> (Tensor dh, Tensor dV, Tensor dW, "
+    "Tensor dhidden_bias, Tensor doutput_bias, Tensor report)"
 )
-
-REPORT_SIZE = 3  # estimate, drift, evaluations per step: see reference.backward
 
 
 def core_build_info() -> dict[str, Any] | None:
@@ -85,10 +84,12 @@ def _forward(
     activation: str,
     scale: float,
     save_every: int,
-    save_final: bool,
-) -> tuple[Tensor, Tensor]:
+    reconstruct: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     if not runs_natively(h):
-        return reference.forward(h, V, W, hidden_bias, output_bias, activation, scale, save_every, save_final)
+        return reference.forward(
+            h, V, W, hidden_bias, output_bias, activation, scale, save_every, reconstruct
+        )
     h, V, W = h.contiguous(), V.contiguous(), W.contiguous()
     hidden_bias, output_bias = _contiguous(hidden_bias), _contiguous(output_bias)
     batch, dim = h.shape
@@ -96,7 +97,9 @@ def _forward(
     threads = torch.get_num_threads()
     sizes = (_NATIVE_DTYPES[h.dtype], ACTIVATIONS[activation].native_id, batch, dim, hidden, depth)
     y = torch.empty_like(h)
-    states = h.new_empty(states_shape(batch, dim, depth, save_every, save_final), dtype=state_dtype(h.dtype))
+    computed = state_dtype(h.dtype)
+    states = h.new_empty(states_shape(batch, dim, depth, save_every, reconstruct), dtype=computed)
+    checks = h.new_empty(checks_shape(batch, depth, reconstruct), dtype=computed)
     workspace = torch.empty(_core.forward_workspace(*sizes, threads), dtype=torch.uint8)
     _core.forward(
         *sizes,
@@ -108,12 +111,14 @@ def _forward(
         _pointer(output_bias),
         _pointer(y),
         _pointer(states),
+        _pointer(probe(dim, computed)),
+        _pointer(checks),
         save_every,
-        save_final,
+        reconstruct,
         _pointer(workspace),
         threads,
     )
-    return y, states
+    return y, states, checks
 
 
 def _backward(
@@ -124,14 +129,30 @@ def _backward(
     hidden_bias: Tensor | None,
     output_bias: Tensor | None,
     states: Tensor,
+    checks: Tensor,
     activation: str,
     scale: float,
     save_every: int,
+    reconstruct: bool,
+    slots: int,
     weight_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if not runs_natively(grad):
         return reference.backward(
-            grad, h, V, W, hidden_bias, output_bias, states, activation, scale, save_every, weight_gradients
+            grad,
+            h,
+            V,
+            W,
+            hidden_bias,
+            output_bias,
+            states,
+            checks,
+            activation,
+            scale,
+            save_every,
+            reconstruct,
+            slots,
+            weight_gradients,
         )
     grad, V, W = grad.contiguous(), V.contiguous(), W.contiguous()
     h, hidden_bias, output_bias = _contiguous(h), _contiguous(hidden_bias), _contiguous(output_bias)
@@ -145,7 +166,9 @@ def _backward(
         for p in (V, W, hidden_bias, output_bias)
     )
     report = torch.zeros(REPORT_SIZE, dtype=torch.float64)
-    workspace = torch.empty(_core.backward_workspace(*sizes, save_every, threads), dtype=torch.uint8)
+    workspace = torch.empty(
+        _core.backward_workspace(*sizes, save_every, reconstruct, slots, threads), dtype=torch.uint8
+    )
     _core.backward(
         *sizes,
         scale,
@@ -156,6 +179,8 @@ def _backward(
         _pointer(hidden_bias),
         _pointer(output_bias),
         _pointer(states),
+        _pointer(probe(dim, state_dtype(grad.dtype))),
+        _pointer(checks),
         _pointer(dh),
         _pointer(dV),
         _pointer(dW),
@@ -163,6 +188,8 @@ def _backward(
         _pointer(doutput),
         _pointer(report),
         save_every,
+        reconstruct,
+        slots,
         _pointer(workspace),
         threads,
     )
@@ -184,11 +211,13 @@ def _forward_fake(
     activation: str,
     scale: float,
     save_every: int,
-    save_final: bool,
-) -> tuple[Tensor, Tensor]:
-    shape = states_shape(h.shape[0], h.shape[1], V.shape[0], save_every, save_final)
-    states = h.new_empty(shape, dtype=state_dtype(h.dtype))
-    return h.new_empty(h.shape), states
+    reconstruct: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, dim, depth = *h.shape, V.shape[0]
+    computed = state_dtype(h.dtype)
+    states = h.new_empty(states_shape(batch, dim, depth, save_every, reconstruct), dtype=computed)
+    checks = h.new_empty(checks_shape(batch, depth, reconstruct), dtype=computed)
+    return h.new_empty(h.shape), states, checks
 
 
 @torch.library.register_fake("odeblock::deep_residual_backward", lib=_library)
@@ -200,9 +229,12 @@ def _backward_fake(
     hidden_bias: Tensor | None,
     output_bias: Tensor | None,
     states: Tensor,
+    checks: Tensor,
     activation: str,
     scale: float,
     save_every: int,
+    reconstruct: bool,
+    slots: int,
     weight_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dV, dW, dhidden, doutput = (

@@ -11,18 +11,26 @@ in float32 (float64 for float64) whatever the storage dtype; products are taken 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import checkpointing
 from .activations import Activation, get_activation
+from .reconstruction import (
+    REPORT_SIZE,
+    Reconstruction,
+    check_count,
+    check_every,
+    probe,
+    rounding_unit,
+)
 from .validation import check_arguments
 
 ROW_PADDING = 16
 """Saved states hold B rounded up to this many rows, so that vectors of any instruction set fit."""
-
-MAX_EVALUATIONS = 100
-"""The adjoint gives up on a state that this many fixed-point evaluations did not settle, and says so."""
 
 
 def deep_residual(
@@ -36,14 +44,18 @@ def deep_residual(
     scale: float | None = None,
     backward: str = "auto",
     strict: bool = False,
+    anchors: int = 0,
+    memory_budget: int | None = None,
 ) -> Tensor:
     """The block as a loop of PyTorch operators, differentiated by ordinary autograd.
 
-    Same arguments, result and errors as ``odeblock.functional.deep_residual``. ``backward`` and
-    ``strict`` are checked and otherwise without effect: the gradients of a stored loop are those that every
+    Same arguments, result and errors as ``odeblock.functional.deep_residual``. ``backward`` and the options
+    after it are checked and otherwise without effect: the gradients of a stored loop are those that every
     strategy must give.
     """
-    scale = check_arguments(h, V, W, hidden_bias, output_bias, activation, scale, backward, strict)
+    scale = check_arguments(
+        h, V, W, hidden_bias, output_bias, activation, scale, backward, strict, anchors, memory_budget
+    )
     sigma = get_activation(activation)
     state = h.to(state_dtype(h.dtype))
     hidden = hidden_bias.unbind(0) if hidden_bias is not None else [None] * V.shape[0]
@@ -69,13 +81,28 @@ def _residual(
     return z, s, F.linear(s, V_k, c_k).to(h.dtype)
 
 
-def states_shape(batch: int, dim: int, depth: int, save_every: int, save_final: bool) -> tuple[int, int, int]:
+def states_shape(
+    batch: int, dim: int, depth: int, save_every: int, reconstruct: bool
+) -> tuple[int, int, int]:
     """Shape of the saved states: [n, B rounded up to ROW_PADDING, q].
 
-    save_every = K > 0 keeps h_0, h_K, h_2K, ... below L; save_final keeps h_L behind them.
+    save_every = K > 0 keeps h_0, h_K, h_2K, ... below L. With ``reconstruct`` it is h_K, h_2K, ... below L
+    (none for K = 0) and, behind them, h_L.
     """
-    saved = (-(-depth // save_every) if save_every else 0) + int(save_final)
-    return saved, -(-batch // ROW_PADDING) * ROW_PADDING, dim
+    if reconstruct:
+        saved = ((depth - 1) // save_every if save_every else 0) + 1
+    else:
+        saved = (depth - 1) // save_every + 1 if save_every else 0
+    return saved, _padded(batch), dim
+
+
+def checks_shape(batch: int, depth: int, reconstruct: bool) -> tuple[int, int]:
+    """Shape of the projections of states that the forward leaves for the adjoint: [n, B padded]."""
+    return check_count(depth) if reconstruct else 0, _padded(batch)
+
+
+def _padded(batch: int) -> int:
+    return -(-batch // ROW_PADDING) * ROW_PADDING
 
 
 def forward(
@@ -87,21 +114,24 @@ def forward(
     activation: str,
     scale: float,
     save_every: int,
-    save_final: bool,
-) -> tuple[Tensor, Tensor]:
-    """y = h_L, and the states that the backward strategy asked for (see ``states_shape``)."""
+    reconstruct: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = h_L, and what the backward strategy asked for: states and checks (see ``*_shape``)."""
     sigma = get_activation(activation)
-    batch, depth = h.shape[0], V.shape[0]
+    (batch, dim), depth = h.shape, V.shape[0]
     state = h.to(state_dtype(h.dtype))
-    states = state.new_zeros(states_shape(batch, h.shape[1], depth, save_every, save_final))
+    states = state.new_zeros(states_shape(batch, dim, depth, save_every, reconstruct))
+    checks = state.new_zeros(checks_shape(batch, depth, reconstruct))
     for k in range(depth):
-        if save_every and k % save_every == 0:
-            states[k // save_every, :batch] = state
+        if save_every and k % save_every == 0 and (k > 0 or not reconstruct):
+            states[k // save_every - int(reconstruct), :batch] = state
+        if reconstruct and k > 0 and k % check_every(depth) == 0:
+            checks[k // check_every(depth) - 1, :batch] = state @ probe(dim, state.dtype).to(state.device)
         _, _, f = _residual(state, V[k], W[k], _layer(hidden_bias, k), _layer(output_bias, k), sigma)
         state = state + scale * f
-    if save_final:
+    if reconstruct:
         states[-1, :batch] = state
-    return state.to(h.dtype, copy=True), states
+    return state.to(h.dtype, copy=True), states, checks
 
 
 def backward(
@@ -112,23 +142,26 @@ def backward(
     hidden_bias: Tensor | None,
     output_bias: Tensor | None,
     states: Tensor,
+    checks: Tensor,
     activation: str,
     scale: float,
     save_every: int,
+    reconstruct: bool,
+    slots: int,
     weight_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dh, dV, dW, dhidden_bias, doutput_bias (empty where not asked for), and the adjoint's report.
 
-    save_every = K > 0: states h_0, h_K, ... are exact, those between are run forward again from the one
-    below. save_every = 0: ``states`` holds h_L alone and every state is reconstructed from the one above;
-    ``h`` (the block's input) then measures the drift.
+    States h_0, h_K, ... are exact, K = save_every; those between are run forward again from the one below,
+    ``slots`` of them held at a time (``checkpointing.py``). With ``reconstruct`` every state is reconstructed
+    from the one above (``reconstruction.py``); ``checks``, and ``h``, the block's input, then measure the
+    drift.
 
-    The report is float64 [3]: the largest relative change in a last fixed-point evaluation, the drift
-    max |h_0 reconstructed - h_0| / max(|h_0|, |h_L|) over rows (maximum norms), and the mean number of
-    evaluations per step. All zero where nothing was reconstructed.
+    The report is float64 [REPORT_SIZE]: estimate, drift, evaluations and order per step; zero where nothing
+    was reconstructed.
     """
     sigma = get_activation(activation)
-    batch, depth = grad.shape[0], V.shape[0]
+    (batch, dim), depth = grad.shape, V.shape[0]
     dtype = state_dtype(grad.dtype)
     a = grad.to(dtype)
     dV, dW, dhidden, doutput = (
@@ -136,25 +169,16 @@ def backward(
         for p in (V, W, hidden_bias, output_bias)
     )
 
-    segment: list[Tensor] = []  # checkpoint: the states of the current segment, lowest first
-    above, reconstruction = states[-1, :batch], _Reconstruction(grad.dtype)
-    for k in reversed(range(depth)):
-        layer = (V[k], W[k], _layer(hidden_bias, k), _layer(output_bias, k))
-        if save_every:
-            if not segment:
-                segment = [states[k // save_every, :batch]]
-                for j in range(k // save_every * save_every, k):
-                    _, _, f = _residual(
-                        segment[-1], V[j], W[j], _layer(hidden_bias, j), _layer(output_bias, j), sigma
-                    )
-                    segment.append(segment[-1] + scale * f)
-            state = segment.pop()
-        else:
-            state = above = reconstruction.step(above, layer, sigma, scale)
+    def layer(k: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        return V[k], W[k], _layer(hidden_bias, k), _layer(output_bias, k)
 
-        # u = scale Vᵀa, g = u ⊙ σ'(z); dV = scale Σ a sᵀ, dW = Σ g hᵀ; a ← a + Wᵀg
+    def advance(state: Tensor, k: int) -> Tensor:
+        return state + scale * _residual(state, *layer(k), sigma)[2]
+
+    def adjoint_step(state: Tensor, k: int, z: Tensor) -> None:
+        """u = scale Vᵀa, g = u ⊙ σ'(z); dV = scale Σ a sᵀ, dW = Σ g hᵀ; a ← a + Wᵀg."""
+        nonlocal a
         low_state, low_a = state.to(V.dtype), a.to(V.dtype)
-        z = F.linear(low_state, W[k], _layer(hidden_bias, k))
         u = scale * (low_a @ V[k]).to(dtype)
         s = sigma.function(z)
         g = sigma.backward(u, z.to(dtype), s.to(dtype))
@@ -168,77 +192,77 @@ def backward(
                 doutput[k] = scale * a.sum(0)
         a = a + (low_g @ W[k]).to(dtype)
 
-    report = torch.zeros(3, dtype=torch.float64)
-    if not save_every:
+    def visit(state: Tensor, k: int) -> None:
+        adjoint_step(state, k, F.linear(state.to(W.dtype), W[k], _layer(hidden_bias, k)))
+
+    def solver(k: int) -> tuple[Any, Any, Any]:
+        """evaluate, keep and correct of ``Reconstruction.step`` for layer k; hidden values are z."""
+
+        def evaluate(x: Tensor) -> tuple[Tensor, Tensor]:
+            z, _, f = _residual(x, *layer(k), sigma)
+            return z, scale * f
+
+        return evaluate, torch.where, lambda z, e: z + F.linear(e.to(W.dtype), W[k])
+
+    report = torch.zeros(REPORT_SIZE, dtype=torch.float64)
+    if reconstruct:
         assert h is not None, "the adjoint needs the block's input to measure its drift"
-        report = reconstruction.report(above, h.to(dtype), states[-1, :batch])
+        top = state = states[-1, :batch]
+        # Products are taken in the storage dtype here, so f jumps by its rounding.
+        sweep = Reconstruction(
+            batch, depth, rounding_unit(grad.dtype), torch.finfo(grad.dtype).eps, state, sigma.smooth
+        )
+        direction = probe(dim, dtype).to(state.device)
+        for k in reversed(range(depth)):
+            state, z = sweep.step(state, *solver(k))
+            if k > 0 and k % check_every(depth) == 0:
+                error = (state @ direction - checks[k // check_every(depth) - 1, :batch]).abs()
+                sweep.compare(error, state.norm(dim=1))
+            adjoint_step(state, k, z)
+            if save_every and k > 0 and k % save_every == 0:
+                anchor = states[k // save_every - 1, :batch]
+                sweep.compare_state(state, anchor, top)
+                state = anchor
+        sweep.compare_state(state, h.to(dtype), top)
+        report = sweep.report()
+    else:
+        for n in reversed(range(states.shape[0])):
+            bottom = n * save_every
+            top_layer = min(bottom + save_every, depth)
+            checkpointing.sweep(states[n, :batch], bottom, top_layer, slots, advance, visit)
     low = V.dtype
     return a.to(grad.dtype, copy=True), dV.to(low), dW.to(low), dhidden.to(low), doutput.to(low), report
 
 
+def jvp(
+    tangents: tuple[Tensor | None, ...],
+    h: Tensor,
+    V: Tensor,
+    W: Tensor,
+    hidden_bias: Tensor | None,
+    output_bias: Tensor | None,
+    activation: str,
+    scale: float,
+) -> Tensor:
+    """The derivative of y along ``tangents`` of h, V, W, hidden_bias, output_bias (None: zero), in one pass:
+
+    ḣ ← ḣ + scale (V̇ s + V (σ'(z) ⊙ (Ẇ h + W ḣ + ḃ)) + ċ).
+    """
+    sigma = get_activation(activation)
+    state = h.to(state_dtype(h.dtype))
+    dh, dV, dW, db, dc = tangents
+    moving = torch.zeros_like(state) if dh is None else dh.to(state.dtype)
+    for k in range(V.shape[0]):
+        z, s, f = _residual(state, V[k], W[k], _layer(hidden_bias, k), _layer(output_bias, k), sigma)
+        dz = F.linear(moving.to(W.dtype), W[k], _layer(db, k))
+        if dW is not None:
+            dz = dz + F.linear(state.to(W.dtype), dW[k])
+        df = F.linear(sigma.backward(dz, z, s), V[k], _layer(dc, k))
+        if dV is not None:
+            df = df + F.linear(s, dV[k])
+        state, moving = state + scale * f, moving + scale * df.to(state.dtype)
+    return moving.to(h.dtype)
+
+
 def _layer(bias: Tensor | None, k: int) -> Tensor | None:
     return None if bias is None else bias[k]
-
-
-class _Reconstruction:
-    """Solves h_k = h_{k+1} - Δ_k, Δ_k = scale f_k(h_k), downwards from h_L, each row by itself.
-
-    Start from the linear extrapolation Δ_k ≈ 2Δ_{k+1} - Δ_{k+2} (weights that are smooth in depth make Δ
-    smooth in depth), then iterate Δ ← scale f_k(h_{k+1} - Δ) until a row's change is at rounding level.
-    """
-
-    def __init__(self, storage: torch.dtype) -> None:
-        self.storage = storage
-        self.increments: list[Tensor] = []  # Δ_{k+1}, Δ_{k+2}
-        self.estimate = 0.0
-        self.evaluations = 0.0
-        self.steps = 0
-
-    def step(
-        self,
-        above: Tensor,
-        layer: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
-        sigma: Activation,
-        scale: float,
-    ) -> Tensor:
-        if len(self.increments) == 2:
-            delta = 2 * self.increments[0] - self.increments[1]
-        else:
-            delta = self.increments[0] if self.increments else torch.zeros_like(above)
-        state_eps, storage_eps = torch.finfo(above.dtype).eps, torch.finfo(self.storage).eps
-        norm = _row_norm(above)
-        change = torch.full_like(norm, torch.inf)
-        active = torch.ones_like(norm, dtype=torch.bool)
-        for _ in range(MAX_EVALUATIONS):
-            new = scale * _residual(above - delta, *layer, sigma)[2]
-            change = torch.where(active, _row_norm(new - delta), change)
-            delta = torch.where(active, new, delta)
-            self.evaluations += active.double().mean().item() if active.numel() else 0.0
-            active = active & ~(change <= 2 * state_eps * norm + storage_eps * _row_norm(delta))
-            if not active.any():
-                break
-        self.steps += 1
-        self.increments = [delta, *self.increments[:1]]
-        self.estimate = _largest(self.estimate, _relative(change, torch.maximum(norm, _row_norm(delta))))
-        return above - delta
-
-    def report(self, bottom: Tensor, true_bottom: Tensor, top: Tensor) -> Tensor:
-        norm = torch.maximum(_row_norm(true_bottom), _row_norm(top))
-        drift = _largest(0.0, _relative(_row_norm(bottom - true_bottom), norm))
-        return torch.tensor([self.estimate, drift, self.evaluations / self.steps], dtype=torch.float64)
-
-
-def _row_norm(x: Tensor) -> Tensor:
-    """The maximum norm of each row: [B, q] -> [B, 1]."""
-    return x.abs().amax(dim=1, keepdim=True)
-
-
-def _relative(error: Tensor, norm: Tensor) -> float:
-    """The largest error / norm over rows; 0 where both vanish, NaN if any is."""
-    ratio = error / norm.clamp_min(torch.finfo(norm.dtype).tiny)
-    return float(ratio.max()) if ratio.numel() else 0.0
-
-
-def _largest(a: float, b: float) -> float:
-    """max that keeps NaN."""
-    return a if a >= b or a != a else b

@@ -27,6 +27,8 @@ def check_arguments(
     scale: float | None,
     backward: str,
     strict: bool,
+    anchors: int,
+    memory_budget: int | None,
 ) -> float:
     """Refuse what cannot be computed; return the scale, 1/L unless given."""
     _check_tensor("h", h)
@@ -54,8 +56,7 @@ def check_arguments(
         if tensor.device != h.device:
             raise ValueError(f"{name}: expected the device of h, {h.device}; got {tensor.device}")
     get_activation(activation)
-    check_strategy(backward)
-    check_flag("strict", strict)
+    check_options(backward, strict, anchors, memory_budget)
     return 1.0 / depth if scale is None else check_scale(scale)
 
 
@@ -77,6 +78,21 @@ def check_strategy(backward: Any) -> str:
     return backward
 
 
+def check_options(backward: Any, strict: Any, anchors: Any, memory_budget: Any) -> None:
+    """A strategy, and the options that go with it."""
+    check_strategy(backward)
+    check_flag("strict", strict)
+    if check_size("anchors", anchors, least=0) and backward != "adjoint":
+        raise ValueError(f'anchors: expected 0 unless backward is "adjoint", got {anchors} with {backward!r}')
+    if memory_budget is not None:
+        check_size("memory_budget", memory_budget)
+        if backward not in ("auto", "checkpoint"):
+            raise ValueError(
+                'memory_budget: expected None unless backward is "auto" or "checkpoint", got '
+                f"{memory_budget} with {backward!r}"
+            )
+
+
 def check_flag(name: str, value: Any) -> bool:
     """True or False."""
     if not isinstance(value, bool):
@@ -84,16 +100,16 @@ def check_flag(name: str, value: Any) -> bool:
     return value
 
 
-def check_size(name: str, value: Any) -> int:
-    """A whole number >= 1, also of another library's integer type, as an int."""
+def check_size(name: str, value: Any, *, least: int = 1) -> int:
+    """A whole number >= ``least``, also of another library's integer type, as an int."""
     try:
         if isinstance(value, bool):
             raise TypeError
         value = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name}: expected an int >= 1, got {type(value).__name__}") from None
-    if value < 1:
-        raise ValueError(f"{name}: expected an int >= 1, got {value}")
+        raise TypeError(f"{name}: expected an int >= {least}, got {type(value).__name__}") from None
+    if value < least:
+        raise ValueError(f"{name}: expected an int >= {least}, got {value}")
     return int(value)
 
 

@@ -12,7 +12,7 @@
 namespace {
 
 struct Header {
-  int64_t dtype, activation, batch, dim, hidden, depth, save_every, save_final, threads, biases;
+  int64_t dtype, activation, batch, dim, hidden, depth, save_every, reconstruct, slots, threads, biases;
   double scale;
 };
 
@@ -37,10 +37,13 @@ int main() {
   const size_t rows = x.batch * x.dim * stored, weights = x.depth * x.dim * x.hidden * stored;
   const size_t hidden = x.biases ? x.depth * x.hidden * stored : 0, output = x.biases ? x.depth * x.dim * stored : 0;
   const int64_t padded = (x.batch + odeblock::kRowPadding - 1) / odeblock::kRowPadding * odeblock::kRowPadding;
-  const int64_t saved = (x.save_every ? (x.depth + x.save_every - 1) / x.save_every : 0) + x.save_final;
+  int64_t saved = x.save_every ? (x.depth - 1) / x.save_every + 1 : 0;  // h_0, h_K, ..
+  if (x.reconstruct) saved = x.save_every ? saved : 1;                  // h_K, .., h_L
+  const int64_t checked = x.reconstruct ? (x.depth - 1) / odeblock::check_every(x.depth) : 0;
   const Bytes h = read(rows), V = read(weights), W = read(weights), b = read(hidden), c = read(output);
-  const Bytes grad = read(rows);
+  const Bytes grad = read(rows), probe = read(x.dim * computed);
   const Bytes states = allocate(saved * padded * x.dim * computed), y = allocate(rows);
+  const Bytes checks = allocate(checked * padded * computed);
   const odeblock::CpuKernels& kernels = odeblock::cpu_kernels();
 
   odeblock::ForwardProblem f{};
@@ -48,11 +51,11 @@ int main() {
   f.activation = static_cast<int>(x.activation);
   f.batch = x.batch, f.dim = x.dim, f.hidden = x.hidden, f.depth = x.depth;
   f.scale = x.scale;
-  f.save_every = x.save_every, f.save_final = x.save_final != 0;
+  f.save_every = x.save_every, f.reconstruct = x.reconstruct != 0, f.slots = x.slots;
   f.V = V.get(), f.W = W.get();
   f.hidden_bias = x.biases ? b.get() : nullptr, f.output_bias = x.biases ? c.get() : nullptr;
   f.threads = static_cast<int>(x.threads);
-  f.h = h.get(), f.y = y.get(), f.states = states.get();
+  f.h = h.get(), f.y = y.get(), f.states = states.get(), f.probe = probe.get(), f.checks = checks.get();
   const Bytes forward_workspace = allocate(kernels.forward_workspace(f));
   f.workspace = forward_workspace.get();
   kernels.forward(f);
@@ -61,9 +64,9 @@ int main() {
   static_cast<odeblock::Problem&>(g) = f;
   const Bytes backward_workspace = allocate(kernels.backward_workspace(g));
   const Bytes dh = allocate(rows), dV = allocate(weights), dW = allocate(weights);
-  const Bytes db = allocate(hidden), dc = allocate(output), report = allocate(3 * sizeof(double));
+  const Bytes db = allocate(hidden), dc = allocate(output), report = allocate(4 * sizeof(double));
   g.workspace = backward_workspace.get();
-  g.grad = grad.get(), g.h = h.get(), g.states = states.get();
+  g.grad = grad.get(), g.h = h.get(), g.states = states.get(), g.probe = probe.get(), g.checks = checks.get();
   g.dh = dh.get(), g.dV = dV.get(), g.dW = dW.get();
   g.dhidden_bias = x.biases ? db.get() : nullptr, g.doutput_bias = x.biases ? dc.get() : nullptr;
   g.report = reinterpret_cast<double*>(report.get());

@@ -17,9 +17,10 @@ import torch
 from oracle import NAMES, Case, check_results, make_case, rounded
 from torch import Tensor
 
-from odeblock import build_info, ops
+from odeblock import build_info, checkpointing, ops
 from odeblock.activations import ACTIVATIONS
-from odeblock.functional import saved_states
+from odeblock.reconstruction import probe
+from odeblock.reference import state_dtype
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
@@ -64,12 +65,11 @@ def compile_host(folder: Path, compiler: str, *flags: str, builds: dict[str, lis
 
 
 def run_host(
-    command: list[str], case: Case, dtype: torch.dtype, backward: str, threads: int
+    command: list[str], case: Case, dtype: torch.dtype, plan: checkpointing.Plan, threads: int
 ) -> dict[str, Tensor]:
     """What ``oracle.run`` returns, from the program."""
     tensors = [case.tensors[name] for name in NAMES]
     depth, dim, hidden = tensors[1].shape
-    every, final = saved_states(backward, depth)
     sizes = [
         ops._NATIVE_DTYPES[dtype],
         ACTIVATIONS[case.activation].native_id,
@@ -80,9 +80,10 @@ def run_host(
     ]
     scale = 1 / depth if case.scale is None else case.scale
     biases = tensors[3] is not None
-    header = struct.pack("10qd", *sizes, every, final, threads, biases, scale)
+    header = struct.pack("11qd", *sizes, *plan, threads, biases, scale)
     given = [t for t in (*tensors, case.grad) if t is not None]
-    data = [t.to(dtype).contiguous().view(torch.uint8).numpy().tobytes() for t in given]
+    arrays = [*(t.to(dtype) for t in given), probe(dim, state_dtype(dtype))]
+    data = [t.contiguous().view(torch.uint8).numpy().tobytes() for t in arrays]
     out = subprocess.run(command, input=header + b"".join(data), capture_output=True, check=False)
     assert out.returncode == 0, out.stderr.decode()[-3000:]
     found = torch.frombuffer(bytearray(out.stdout), dtype=dtype).double()
@@ -96,6 +97,13 @@ def run_host(
 
 # B, q, m, L: several tiles, tails of every kind, one row, one feature; deep enough for the adjoint.
 SHAPES = [(1, 1, 1, 24), (37, 17, 23, 9), (50, 64, 5, 10), (300, 310, 3, 12)]
+PLANS = (
+    lambda depth: checkpointing.Plan(1, False, 0),  # store
+    lambda depth: checkpointing.Plan(4, False, 3),  # checkpoint
+    lambda depth: checkpointing.Plan(depth, False, 2),  # recursive checkpoints
+    lambda depth: checkpointing.Plan(0, True, 0),  # adjoint
+    lambda depth: checkpointing.Plan(3, True, 0),  # with anchors
+)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -103,12 +111,12 @@ def check_program(command: list[str], activations: list[str]) -> None:
     for activation in activations:
         for i, shape in enumerate(SHAPES):
             for j, dtype in enumerate(DTYPES):
-                backward = ("store", "checkpoint", "adjoint")[(i + j) % 3]
+                plan = PLANS[(i + 2 * j) % len(PLANS)](shape[3])
                 biases = (i + j) % 2 == 0
                 case = make_case(*shape, activation=activation, hidden_bias=biases, output_bias=biases)
                 case = rounded(case, dtype)
-                results = run_host(command, case, dtype, backward, threads=1 + (i + j) % 3)
-                check_results(results, case, dtype, rebuilt=backward == "adjoint")
+                results = run_host(command, case, dtype, plan, threads=1 + (i + j) % 3)
+                check_results(results, case, dtype, rebuilt=plan.reconstruct)
 
 
 @pytest.mark.skipif(

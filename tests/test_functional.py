@@ -9,7 +9,7 @@ import torch
 from oracle import NAMES, make_case
 from torch import Tensor, nn
 
-from odeblock import functional, ops, reference
+from odeblock import checkpointing, functional, ops, reference
 from odeblock.activations import ACTIVATIONS
 
 STRATEGIES = ("auto", "store", "checkpoint", "adjoint")
@@ -61,6 +61,14 @@ REFUSED = [
     ({"backward": "reversible"}, ValueError, "backward: expected one of auto, .*got 'reversible'"),
     ({"backward": None}, TypeError, "backward: expected a name"),
     ({"strict": "yes"}, TypeError, "strict: expected True or False, got str"),
+    ({"anchors": -1, "backward": "adjoint"}, ValueError, "anchors: expected an int >= 0, got -1"),
+    ({"anchors": 2}, ValueError, "anchors: expected 0 unless backward is \"adjoint\", got 2 with 'auto'"),
+    ({"memory_budget": 1.5}, TypeError, "memory_budget: expected an int >= 1, got float"),
+    (
+        {"memory_budget": 100, "backward": "store"},
+        ValueError,
+        "memory_budget: expected None unless .*got 100 with 'store'",
+    ),
 ]
 
 
@@ -163,26 +171,28 @@ def test_the_scale_is_one_over_the_depth_by_default() -> None:
 
 def test_auto_keeps_at_most_the_square_root_of_the_depth() -> None:
     for depth in range(1, 3000):
-        every, final = functional.saved_states("auto", depth)
-        assert not final
-        saved = reference.states_shape(1, 1, depth, every, final)[0]
-        run_again = every if every > 1 else 0
-        assert saved + run_again <= 2 * depth**0.5 + 2
+        every, reconstruct, slots = checkpointing.plan("auto", depth, 0, None, 1, 1)
+        assert not reconstruct
+        saved = reference.states_shape(1, 1, depth, every, reconstruct)[0]
+        assert saved + slots <= 2 * depth**0.5 + 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("save_every", "save_final"), [(0, False), (1, False), (3, False), (0, True)])
-def test_opcheck(dtype: torch.dtype, save_every: int, save_final: bool) -> None:
+@pytest.mark.parametrize(
+    ("save_every", "reconstruct", "slots"),
+    [(0, False, 0), (1, False, 0), (3, False, 2), (7, False, 2), (0, True, 0), (3, True, 0)],
+)
+def test_opcheck(dtype: torch.dtype, save_every: int, reconstruct: bool, slots: int) -> None:
     case = make_case(3, 4, 5, 7, smooth=True)
     h, V, W, b, c = (case.tensors[name].to(dtype) for name in NAMES)
-    forward = (h, V, W, b, c, "tanh", 0.1, save_every, save_final)
+    forward = (h, V, W, b, c, "tanh", 0.1, save_every, reconstruct)
     torch.library.opcheck(torch.ops.odeblock.deep_residual, forward)
     torch.library.opcheck(torch.ops.odeblock.deep_residual, (h, V, W, None, None, *forward[5:]))
-    if save_every or save_final:
-        _, states = ops.forward(*forward)
-        grad = case.grad.to(dtype)
+    if save_every or reconstruct:
+        _, states, checks = ops.forward(*forward)
+        grad, plan = case.grad.to(dtype), (save_every, reconstruct, slots)
         for weight_gradients in (True, False):
-            backward = (grad, h, V, W, b, c, states, "tanh", 0.1, save_every, weight_gradients)
+            backward = (grad, h, V, W, b, c, states, checks, "tanh", 0.1, *plan, weight_gradients)
             torch.library.opcheck(torch.ops.odeblock.deep_residual_backward, backward)
 
 

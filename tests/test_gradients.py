@@ -34,11 +34,11 @@ def test_gradcheck_of_the_reference_ops(activation: str) -> None:
     case = make_case(5, 4, 6, 10, activation=activation)
     truth = run(reference.deep_residual, case, torch.float64)
     tensors = [case.tensors[name] for name in NAMES]
-    for save_every, save_final in ((1, False), (4, False), (0, True)):
-        y, states = reference.forward(*tensors, activation, 0.1, save_every, save_final)
+    for plan in ((1, False, 0), (4, False, 3), (10, False, 2), (0, True, 0), (4, True, 0)):
+        y, *saved = reference.forward(*tensors, activation, 0.1, *plan[:2])
         torch.testing.assert_close(y, truth["y"], rtol=1e-13, atol=1e-13)
         gradients = reference.backward(
-            case.grad, tensors[0], *tensors[1:], states, activation, 0.1, save_every, True
+            case.grad, tensors[0], *tensors[1:], *saved, activation, 0.1, *plan, True
         )
         for name, gradient in zip(NAMES, gradients, strict=False):
             torch.testing.assert_close(gradient, truth[name], rtol=1e-11, atol=1e-12, msg=name)

@@ -9,7 +9,7 @@
 // over all rows of the tile. No sum is ever split between threads: the result does not depend on their number.
 //
 // States h_k come from segments of K layers, run forward again from the saved h_0, h_K, .. (K = 1: every one
-// was saved), or, for the adjoint (K = 0), from the reconstruction below.
+// was saved), or, for the adjoint, from the reconstruction in reconstruction.h.
 #pragma once
 
 #include "barrier.h"
@@ -49,23 +49,24 @@ struct Panels {
 template <class T>
 struct BackwardTile {
   T* a;                           // [blocks, q, W]
-  T* h;                           // [blocks, q, W]        adjoint
-  T* increments[2];               // [blocks, q, W]        adjoint: Δ_{k+1} and Δ_{k+2}
-  T* segment;                     // [K, blocks, q, W]     checkpoint, K > 1
-  Panels<T> panels[2];            //                       where weights need gradients
-  T* sums;                        // [1 or L, layer_size]  gradients of narrower types before they are rounded
+  T* h;                           // [blocks, q, W]            adjoint
+  T* increments;                  // [kHistory, blocks, q, W]  adjoint
+  RowMemory<T>* rows;             // [blocks]                  adjoint
+  T* slots;                       // [slots, blocks, q, W]     checkpoint, K > 1
+  Panels<T> panels[2];            //                           where weights need gradients
+  T* sums;                        // [1 or L, layer_size]      gradients of narrower types before they are rounded
   ReconstructionReport* reports;  // [threads]
 };
 
 template <class S, class T = Compute<S>>
 BackwardTile<T> backward_tile(const Problem& p, Arena& arena) {
   const int64_t blocks = backward_tile_blocks<T>(p), rows = blocks * p.dim * kLanes<T>;
-  const bool adjoint = p.save_every == 0;
   BackwardTile<T> tile{};
   tile.a = arena.take<T>(rows);
-  tile.h = arena.take<T>(adjoint ? rows : 0);
-  for (T*& increment : tile.increments) increment = arena.take<T>(adjoint ? rows : 0);
-  tile.segment = arena.take<T>(p.save_every > 1 ? rows * p.save_every : 0);
+  tile.h = arena.take<T>(p.reconstruct ? rows : 0);
+  tile.increments = arena.take<T>(p.reconstruct ? kHistory * rows : 0);
+  tile.rows = arena.take<RowMemory<T>>(p.reconstruct ? blocks : 0);
+  tile.slots = arena.take<T>(!p.reconstruct && p.save_every > 1 ? p.slots * rows : 0);
   for (Panels<T>& panels : tile.panels) {
     panels.a = arena.take<T>(packed_size<T, kPanelX>(p.dim, blocks));
     panels.s = arena.take<T>(packed_size<T, kPanelY>(p.hidden, blocks));
@@ -81,15 +82,38 @@ BackwardTile<T> backward_tile(const Problem& p, Arena& arena) {
 // What a thread needs for one slab.
 template <class T>
 struct SlabScratch {
-  T *z, *u, *x, *f;  // [3, m, W], [3, m, W], [3, q, W], [3, q, W]
-  T* weights;        // a layer's, where they are widened
+  T *z, *s, *slope, *u;  // [3, m, W]
+  T *x, *f;              // [3, q, W]  adjoint
+  T* weights;            // a layer's, where they are widened
 };
 
 template <class S, class T = Compute<S>>
 SlabScratch<T> slab_scratch(const Problem& p, Arena& arena) {
-  const int64_t hidden = 3 * p.hidden * kLanes<T>, rows = 3 * p.dim * kLanes<T>;
-  return {arena.take<T>(hidden), arena.take<T>(hidden), arena.take<T>(rows), arena.take<T>(rows),
-          arena.take<T>(kWidened<S> ? layer_size(p) : 0)};
+  const int64_t hidden = 3 * p.hidden * kLanes<T>, rows = p.reconstruct ? 3 * p.dim * kLanes<T> : 0;
+  SlabScratch<T> scratch{};
+  for (T** array : {&scratch.z, &scratch.s, &scratch.slope, &scratch.u}) *array = arena.take<T>(hidden);
+  for (T** array : {&scratch.x, &scratch.f}) *array = arena.take<T>(rows);
+  scratch.weights = arena.take<T>(kWidened<S> ? layer_size(p) : 0);
+  return scratch;
+}
+
+// The binomial coefficient C(s + r, s), 0 for r < 0, at most `limit`: the longest chain of layers that s stored
+// states serve when no layer is run more than r times (Griewank & Walther 2000, equation 2).
+inline int64_t chain_length(int64_t s, int64_t r, int64_t limit) {
+  if (r < 0) return 0;
+  int64_t length = 1;  // C(s + i, i)
+  for (int64_t i = 1; i <= r && length < limit; i++) length = length * (s + i) / i;
+  return length < limit ? length : limit;
+}
+
+// Where a chain of `length` layers, too long to hold all its states, is best cut in two: the state at the cut is
+// stored, the upper part is done with s - 1 states, then the lower with s; of these its own first state is one.
+inline int64_t best_cut(int64_t length, int64_t s) {
+  int64_t r = 1;
+  while (chain_length(s, r, length) < length) r++;
+  const int64_t lower = chain_length(s, r - 2, length), rest = length - chain_length(s - 1, r, length);
+  const int64_t cut = lower > rest ? lower : rest;
+  return cut < 1 ? 1 : cut;
 }
 
 template <class S>
@@ -113,8 +137,8 @@ class Backward {
         scale(static_cast<T>(problem.scale)),
         block(p.dim * kLanes<T>) {
     sigma = with_activation(p.activation, [](auto a) -> Activate<T> { return activate<T, decltype(a)>; });
-    sigma_backward =
-        with_activation(p.activation, [](auto a) -> ActivateBackward<T> { return activate_backward<T, decltype(a)>; });
+    sigma_slope =
+        with_activation(p.activation, [](auto a) -> ActivateSlope<T> { return activate_slope<T, decltype(a)>; });
     Arena arena(p.workspace);
     tile = backward_tile<S>(p, arena);
     for (int i = 0; i <= t; i++) scratch = slab_scratch<S>(p, arena);
@@ -129,76 +153,116 @@ class Backward {
       mine = part(count, t, n);
       T* a = tile.a + mine.begin * block;
       load_blocks(static_cast<const S*>(p.grad), p.batch, p.dim, first + mine.begin, mine.end - mine.begin, a);
-      if (p.save_every)
-        sweep_segments();
-      else
+      if (p.reconstruct)
         sweep_reconstructed();
+      else
+        sweep_saved();
       store_blocks(a, p.batch, p.dim, first + mine.begin, mine.end - mine.begin, static_cast<S*>(p.dh));
     }
-    if (p.save_every == 0) merge_reports();
+    if (p.reconstruct) merge_reports();
   }
 
  private:
-  // store and checkpoint: segment after segment, its states first forward from the saved one, then backward.
-  void sweep_segments() {
+  // store and checkpoint: segment after segment from the top.
+  void sweep_saved() {
     const int64_t K = p.save_every;
-    const T* states = static_cast<const T*>(p.states);
-    for (int64_t saved = (p.depth - 1) / K; saved >= 0; saved--) {
-      const int64_t bottom = saved * K, top = bottom + K < p.depth ? bottom + K : p.depth;
-      if (K > 1) rebuild(saved_state<T>(states, p, saved, first), bottom, top);
+    for (int64_t n = (p.depth - 1) / K; n >= 0; n--) {
+      const int64_t bottom = n * K, top = bottom + K < p.depth ? bottom + K : p.depth;
+      sweep_chain(saved_state<T>(static_cast<const T*>(p.states), p, n, first), bottom, top, 0);
+    }
+  }
+
+  // The layers bottom .. top-1 from the state below them, with the slots that are not `taken`. The states are run
+  // forward again by the same operations as in the forward, so they have the same bits.
+  void sweep_chain(const T* h, int64_t bottom, int64_t top, int64_t taken) {
+    const int64_t slots = p.slots - taken;
+    if (top - bottom - 1 <= slots) {
+      for (int64_t k = bottom; k < top - 1; k++)
+        run_forward(k == bottom ? h : slot(taken + k - bottom - 1), k, slot(taken + k - bottom));
       for (int64_t k = top - 1; k >= bottom; k--) {
-        const T* h = K > 1 ? segment_state(k - bottom) : saved_state<T>(states, p, saved, first);
+        const T* state = k == bottom ? h : slot(taken + k - bottom - 1);
         const Layer<T> weights = layer<S>(p, k, scratch.weights);
-        for_slabs(mine.begin, mine.end,
-                  [&](int64_t b, auto width) { adjoint_step<decltype(width)::value>(weights, k, b, h + b * block); });
+        for_slabs(mine.begin, mine.end, [&](int64_t b, auto width) {
+          constexpr int N = decltype(width)::value;
+          product<T, false, N>(weights.W, state + b * block, weights.hidden_bias, T(1), nullptr, scratch.z);
+          sigma_slope(scratch.z, N * p.hidden * kLanes<T>, scratch.s, scratch.slope);
+          adjoint_step<N>(weights, k, b, state + b * block);
+        });
         weight_gradients(k);
       }
+      return;
     }
+    const int64_t cut = bottom + best_cut(top - bottom, slots);
+    for (int64_t k = bottom; k < cut; k++) run_forward(k == bottom ? h : slot(taken), k, slot(taken));
+    sweep_chain(slot(taken), cut, top, taken + 1);
+    sweep_chain(h, bottom, cut, taken);
   }
 
-  T* segment_state(int64_t i) { return tile.segment + i * backward_tile_blocks<T>(p) * block; }
+  T* slot(int64_t i) { return tile.slots + i * backward_tile_blocks<T>(p) * block; }
 
-  // The states of the layers bottom .. top-1, from the first of them; the same operations as the forward.
-  void rebuild(const T* h, int64_t bottom, int64_t top) {
-    copy(h + mine.begin * block, (mine.end - mine.begin) * block, segment_state(0) + mine.begin * block);
-    for (int64_t k = bottom; k < top - 1; k++) {
-      const Layer<T> weights = layer<S>(p, k, scratch.weights);
-      for_slabs(mine.begin, mine.end, [&](int64_t b, auto width) {
-        step<T, decltype(width)::value>(weights, sigma, scale, segment_state(k - bottom) + b * block, scratch.z,
-                                        segment_state(k - bottom + 1) + b * block);
-      });
-    }
+  // Layer k of this thread's rows; next may be h.
+  void run_forward(const T* h, int64_t k, T* next) {
+    const Layer<T> weights = layer<S>(p, k, scratch.weights);
+    for_slabs(mine.begin, mine.end, [&](int64_t b, auto width) {
+      step<T, decltype(width)::value>(weights, sigma, scale, h + b * block, scratch.z, next + b * block);
+    });
   }
 
-  // adjoint: every state from the one above.
+  // adjoint: every state from the one above; at an anchor from what the forward saved.
   void sweep_reconstructed() {
-    const T* top = saved_state<T>(static_cast<const T*>(p.states), p, 0, first) + mine.begin * block;
-    copy(top, (mine.end - mine.begin) * block, tile.h + mine.begin * block);
+    const T *states = static_cast<const T*>(p.states), *checks = static_cast<const T*>(p.checks);
+    const int64_t blocks = mine.end - mine.begin, at = mine.begin * block;
+    const int64_t rows = p.batch - (first + mine.begin) * kLanes<T>;
+    const T* top = saved_state<T>(states, p, saved_count(p) - 1, first) + at;
+    T* h = tile.h + at;
+    copy(top, blocks * block, h);
+    for (int64_t b = mine.begin; b < mine.end; b++) tile.rows[b].reset();
+
+    // 1 (identity) to 8 are smooth, but for relu and leaky_relu.
+    const bool smooth = p.activation != 1 && p.activation != 2;
+    Reconstruction<T> reconstruction = {
+        tile.rows,     tile.increments, backward_tile_blocks<T>(p) * block, scratch.x, scratch.f, scratch.z, scratch.s,
+        scratch.slope, kUnit<S>,        change_limit<T>(kUnit<S>, p.depth), report};
+    const Matrix<T> probe = {static_cast<const T*>(p.probe), 1, p.dim};
     for (int64_t k = p.depth - 1; k >= 0; k--) {
       const Layer<T> weights = layer<S>(p, k, scratch.weights);
-      const int64_t history = p.depth - 1 - k;
+      const bool check = k > 0 && k % check_every(p.depth) == 0;
       for_slabs(mine.begin, mine.end, [&](int64_t b, auto width) {
         constexpr int N = decltype(width)::value;
-        const int64_t at = b * block, rows = p.batch - (first + b) * kLanes<T>;
-        reconstruct<T, N>(weights, sigma, scale, rows, history, tile.increments[history % 2 ^ 1] + at,
-                          tile.increments[history % 2] + at, scratch.x, scratch.z, scratch.f, tile.h + at, report);
-        adjoint_step<N>(weights, k, b, tile.h + at);
+        T* state = tile.h + b * block;
+        reconstruction.template solve<N>(weights, sigma_slope, smooth, scale, p.batch - (first + b) * kLanes<T>,
+                                         p.depth - 1 - k, b, state);
+        if (check) {
+          product<T, false, N>(probe, state, nullptr, T(1), nullptr, scratch.x);
+          const T* seen = saved_check<T>(checks, p, k / check_every(p.depth) - 1, first + b);
+          measure_projection(seen, scratch.x, p.batch - (first + b) * kLanes<T>, N, p.dim, state,
+                             reconstruction.report);
+        }
+        adjoint_step<N>(weights, k, b, state);
       });
       weight_gradients(k);
+      if (p.save_every && k > 0 && k % p.save_every == 0) {
+        const T* anchor = saved_state<T>(states, p, k / p.save_every - 1, first) + at;
+        measure_drift(rows, p.dim, blocks, Blocks<T>{anchor, p.dim}, h, top, reconstruction.report);
+        copy(anchor, blocks * block, h);
+      }
     }
-    measure_drift(static_cast<const S*>(p.h), p.batch, p.dim, first + mine.begin, mine.end - mine.begin,
-                  tile.h + mine.begin * block, top, report);
+    for (int64_t b = mine.begin; b < mine.end; b++)
+      reconstruction.finish(b, p.batch - (first + b) * kLanes<T>, p.depth);
+    const S* input = static_cast<const S*>(p.h) + (first + mine.begin) * kLanes<T> * p.dim;
+    measure_drift(rows, p.dim, blocks, Rows<S>{input, p.dim}, h, top, reconstruction.report);
+    report = reconstruction.report;
   }
 
-  // The equations above for one slab of N blocks, the b-th of the tile; leaves its panels.
+  // The equations above for one slab of N blocks, the b-th of the tile, at the state h, with s and sigma'(z) in
+  // the scratch; leaves its panels.
   template <int N>
   void adjoint_step(const Layer<T>& weights, int64_t k, int64_t b, const T* h) {
     constexpr int W = kLanes<T>;
     T* a = tile.a + b * block;
-    T *s = scratch.z, *g = scratch.u;
-    product<T, false, N>(weights.W, h, weights.hidden_bias, T(1), nullptr, scratch.z);
-    product<T, true, N>({weights.V.data, p.hidden, p.dim}, a, nullptr, scale, nullptr, scratch.u);
-    sigma_backward(scratch.z, scratch.u, N * p.hidden * W, s, g);
+    T *s = scratch.s, *g = scratch.u;
+    product<T, true, N>({weights.V.data, p.hidden, p.dim}, a, nullptr, scale, nullptr, g);
+    for (int64_t i = 0; i < N * p.hidden * W; i += W) store(g + i, load(g + i) * load(scratch.slope + i));
     if (p.dV) {
       const Panels<T>& panels = tile.panels[k % 2];
       for (int j = 0; j < N; j++) {
@@ -251,9 +315,11 @@ class Backward {
     barrier.wait(n);
     if (t != 0) return;
     for (int i = 1; i < n; i++) report.merge(tile.reports[i]);
-    p.report[0] = report.change;
+    const double steps = static_cast<double>(p.batch) * static_cast<double>(p.depth);
+    p.report[0] = report.estimate;
     p.report[1] = report.drift;
-    p.report[2] = report.evaluations / (static_cast<double>(p.batch) * static_cast<double>(p.depth));
+    p.report[2] = report.evaluations / steps;
+    p.report[3] = report.order / steps;
   }
 
   const BackwardProblem& p;
@@ -262,7 +328,7 @@ class Backward {
   const T scale;
   const int64_t block;  // elements of a block of states
   Activate<T> sigma;
-  ActivateBackward<T> sigma_backward;
+  ActivateSlope<T> sigma_slope;
   BackwardTile<T> tile;
   SlabScratch<T> scratch;
   ReconstructionReport report;

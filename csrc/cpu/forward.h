@@ -75,6 +75,17 @@ ODEBLOCK_INLINE Pointer saved_state(Pointer states, const Problem& p, int64_t n,
   return states + (n * padded + b * kLanes<T>)*p.dim;
 }
 
+ODEBLOCK_INLINE int64_t saved_count(const Problem& p) {
+  if (p.reconstruct) return (p.save_every ? (p.depth - 1) / p.save_every : 0) + 1;
+  return p.save_every ? (p.depth - 1) / p.save_every + 1 : 0;
+}
+
+// Where the projections of check number n of block b are: [W].
+template <class T, class Pointer>
+ODEBLOCK_INLINE Pointer saved_check(Pointer checks, const Problem& p, int64_t n, int64_t b) {
+  return checks + n * ((p.batch + kRowPadding - 1) / kRowPadding * kRowPadding) + b * kLanes<T>;
+}
+
 template <class T>
 ODEBLOCK_INLINE void copy(const T* from, int64_t count, T* to) {
   for (int64_t i = 0; i < count; i += kLanes<T>) store(to + i, load(from + i));
@@ -114,32 +125,40 @@ template <class S, class T = Compute<S>>
 void forward_tile(const ForwardProblem& p, Activate<T> sigma, const ForwardScratch<T>& scratch, int64_t first,
                   int64_t count) {
   const int64_t block = p.dim * kLanes<T>;
-  T* states = static_cast<T*>(p.states);
+  T *states = static_cast<T*>(p.states), *checks = static_cast<T*>(p.checks);
+  const Matrix<T> probe = {static_cast<const T*>(p.probe), 1, p.dim};
   load_blocks(static_cast<const S*>(p.h), p.batch, p.dim, first, count, scratch.h);
-  int64_t saved = 0;
+  int64_t saved = 0, checked = 0;
   for (int64_t k = 0; k < p.depth; k++) {
     const Layer<T> weights = layer<S>(p, k, scratch.weights);
-    const bool save = p.save_every && k % p.save_every == 0;
+    const bool save = p.save_every && k % p.save_every == 0 && (k > 0 || !p.reconstruct);
+    const bool check = p.reconstruct && k > 0 && k % check_every(p.depth) == 0;
     for_slabs(0, count, [&](int64_t b, auto width) {
       constexpr int N = decltype(width)::value;
       T* h = scratch.h + b * block;
       if (save) copy(h, N * block, saved_state<T>(states, p, saved, first + b));
+      if (check) product<T, false, N>(probe, h, nullptr, T(1), nullptr, saved_check<T>(checks, p, checked, first + b));
       step<T, N>(weights, sigma, static_cast<T>(p.scale), h, scratch.z, h);
     });
     saved += save;
+    checked += check;
   }
-  if (p.save_final) copy(scratch.h, count * block, saved_state<T>(states, p, saved, first));
+  if (p.reconstruct) copy(scratch.h, count * block, saved_state<T>(states, p, saved, first));
   store_blocks(scratch.h, p.batch, p.dim, first, count, static_cast<S*>(p.y));
 }
 
-// Saved states have room for a multiple of kRowPadding rows: zeros where no block reaches.
+// What is saved has room for a multiple of kRowPadding rows: zeros where no block reaches.
 template <class T>
 void clear_padding(const ForwardProblem& p) {
-  const int64_t saved = (p.save_every ? (p.depth + p.save_every - 1) / p.save_every : 0) + p.save_final;
-  T* states = static_cast<T*>(p.states);
-  for (int64_t n = 0; n < saved; n++) {
+  T *states = static_cast<T*>(p.states), *checks = static_cast<T*>(p.checks);
+  const int64_t blocks = block_count<T>(p.batch);
+  for (int64_t n = 0; n < saved_count(p); n++) {
     T* end = saved_state<T>(states, p, n + 1, 0);
-    for (T* x = saved_state<T>(states, p, n, block_count<T>(p.batch)); x < end; x++) *x = T(0);
+    for (T* x = saved_state<T>(states, p, n, blocks); x < end; x++) *x = T(0);
+  }
+  for (int64_t n = 0; p.reconstruct && n < (p.depth - 1) / check_every(p.depth); n++) {
+    T* end = saved_check<T>(checks, p, n + 1, 0);
+    for (T* x = saved_check<T>(checks, p, n, blocks); x < end; x++) *x = T(0);
   }
 }
 

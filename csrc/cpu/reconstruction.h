@@ -1,29 +1,41 @@
-// The adjoint's states: h_k from h_{k+1} by solving h_k = h_{k+1} - Δ_k, Δ_k = scale f_k(h_k), a fixed point of
-// a contraction when the depth is large. Each row is solved by itself, so that it does not depend on its
-// neighbours: start from the linear extrapolation Δ_k ≈ 2Δ_{k+1} - Δ_{k+2} (weights that are smooth in depth
-// make Δ smooth in depth) and evaluate Δ <- scale f_k(h_{k+1} - Δ) until the row's change is at rounding level.
+// The adjoint's states: h_k from h_{k+1} by solving h_k = h_{k+1} - Δ_k, Δ_k = scale f_k(h_k), a fixed point of a
+// contraction when the depth is large. docs/adjoint.md derives what is done here; (n) is its equation n.
+//
+// Each row is solved by itself, by decisions that only its own numbers enter, so that it does not depend on its
+// neighbours: predict Δ_k from the increments above, evaluate f_k, and stop as soon as the change says that the
+// error left is at the level of rounding; or correct z = W h for the last change; or evaluate once more.
 #pragma once
+
+#include <cmath>
 
 #include "forward.h"
 
 namespace odeblock {
 namespace {
 
-// A row that this many evaluations did not settle is given up, and reported. reference.py has the same.
-constexpr int kMaxEvaluations = 100;
+// reference.py has the same numbers.
+constexpr int kMaxOrder = 6;             // of the prediction (2)
+constexpr int kHistory = kMaxOrder + 1;  // increments that are kept: one more than predict, to measure them all
+constexpr int kMeasureEvery = 4;         // steps between two measurements of the orders
+constexpr int kProbeEvery = 64;          // steps after which the rate ρ is measured anew
+constexpr int kMaxEvaluations = 64;      // a row that these did not settle is given up, and reported
+constexpr double kChangeLimit = 0.375;   // (8): change at which z may stay as it is, in √L units of rounding
+constexpr double kStateLimit = 0.5;      // (9): error of a state per step, in units of rounding
 
 struct ReconstructionReport {
-  double change = 0;       // largest last change of a row, relative to max(|h_{k+1}|, |Δ_k|), maximum norms
-  double drift = 0;        // largest |h_0 reconstructed - h_0| / max(|h_0|, |h_L|) of a row
-  double evaluations = 0;  // summed over rows and layers
+  double estimate = 0;     // (12), the largest of a row
+  double drift = 0;        // (13), the largest of a row
+  double evaluations = 0;  // summed over rows and layers; a correction of z counts one half
+  double order = 0;        // summed over rows and layers
 
   static void keep_largest(double& value, double other) {
     if (!(value >= other) && value == value) value = other;  // NaN stays
   }
   void merge(const ReconstructionReport& other) {
-    keep_largest(change, other.change);
+    keep_largest(estimate, other.estimate);
     keep_largest(drift, other.drift);
     evaluations += other.evaluations;
+    order += other.order;
   }
 };
 
@@ -32,9 +44,31 @@ constexpr T kEpsilon = sizeof(T) == 4 ? T(1.1920928955078125e-7) : T(2.220446049
 template <class T>
 constexpr T kTiny = sizeof(T) == 4 ? T(1.1754943508222875e-38) : T(2.2250738585072014e-308);
 
+// The unit of rounding that a state is solved to: of the type computed in, but no finer than 1/256 of what the
+// gradients are rounded to in the end.
+template <class S>
+constexpr Compute<S> kUnit = kEpsilon<Compute<S>>;
+template <>
+constexpr float kUnit<Bfloat16> = 0x1p-15f;
+template <>
+constexpr float kUnit<Float16> = 0x1p-18f;
+
+// (8): κ grows with what the rounding errors of L steps pile up to.
+template <class T>
+T change_limit(T unit, int64_t depth) {
+  return static_cast<T>(kChangeLimit * std::sqrt(static_cast<double>(depth))) * unit;
+}
+
 template <class T>
 ODEBLOCK_INLINE Vec<T> largest(Vec<T> a, Vec<T> b) {
   return select(a > b, a, b);
+}
+
+template <class T>
+ODEBLOCK_INLINE bool any(Mask<T> mask) {
+  bool found = false;
+  for (int lane = 0; lane < kLanes<T>; lane++) found |= mask[lane] != 0;
+  return found;
 }
 
 // For each row of a block x [features, W] its maximum norm; NaN if any entry is not finite.
@@ -49,77 +83,273 @@ ODEBLOCK_INLINE Vec<T> row_norm(int64_t features, Entry entry) {
   return norm + finite;
 }
 
-// h [N, q, W]: h_{k+1} on entry, h_k on return, of which the first `rows` are real. `history` states above were
-// reconstructed before. newest: Δ_{k+1}. oldest: Δ_{k+2} on entry, Δ_k on return. x, f [N, q, W] and
-// z [N, m, W]: scratch.
-template <class T, int N>
-void reconstruct(const Layer<T>& weights, Activate<T> sigma, T scale, int64_t rows, int64_t history, const T* newest,
-                 T* oldest, T* x, T* z, T* f, T* h, ReconstructionReport& report) {
-  constexpr int W = kLanes<T>;
-  const int64_t dim = weights.V.rows, size = dim * W;
-  T* delta = oldest;
-  for (int64_t i = 0; i < N * size; i += W) {
-    const Vec<T> guess = history == 0   ? Vec<T>{}
-                         : history == 1 ? load(newest + i)
-                                        : load(newest + i) + (load(newest + i) - load(oldest + i));
-    store(delta + i, guess);
-  }
+// What the rows of a block carry from step to step, each one vector.
+template <class T>
+struct RowMemory {
+  Vec<T> rate;                    // ρ, (6)
+  Vec<T> age;                     // steps since it was measured
+  Vec<T> order;                   // p of the next prediction
+  Vec<T> spread[kHistory];        // error of order 0, 1, .. kMaxOrder, (4); negative: not yet measured
+  Vec<T> coefficient[kMaxOrder];  // of the increments above, newest first, (2)
+  Vec<T> squares;                 // Σ over steps of the squared error left, (12)
+  Vec<T> unsettled;               // largest error of a step that was given up
+  Vec<T> evaluations, orders;     // summed over steps
 
-  Vec<T> norm[N], change[N], delta_norm[N];
-  Mask<T> active[N];
-  for (int j = 0; j < N; j++) {
-    norm[j] = row_norm<T>(dim, [&](int64_t i) { return load(h + j * size + i * W); });
-    change[j] = delta_norm[j] = Vec<T>{};
-    for (int lane = 0; lane < W; lane++) active[j][lane] = j * W + lane < rows ? -1 : 0;
+  void reset() {
+    *this = RowMemory{};
+    rate = broadcast(T(1));
+    for (Vec<T>& s : spread) s = broadcast(T(-1));
   }
+};
 
-  bool any = true;
-  for (int evaluation = 0; any && evaluation < kMaxEvaluations; evaluation++) {
-    for (int64_t i = 0; i < N * size; i += W) store(x + i, load(h + i) - load(delta + i));
-    product<T, false, N>(weights.W, x, weights.hidden_bias, T(1), nullptr, z);
-    sigma(z, N * weights.W.rows * W, z);
-    product<T, false, N>(weights.V, z, weights.output_bias, scale, nullptr, f);
-    any = false;
+constexpr double kBinomial[kMaxOrder + 1][kMaxOrder] = {
+    {0, 0, 0, 0, 0, 0},   {1, 0, 0, 0, 0, 0},     {2, -1, 0, 0, 0, 0},      {3, -3, 1, 0, 0, 0},
+    {4, -6, 4, -1, 0, 0}, {5, -10, 10, -5, 1, 0}, {6, -15, 20, -15, 6, -1},
+};
+
+// Blocks of rows of one tile, and where a thread keeps what it works with.
+template <class T>
+struct Reconstruction {
+  RowMemory<T>* rows;    // [blocks]
+  T* increments;         // [kHistory][blocks, q, W], a ring: step n writes number n % kHistory
+  int64_t ring_stride;   // between two of them
+  T *x, *f;              // a slab's [N, q, W]
+  T *z, *s, *slope;      // a slab's [N, m, W]
+  T unit, change_limit;  // of rounding, relative; (8) at this depth
+  ReconstructionReport report;
+
+  // h, N blocks of a tile from the b-th on: h_{k+1} on entry, h_k on return, of which the first `real` rows are
+  // not padding; z, s = σ(z) and slope = σ'(z) at h_k are left behind. `step` counts from 0 at the top.
+  template <int N>
+  void solve(const Layer<T>& weights, ActivateSlope<T> sigma, bool smooth, T scale, int64_t real, int64_t step,
+             int64_t b, T* h) {
+    constexpr int W = kLanes<T>;
+    const int64_t dim = weights.V.rows, hidden = weights.W.rows, size = dim * W;
+    T* delta = increments + step % kHistory * ring_stride + b * size;
+    RowMemory<T>* memory = rows + b;
+    Vec<T> norm[N], change[N], error[N];
+    Mask<T> active[N], correct[N];
     for (int j = 0; j < N; j++) {
-      const T* fj = f + j * size;
-      T* dj = delta + j * size;
-      const Vec<T> moved = row_norm<T>(dim, [&](int64_t i) { return load(fj + i * W) - load(dj + i * W); });
-      change[j] = select(active[j], moved, change[j]);
-      for (int64_t i = 0; i < size; i += W) store(dj + i, select(active[j], load(fj + i), load(dj + i)));
-      delta_norm[j] = row_norm<T>(dim, [&](int64_t i) { return load(dj + i * W); });
-      const Vec<T> tolerance = broadcast(kEpsilon<T>) * (norm[j] + norm[j] + delta_norm[j]);
-      for (int lane = 0; lane < W; lane++) report.evaluations += active[j][lane] ? 1 : 0;
-      active[j] &= ~(change[j] <= tolerance);
-      for (int lane = 0; lane < W; lane++) any |= active[j][lane] != 0;
+      predict(memory[j], dim, step, b + j, delta + j * size);
+      norm[j] =
+          largest<T>(row_norm<T>(dim, [&](int64_t i) { return load(h + j * size + i * W); }), broadcast(kTiny<T>));
+      change[j] = error[j] = Vec<T>{};
+      correct[j] = Mask<T>{};
+      for (int lane = 0; lane < W; lane++) active[j][lane] = j * W + lane < real ? -1 : 0;
+      memory[j].orders += memory[j].order;
+    }
+
+    bool unsettled = true, corrections = false;
+    for (int evaluation = 0; unsettled; evaluation++) {
+      // z of the rows that are settled stays.
+      for (int j = 0; j < N; j++)
+        for (int64_t i = j * size; i < (j + 1) * size; i += W) {
+          const Vec<T> next = load(h + i) - load(delta + i);
+          store(x + i, evaluation == 0 ? next : select(active[j], next, load(x + i)));
+        }
+      product<T, false, N>(weights.W, x, weights.hidden_bias, T(1), nullptr, z);
+      sigma(z, N * hidden * W, s, slope);
+      product<T, false, N>(weights.V, s, weights.output_bias, scale, nullptr, f);
+      unsettled = false;
+      for (int j = 0; j < N; j++) {
+        memory[j].evaluations += select(active[j], broadcast(T(1)), Vec<T>{});
+        const Mask<T> open = judge(memory[j], norm[j], dim, evaluation, smooth, f + j * size, delta + j * size,
+                                   active[j], change[j], error[j], correct[j]);
+        corrections |= any<T>(correct[j]);
+        unsettled |= any<T>(open);
+        active[j] = open;
+      }
+    }
+
+    for (int j = 0; j < N; j++)
+      for (int64_t i = j * size; i < (j + 1) * size; i += W) {
+        const Vec<T> state = load(h + i) - load(delta + i);
+        store(f + i, select(correct[j], state - load(x + i), Vec<T>{}));
+        store(h + i, state);
+      }
+    if (corrections) {  // (7): z + W (h_k - x); rows that are not corrected add zero
+      product<T, false, N>(weights.W, f, nullptr, T(1), z, z);
+      sigma(z, N * hidden * W, s, slope);
+    }
+    for (int j = 0; j < N; j++) {
+      memory[j].squares += error[j] * error[j];
+      memory[j].age += broadcast(T(1));
+      memory[j].evaluations += select(correct[j], broadcast(T(0.5)), Vec<T>{});
+      if (step < 2 * kHistory || step % kMeasureEvery == 0) measure(memory[j], dim, step, b + j);
     }
   }
 
-  for (int64_t i = 0; i < N * size; i += W) store(h + i, load(h + i) - load(delta + i));
-  for (int j = 0; j < N; j++) {
-    const Vec<T> relative = change[j] / largest<T>(largest<T>(norm[j], delta_norm[j]), broadcast(kTiny<T>));
-    for (int lane = 0; lane < W && j * W + lane < rows; lane++)
-      ReconstructionReport::keep_largest(report.change, relative[lane]);
+  // Adds up what the rows of block b saw in `depth` steps; the first `real` rows are not padding.
+  void finish(int64_t b, int64_t real, int64_t depth) {
+    const RowMemory<T>& memory = rows[b];
+    for (int lane = 0; lane < kLanes<T> && lane < real; lane++) {
+      const double mean = static_cast<double>(memory.squares[lane]) / static_cast<double>(depth);
+      ReconstructionReport::keep_largest(report.estimate, std::sqrt(mean));
+      ReconstructionReport::keep_largest(report.estimate, memory.unsettled[lane]);
+      report.evaluations += memory.evaluations[lane];
+      report.order += memory.orders[lane];
+    }
   }
-}
 
-// How far the reconstructed h_0 of `count` blocks is from the block's input h [B, q]; top: their h_L.
-template <class S, class T = Compute<S>>
-void measure_drift(const S* input, int64_t batch, int64_t dim, int64_t first, int64_t count, const T* bottom,
-                   const T* top, ReconstructionReport& report) {
-  constexpr int W = kLanes<T>;
+ private:
+  const T* increment(int64_t step, int64_t b, int64_t dim) const {
+    return increments + step % kHistory * ring_stride + b * dim * kLanes<T>;
+  }
+
+  // (2): Δ ≈ Σ_j c_j Δ_{k+j}, every row with its own order.
+  void predict(const RowMemory<T>& memory, int64_t dim, int64_t step, int64_t b, T* delta) const {
+    constexpr int W = kLanes<T>;
+    int terms = 0;
+    for (int lane = 0; lane < W; lane++)
+      if (static_cast<int>(memory.order[lane]) > terms) terms = static_cast<int>(memory.order[lane]);
+    const T* above[kMaxOrder];
+    Vec<T> c[kMaxOrder];
+    for (int j = 0; j < terms; j++) {
+      above[j] = increment(step - 1 - j, b, dim);
+      c[j] = memory.coefficient[j];
+    }
+    for (int64_t i = 0; i < dim * W; i += W) {
+      Vec<T> sum{};
+      for (int j = 0; j < terms; j++) sum = fma(c[j], load(above[j] + i), sum);
+      store(delta + i, sum);
+    }
+  }
+
+  // After an evaluation f at h_{k+1} - delta: take f for the new delta of the active rows, and decide for each
+  // whether it is settled, settled once z is corrected, or still open.
+  Mask<T> judge(RowMemory<T>& memory, Vec<T> norm, int64_t dim, int evaluation, bool smooth, const T* f, T* delta,
+                Mask<T> active, Vec<T>& change, Vec<T>& error, Mask<T>& correct) const {
+    constexpr int W = kLanes<T>;
+    const Vec<T> one = broadcast(T(1)), zero{};
+    const Vec<T> moved = row_norm<T>(dim, [&](int64_t i) { return load(f + i * W) - load(delta + i * W); });
+    for (int64_t i = 0; i < dim * W; i += W) store(delta + i, select(active, load(f + i), load(delta + i)));
+    const Vec<T> delta_norm = row_norm<T>(dim, [&](int64_t i) { return load(delta + i * W); });
+
+    const Mask<T> measured = active & (change > zero);  // the change before this one
+    const Vec<T> ratio = moved / largest<T>(change, broadcast(kTiny<T>));
+    if (evaluation > 0) {
+      const Vec<T> halved = broadcast(T(0.5)) * memory.rate, rate = largest<T>(ratio, halved);
+      memory.rate = select(measured, select(rate < one, rate, one), memory.rate);
+      memory.age = select(measured, zero, memory.age);
+    }
+    const bool first = evaluation == 0;
+    const Vec<T> left = one - memory.rate;  // (5): the error before the evaluation is at most change / (1 - ρ)
+    const Vec<T> floor = broadcast(kEpsilon<T>) * delta_norm;  // rounding of f itself
+    const Mask<T> good = moved <= left * broadcast(change_limit) * norm, at_floor = moved <= floor;
+    const Mask<T> stale = memory.age >= broadcast(T(kProbeEvery));
+    const Mask<T> near = memory.rate * moved <= left * broadcast(T(kStateLimit) * unit) * norm;
+    Mask<T> settled = active & (good | at_floor);
+    if (!smooth) settled = active & at_floor;
+    const Mask<T> corrected = active & ~settled & near & (first ? ~stale : ~Mask<T>{});
+    Mask<T> open = active & ~settled & ~corrected;
+
+    // Given up: not finite, or no longer contracting.
+    const Mask<T> finite = moved - moved == zero;
+    Mask<T> hopeless = ~finite;
+    if (evaluation + 1 >= 8) hopeless |= moved > broadcast(T(0.95)) * change;
+    if (evaluation + 1 >= kMaxEvaluations) hopeless |= ~Mask<T>{};
+    const Mask<T> lost = open & hopeless;
+    open &= ~hopeless;
+
+    const Vec<T> relative = moved / largest<T>(norm, delta_norm);
+    const Vec<T> least = broadcast(T(0.01));
+    const Vec<T> remainder = largest<T>(left, least);
+    error = select(settled, relative, select(corrected, memory.rate * relative / remainder, error));
+    const Vec<T> given_up = relative / remainder;
+    const Vec<T> kept = select(given_up <= memory.unsettled, memory.unsettled, given_up);  // NaN is kept
+    memory.unsettled = select(lost & (memory.unsettled == memory.unsettled), kept, memory.unsettled);
+    change = select(active, moved, change);
+    correct |= corrected | lost;
+    return open;
+  }
+
+  // (4): how well each order would have predicted the newest increment; then the best of them, (3).
+  void measure(RowMemory<T>& memory, int64_t dim, int64_t step, int64_t b) const {
+    constexpr int W = kLanes<T>;
+    const int known = step + 1 < kHistory ? static_cast<int>(step + 1) : kHistory;  // increments
+    const T* above[kHistory];
+    for (int j = 0; j < kHistory; j++) above[j] = increment(step - (j < known ? j : 0), b, dim);
+    Vec<T> worst[kHistory] = {};
+    for (int64_t i = 0; i < dim * W; i += W) {
+      Vec<T> difference[kHistory];
+#pragma GCC unroll 7
+      for (int j = 0; j < kHistory; j++) difference[j] = load(above[j] + i);
+#pragma GCC unroll 7
+      for (int p = 0; p < kHistory; p++) {
+        worst[p] = largest<T>(worst[p], abs(difference[0]));
+#pragma GCC unroll 7
+        for (int j = 0; j + p + 1 < kHistory; j++) difference[j] -= difference[j + 1];
+      }
+    }
+    Vec<T> best{}, order{};
+    for (int p = 0; p < known; p++) {
+      const Vec<T> old = broadcast(T(0.25)) * memory.spread[p];
+      memory.spread[p] = largest<T>(worst[p], old);
+      const Mask<T> better = p == 0 ? ~Mask<T>{} : memory.spread[p] < best;
+      best = select(better, memory.spread[p], best);
+      order = select(better, broadcast(T(p)), order);
+    }
+    // While the history grows, the order that could not be measured yet.
+    if (known <= kMaxOrder) order = select(order == broadcast(T(known - 1)), broadcast(T(known)), order);
+    memory.order = order;
+    for (int j = 0; j < kMaxOrder; j++)
+      for (int lane = 0; lane < W; lane++)
+        memory.coefficient[j][lane] = static_cast<T>(kBinomial[static_cast<int>(order[lane])][j]);
+  }
+};
+
+// Element i of a row of rows [B, q] as the user has them, and of blocks [count, q, W].
+template <class S>
+struct Rows {
+  const S* data;
+  int64_t dim;
+  double operator()(int64_t b, int lane, int64_t i) const {
+    return widen(data[(b * kLanes<Compute<S>> + lane) * dim + i]);
+  }
+};
+template <class T>
+struct Blocks {
+  const T* data;
+  int64_t dim;
+  double operator()(int64_t b, int lane, int64_t i) const { return data[(b * dim + i) * kLanes<T> + lane]; }
+};
+
+// (13) at a state that is known in full, `truth`, for the first `rows` rows of the reconstructed h, blocks
+// [count, q, W]; for the size of a row also the block's result, `top`.
+template <class T, class Truth>
+void measure_drift(int64_t rows, int64_t dim, int64_t count, Truth truth, const T* h, const T* top,
+                   ReconstructionReport& report) {
+  const Blocks<T> found{h, dim}, result{top, dim};
   for (int64_t b = 0; b < count; b++)
-    for (int lane = 0; lane < W && (first + b) * W + lane < batch; lane++) {
-      const S* row = input + ((first + b) * W + lane) * dim;
+    for (int lane = 0; lane < kLanes<T> && b * kLanes<T> + lane < rows; lane++) {
       double error = 0, norm = kTiny<T>;
       for (int64_t i = 0; i < dim; i++) {
-        const double x = widen(row[i]), at_bottom = bottom[(b * dim + i) * W + lane],
-                     at_top = top[(b * dim + i) * W + lane];
-        ReconstructionReport::keep_largest(error, x > at_bottom ? x - at_bottom : at_bottom - x);
-        ReconstructionReport::keep_largest(norm, x > 0 ? x : -x);
-        ReconstructionReport::keep_largest(norm, at_top > 0 ? at_top : -at_top);
+        const double x = truth(b, lane, i);
+        ReconstructionReport::keep_largest(error, std::fabs(x - found(b, lane, i)));
+        ReconstructionReport::keep_largest(norm, std::fabs(x));
+        ReconstructionReport::keep_largest(norm, std::fabs(result(b, lane, i)));
       }
       ReconstructionReport::keep_largest(report.drift, error / norm);
     }
+}
+
+// (14): |probeᵀh - what the forward saw| / |h|_2 for the first `rows` rows of the blocks h [count, q, W], whose
+// projections are `found` [count, W], by the forward `seen` [count, W].
+template <class T>
+void measure_projection(const T* seen, const T* found, int64_t rows, int64_t count, int64_t dim, const T* h,
+                        ReconstructionReport& report) {
+  for (int64_t b = 0; b < count; b++) {
+    Vec<T> squares{};
+    for (int64_t i = 0; i < dim; i++) {
+      const Vec<T> x = load(h + (b * dim + i) * kLanes<T>);
+      squares = fma(x, x, squares);
+    }
+    for (int lane = 0; lane < kLanes<T> && b * kLanes<T> + lane < rows; lane++) {
+      const double error = found[b * kLanes<T> + lane] - seen[b * kLanes<T> + lane];
+      const double norm = std::sqrt(static_cast<double>(squares[lane]));
+      ReconstructionReport::keep_largest(report.drift, error == 0 ? 0 : std::fabs(error) / norm);
+    }
+  }
 }
 
 }  // namespace

@@ -148,15 +148,15 @@ ODEBLOCK_NOINLINE void activate(const T* z, int64_t count, T* s) {
   for (int64_t i = 0; i < count; i += kLanes<T>) store(s + i, A::at(load(z + i)).s);
 }
 
-// s = sigma(z) and g = u sigma'(z). s may be z, g may be u.
+// s = sigma(z) and slope = sigma'(z). s may be z.
 template <class T>
-using ActivateBackward = void (*)(const T* z, const T* u, int64_t count, T* s, T* g);
+using ActivateSlope = void (*)(const T* z, int64_t count, T* s, T* slope);
 
 template <class T, class A>
-ODEBLOCK_NOINLINE void activate_backward(const T* z, const T* u, int64_t count, T* s, T* g) {
+ODEBLOCK_NOINLINE void activate_slope(const T* z, int64_t count, T* s, T* slope) {
   for (int64_t i = 0; i < count; i += kLanes<T>) {
     const auto y = A::at(load(z + i));
-    store(g + i, load(u + i) * y.d);
+    store(slope + i, y.d);
     store(s + i, y.s);
   }
 }

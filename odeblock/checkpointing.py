@@ -1,0 +1,129 @@
+"""Which states to store: the plan of ``store`` and ``checkpoint`` for a memory budget.
+
+The forward stores h_0, h_K, h_2K, ... of the whole batch; the backward runs the K steps between two of them
+forward again, from the top segment to the lowest, and holds the states of a segment in slots. Where a segment
+has fewer slots than states, the segment is cut in two again and again where that costs the fewest steps:
+binomial checkpointing (Griewank & Walther, "Algorithm 799: Revolve", ACM TOMS 26, 2000).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Plan(NamedTuple):
+    """What a backward strategy stores.
+
+    save_every: K, steps between two states that the forward stores. 0: none between.
+    reconstruct: whether the states between are reconstructed from above (``adjoint``: h_K, h_2K, ... and h_L
+        are stored), instead of run forward again from below (h_0, h_K, ...).
+    slots: states that the backward may hold besides, where it runs segments again.
+    """
+
+    save_every: int
+    reconstruct: bool
+    slots: int
+
+
+NOTHING = Plan(0, False, 0)  # inference
+
+
+def chain_length(s: int, r: int) -> int:
+    """C(s + r, s): the longest chain that s stored states serve when no step is run more than r times."""
+    return math.comb(s + r, s) if r >= 0 else 0
+
+
+def best_cut(length: int, s: int) -> int:
+    """Where to cut a chain that s states, its first among them, are too few for: store the state at the cut,
+    go through the upper part with s - 1 states, then through the lower with s."""
+    r = _repetitions(length, s)
+    return max(1, chain_length(s, r - 2), length - chain_length(s - 1, r))
+
+
+def steps_again(length: int, slots: int) -> int:
+    """Steps that the backward of a chain runs forward again; Griewank & Walther 2000, theorem 1."""
+    if length <= slots + 1:
+        return length - 1
+    r = _repetitions(length, slots)
+    return r * length - chain_length(slots + 1, r - 1)
+
+
+def _repetitions(length: int, s: int) -> int:
+    r = 1
+    while chain_length(s, r) < length:
+        r += 1
+    return r
+
+
+def sweep(
+    state: Any,
+    bottom: int,
+    top: int,
+    slots: int,
+    advance: Callable[[Any, int], Any],
+    visit: Callable[[Any, int], None],
+) -> None:
+    """visit(h_k, k) for k = top-1 .. bottom, from ``state`` = h_bottom: advance(h_k, k) is h_{k+1}."""
+    if top - bottom - 1 <= slots:
+        states = [state]
+        for k in range(bottom, top - 1):
+            states.append(advance(states[-1], k))
+        for k in reversed(range(bottom, top)):
+            visit(states.pop(), k)
+        return
+    cut = bottom + best_cut(top - bottom, slots)
+    middle = state
+    for k in range(bottom, cut):
+        middle = advance(middle, k)
+    sweep(middle, cut, top, slots - 1, advance, visit)
+    del middle
+    sweep(state, bottom, cut, slots, advance, visit)
+
+
+def plan(
+    backward: str, depth: int, anchors: int, memory_budget: int | None, state_bytes: int, slot_bytes: int
+) -> Plan:
+    """The plan of a strategy.
+
+    state_bytes: of one state of the whole batch, as the forward stores it. slot_bytes: of one that the
+    backward holds (of the rows that it takes through all layers together, at most the batch).
+
+    Raises ValueError where the budget holds less than two states.
+    """
+    if backward == "adjoint":
+        return Plan(-(-depth // (anchors + 1)) if anchors else 0, True, 0)
+    if memory_budget is None:
+        root = math.isqrt(depth - 1) + 1  # ⌈√L⌉
+        if backward == "store" or (backward == "auto" and depth <= 2 * root):
+            # 2√L states are what checkpointing holds at its peak: √L stored, √L run again.
+            return Plan(1, False, 0)
+        return Plan(root, False, root - 1)
+    if backward == "auto" and depth * state_bytes <= memory_budget:
+        return Plan(1, False, 0)
+    if depth > 1 and memory_budget < state_bytes + slot_bytes:
+        raise ValueError(
+            f"memory_budget: expected at least {state_bytes + slot_bytes} bytes, what a stored state of this "
+            f"batch and one that the backward holds take; got {memory_budget}"
+        )
+    return _cheapest(depth, memory_budget, state_bytes, slot_bytes)
+
+
+def _cheapest(depth: int, budget: int, state_bytes: int, slot_bytes: int) -> Plan:
+    """The K and slots within the budget that run the fewest steps again."""
+    best, fewest = Plan(depth, False, 1), math.inf
+    candidate = 0
+    while candidate < depth:
+        candidate += 1
+        every = -(-depth // candidate)
+        stored = -(-depth // every)
+        slots = max(0, budget - stored * state_bytes) // max(1, slot_bytes)
+        if stored * state_bytes > budget or (every > 1 and slots < 1):
+            break
+        slots = min(slots, every - 1)
+        last = depth - (stored - 1) * every
+        steps = (stored - 1) * steps_again(every, slots) + steps_again(last, min(slots, last - 1))
+        if steps < fewest:
+            best, fewest = Plan(every, False, slots), steps
+    return best

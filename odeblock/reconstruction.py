@@ -1,0 +1,221 @@
+"""The adjoint's states in PyTorch: each from the one above, by solving a residual step for its input.
+
+    h_k = h_{k+1} - Δ_k,    Δ_k = scale f_k(h_k)
+
+``docs/adjoint.md`` derives the method; (n) is its equation n. ``csrc/cpu/reconstruction.h`` is the same in
+C++, which says how a row decides.
+Nothing here knows what f is: it serves the block (``reference.py``) and any residual (``scan.py``).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+MAX_ORDER = 6
+"""Highest order of the prediction (2)."""
+
+HISTORY = MAX_ORDER + 1
+"""Increments that are kept: one more than predict, so that every order can be measured."""
+
+MEASURE_EVERY = 4
+"""Steps between two measurements of the orders."""
+
+PROBE_EVERY = 64
+"""Steps after which the rate ρ is measured anew."""
+
+MAX_EVALUATIONS = 64
+"""A row that these did not settle is given up, and reported."""
+
+CHANGE_LIMIT, STATE_LIMIT = 0.375, 0.5
+"""(8): last change at which z may stay, in √L units of rounding; (9): error of a state per step, in units."""
+
+CHECKS = 16
+"""The forward leaves projections of at most this many states, to compare the reconstructed ones with."""
+
+REPORT_SIZE = 4
+"""estimate (12), drift (13), evaluations and order per step."""
+
+Hidden = TypeVar("Hidden")
+
+
+def check_every(depth: int) -> int:
+    """States k = c, 2c, ... below L are compared with their projections."""
+    return (depth + CHECKS) // (CHECKS + 1)
+
+
+def check_count(depth: int) -> int:
+    """How many those are."""
+    return (depth - 1) // check_every(depth)
+
+
+@functools.lru_cache(maxsize=64)
+def probe(dim: int, dtype: torch.dtype) -> Tensor:
+    """The direction r [dim] that states are projected on, standard normal: the mean of (rᵀδ)² is |δ|²."""
+    return torch.randn(dim, generator=torch.Generator().manual_seed(dim), dtype=torch.float64).to(dtype)
+
+
+def rounding_unit(storage: torch.dtype) -> float:
+    """What a state is solved to: rounding of the type computed in, no less than 1/256 of the stored."""
+    state = torch.promote_types(storage, torch.float32)
+    return max(torch.finfo(state).eps, torch.finfo(storage).eps / 256)
+
+
+class Reconstruction:
+    """The sweep over the L steps from the top, for the rows of a batch, each by its own decisions.
+
+    batch: rows. depth: L. unit: see ``rounding_unit``. floor: rounding of f itself, relative. smooth: whether
+    σ' is continuous; where it is not, z is always corrected.
+    """
+
+    def __init__(
+        self, batch: int, depth: int, unit: float, floor: float, like: Tensor, smooth: bool = True
+    ) -> None:
+        self.depth, self.unit, self.floor = depth, unit, floor
+        self.change_limit = CHANGE_LIMIT * math.sqrt(depth) * unit if smooth else 0.0
+        self.increments: list[Tensor] = []  # Δ_{k+1}, Δ_{k+2}, ...
+        self.rate, self.age = like.new_ones(batch, 1), like.new_zeros(batch, 1)
+        self.order = torch.zeros(batch, 1, dtype=torch.long, device=like.device)
+        self.spread = like.new_full((batch, HISTORY), -1.0)
+        self.squares, self.unsettled = like.new_zeros(batch, 1), like.new_zeros(batch, 1)
+        self.evaluations, self.orders = like.new_zeros(batch, 1), like.new_zeros(batch, 1)
+        self.drift = like.new_zeros(())
+        self.steps = 0
+
+    def step(
+        self,
+        above: Tensor,
+        evaluate: Callable[[Tensor], tuple[Hidden, Tensor]],
+        keep: Callable[[Tensor, Hidden, Hidden], Hidden],
+        correct: Callable[[Hidden, Tensor], Hidden] | None,
+    ) -> tuple[Tensor, Hidden]:
+        """h_k [B, q] from ``above`` = h_{k+1}, and what was left by the evaluation at it.
+
+        evaluate(x) gives hidden values and the increment scale f_k(x); keep(rows, new, old) takes the new
+        hidden values of the rows [B, 1] and the old ones of the others; correct(hidden, e) is the hidden
+        values after x changed by e (7). Without it, they are good only where the last change is small.
+        """
+        delta = self._predict(above)
+        norm = _row_norm(above).clamp_min(torch.finfo(above.dtype).tiny)
+        active = torch.ones_like(self.rate, dtype=torch.bool)
+        corrected = torch.zeros_like(active)
+        change, error, x = torch.zeros_like(norm), torch.zeros_like(norm), above - delta
+        self.orders += self.order
+        hidden: Hidden | None = None
+        evaluation = 0
+        while bool(active.any()):
+            x = torch.where(active, above - delta, x)
+            new, found = evaluate(x)
+            hidden = new if hidden is None else keep(active, new, hidden)
+            self.evaluations += active
+            moved = _row_norm(found - delta)
+            delta = torch.where(active, found, delta)
+            size = _row_norm(delta)
+
+            # (6): the rate at which changes shrink.
+            if evaluation > 0:
+                measured = active & (change > 0)
+                rate = torch.maximum(moved / change, self.rate / 2).clamp(max=1)
+                self.rate = torch.where(measured, rate, self.rate)
+                self.age = torch.where(measured, 0, self.age)
+            left = 1 - self.rate
+            at_floor = moved <= self.floor * size
+            # (8): z may stay as it is; (9): it need only be corrected.
+            near = self.rate * moved <= left * (STATE_LIMIT * self.unit) * norm
+            settled = active & (at_floor | (moved <= left * self.change_limit * norm))
+            fix = active & ~settled & near
+            if evaluation == 0:
+                fix &= self.age < PROBE_EVERY
+            if correct is None:
+                fix = torch.zeros_like(fix)
+            still = active & ~settled & ~fix
+            hopeless = ~moved.isfinite()
+            if evaluation + 1 >= 8:
+                hopeless |= moved > 0.95 * change
+            if evaluation + 1 >= MAX_EVALUATIONS:
+                hopeless |= True
+            lost = still & hopeless
+            relative = moved / torch.maximum(norm, size)
+            rest = left.clamp_min(0.01)
+            error = torch.where(settled, relative, torch.where(fix, self.rate * relative / rest, error))
+            self.unsettled = torch.where(lost, _largest(self.unsettled, relative / rest), self.unsettled)
+            corrected |= fix | lost
+            change = torch.where(active, moved, change)
+            active = still & ~hopeless
+            evaluation += 1
+
+        state = above - delta
+        assert hidden is not None or not len(above)
+        if hidden is None:
+            hidden, _ = evaluate(above)
+        if correct is not None and bool(corrected.any()):
+            hidden = correct(hidden, torch.where(corrected, state - x, 0))
+            self.evaluations += 0.5 * corrected
+        self.squares += error.square()
+        self.age += 1
+        self.increments = [delta, *self.increments[: HISTORY - 1]]
+        if self.steps < 2 * HISTORY or self.steps % MEASURE_EVERY == 0:
+            self._measure()
+        self.steps += 1
+        return state, hidden
+
+    def compare(self, error: Tensor, norm: Tensor) -> None:
+        """(13), (14): the distance ``error`` of a row from what it should be, and the size of the row."""
+        ratio = torch.where(error == 0, 0, error / norm)
+        if ratio.numel():
+            self.drift = _largest(self.drift, ratio.max())
+
+    def compare_state(self, found: Tensor, true: Tensor, top: Tensor) -> None:
+        """(13) at a state that is known in full."""
+        norm = torch.maximum(_row_norm(true), _row_norm(top)).clamp_min(torch.finfo(true.dtype).tiny)
+        self.compare(_row_norm(found - true), norm)
+
+    def report(self) -> Tensor:
+        """float64 [REPORT_SIZE] on the CPU."""
+        estimate = _largest((self.squares / max(1, self.steps)).sqrt(), self.unsettled)
+        steps = max(1, self.steps * len(estimate))
+        values = [
+            estimate.max() if len(estimate) else self.drift,
+            self.drift,
+            self.evaluations.sum() / steps,
+            self.orders.sum() / steps,
+        ]
+        return torch.stack([v.double().cpu() for v in values])
+
+    def _predict(self, above: Tensor) -> Tensor:
+        """(2): Δ_k ≈ Σ_j (-1)^j C(p, j+1) Δ_{k+1+j}, every row with its own order p."""
+        delta = torch.zeros_like(above)
+        for j, increment in enumerate(self.increments[:MAX_ORDER]):
+            c = torch.tensor([(-1) ** j * math.comb(p, j + 1) for p in range(HISTORY)]).to(above)
+            used = self.order > j
+            delta = torch.where(used, delta + c[self.order] * increment, delta)
+        return delta
+
+    def _measure(self) -> None:
+        """(4), (3): how well each order would have predicted the newest increment; then the best of them."""
+        known = len(self.increments)
+        differences = self.increments
+        for p in range(known):
+            worst = _row_norm(differences[0])[:, 0]
+            self.spread[:, p] = torch.maximum(worst, self.spread[:, p] / 4)
+            differences = [a - b for a, b in itertools.pairwise(differences)]
+        best = self.spread[:, :known]
+        self.order = torch.where(best.isnan(), torch.inf, best).argmin(dim=1, keepdim=True)
+        if known <= MAX_ORDER:  # while the history grows, the order that could not be measured yet
+            self.order = torch.where(self.order == known - 1, known, self.order)
+
+
+def _row_norm(x: Tensor) -> Tensor:
+    """The maximum norm of each row: [B, q] -> [B, 1]."""
+    return x.abs().amax(dim=1, keepdim=True)
+
+
+def _largest(a: Tensor, b: Tensor) -> Tensor:
+    """max that keeps NaN."""
+    return torch.maximum(a, b)
