@@ -27,14 +27,23 @@ HISTORY = MAX_ORDER + 1
 MEASURE_EVERY = 4
 """Steps between two measurements of the orders."""
 
+ORDER_SLACK = 1.5
+"""(3): an order whose error is within this factor of the least is as good."""
+
+RATE_MEMORY = 0.95
+"""(6): what is left of a rate ρ after the next measurement."""
+
 PROBE_EVERY = 64
 """Steps after which the rate ρ is measured anew."""
 
 MAX_EVALUATIONS = 64
 """A row that these did not settle is given up, and reported."""
 
-CHANGE_LIMIT, STATE_LIMIT = 0.375, 0.5
-"""(8): last change at which z may stay, in √L units of rounding; (9): error of a state per step, in units."""
+FIRST_LIMIT, CHANGE_LIMIT = 0.2, 0.375
+"""(8): the first change, and a later one, at which z may stay as it is, in √L units of rounding."""
+
+STATE_LIMIT = 0.5
+"""(9): error of a state per step, in units of rounding."""
 
 CHECKS = 16
 """The forward leaves projections of at most this many states, to compare the reconstructed ones with."""
@@ -78,7 +87,7 @@ class Reconstruction:
         self, batch: int, depth: int, unit: float, floor: float, like: Tensor, smooth: bool = True
     ) -> None:
         self.depth, self.unit, self.floor = depth, unit, floor
-        self.change_limit = CHANGE_LIMIT * math.sqrt(depth) * unit if smooth else 0.0
+        self.change_unit = math.sqrt(depth) * unit if smooth else 0.0
         self.increments: list[Tensor] = []  # Δ_{k+1}, Δ_{k+2}, ...
         self.rate, self.age = like.new_ones(batch, 1), like.new_zeros(batch, 1)
         self.order = torch.zeros(batch, 1, dtype=torch.long, device=like.device)
@@ -121,14 +130,16 @@ class Reconstruction:
             # (6): the rate at which changes shrink.
             if evaluation > 0:
                 measured = active & (change > 0)
-                rate = torch.maximum(moved / change, self.rate / 2).clamp(max=1)
+                kept = torch.where(self.rate < 1, RATE_MEMORY * self.rate, 0)
+                rate = torch.maximum(moved / change, kept).clamp(max=1)
                 self.rate = torch.where(measured, rate, self.rate)
                 self.age = torch.where(measured, 0, self.age)
             left = 1 - self.rate
             at_floor = moved <= self.floor * size
             # (8): z may stay as it is; (9): it need only be corrected.
             near = self.rate * moved <= left * (STATE_LIMIT * self.unit) * norm
-            settled = active & (at_floor | (moved <= left * self.change_limit * norm))
+            limit = (CHANGE_LIMIT if evaluation else FIRST_LIMIT) * self.change_unit
+            settled = active & (at_floor | (moved <= left * limit * norm))
             fix = active & ~settled & near
             if evaluation == 0:
                 fix &= self.age < PROBE_EVERY
@@ -198,15 +209,18 @@ class Reconstruction:
         return delta
 
     def _measure(self) -> None:
-        """(4), (3): how well each order would have predicted the newest increment; then the best of them."""
+        """(4), (3): how well each order would have predicted the newest increment; the highest of the best."""
         known = len(self.increments)
         differences = self.increments
         for p in range(known):
             worst = _row_norm(differences[0])[:, 0]
             self.spread[:, p] = torch.maximum(worst, self.spread[:, p] / 4)
             differences = [a - b for a, b in itertools.pairwise(differences)]
-        best = self.spread[:, :known]
-        self.order = torch.where(best.isnan(), torch.inf, best).argmin(dim=1, keepdim=True)
+        spread = torch.where(self.spread.isnan(), torch.inf, self.spread)[:, :known]
+        least, self.order = spread.min(dim=1, keepdim=True)
+        for p in range(2, known):
+            as_good = (spread[:, p : p + 1] <= ORDER_SLACK * least) & (self.order < p)
+            self.order = torch.where(as_good, p, self.order)
         if known <= MAX_ORDER:  # while the history grows, the order that could not be measured yet
             self.order = torch.where(self.order == known - 1, known, self.order)
 

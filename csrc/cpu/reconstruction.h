@@ -17,9 +17,12 @@ namespace {
 constexpr int kMaxOrder = 6;             // of the prediction (2)
 constexpr int kHistory = kMaxOrder + 1;  // increments that are kept: one more than predict, to measure them all
 constexpr int kMeasureEvery = 4;         // steps between two measurements of the orders
+constexpr double kOrderSlack = 1.5;      // (3): an order whose error is within this factor of the least is as good
+constexpr double kRateMemory = 0.95;     // (6): what is left of a rate ρ after the next measurement
 constexpr int kProbeEvery = 64;          // steps after which the rate ρ is measured anew
 constexpr int kMaxEvaluations = 64;      // a row that these did not settle is given up, and reported
-constexpr double kChangeLimit = 0.375;   // (8): change at which z may stay as it is, in √L units of rounding
+constexpr double kFirstLimit = 0.2;      // (8): first change at which z may stay as it is, in √L units of rounding
+constexpr double kChangeLimit = 0.375;   // (8): the same for later changes
 constexpr double kStateLimit = 0.5;      // (9): error of a state per step, in units of rounding
 
 struct ReconstructionReport {
@@ -53,10 +56,10 @@ constexpr float kUnit<Bfloat16> = 0x1p-15f;
 template <>
 constexpr float kUnit<Float16> = 0x1p-18f;
 
-// (8): κ grows with what the rounding errors of L steps pile up to.
+// (8): in these units, which grow with what the rounding errors of L steps pile up to.
 template <class T>
-T change_limit(T unit, int64_t depth) {
-  return static_cast<T>(kChangeLimit * std::sqrt(static_cast<double>(depth))) * unit;
+T change_unit(T unit, int64_t depth) {
+  return static_cast<T>(std::sqrt(static_cast<double>(depth))) * unit;
 }
 
 template <class T>
@@ -115,7 +118,7 @@ struct Reconstruction {
   int64_t ring_stride;   // between two of them
   T *x, *f;              // a slab's [N, q, W]
   T *z, *s, *slope;      // a slab's [N, m, W]
-  T unit, change_limit;  // of rounding, relative; (8) at this depth
+  T unit, change_unit;   // of rounding, relative; (8) at this depth
   ReconstructionReport report;
 
   // h, N blocks of a tile from the b-th on: h_{k+1} on entry, h_k on return, of which the first `real` rows are
@@ -228,14 +231,16 @@ struct Reconstruction {
     const Mask<T> measured = active & (change > zero);  // the change before this one
     const Vec<T> ratio = moved / largest<T>(change, broadcast(kTiny<T>));
     if (evaluation > 0) {
-      const Vec<T> halved = broadcast(T(0.5)) * memory.rate, rate = largest<T>(ratio, halved);
+      const Vec<T> kept = select(memory.rate < one, broadcast(T(kRateMemory)) * memory.rate, zero);
+      const Vec<T> rate = largest<T>(ratio, kept);
       memory.rate = select(measured, select(rate < one, rate, one), memory.rate);
       memory.age = select(measured, zero, memory.age);
     }
     const bool first = evaluation == 0;
     const Vec<T> left = one - memory.rate;  // (5): the error before the evaluation is at most change / (1 - ρ)
     const Vec<T> floor = broadcast(kEpsilon<T>) * delta_norm;  // rounding of f itself
-    const Mask<T> good = moved <= left * broadcast(change_limit) * norm, at_floor = moved <= floor;
+    const T limit = static_cast<T>(first ? kFirstLimit : kChangeLimit) * change_unit;
+    const Mask<T> good = moved <= left * broadcast(limit) * norm, at_floor = moved <= floor;
     const Mask<T> stale = memory.age >= broadcast(T(kProbeEvery));
     const Mask<T> near = memory.rate * moved <= left * broadcast(T(kStateLimit) * unit) * norm;
     Mask<T> settled = active & (good | at_floor);
@@ -263,7 +268,7 @@ struct Reconstruction {
     return open;
   }
 
-  // (4): how well each order would have predicted the newest increment; then the best of them, (3).
+  // (4): how well each order would have predicted the newest increment; then the highest of the best, (3).
   void measure(RowMemory<T>& memory, int64_t dim, int64_t step, int64_t b) const {
     constexpr int W = kLanes<T>;
     const int known = step + 1 < kHistory ? static_cast<int>(step + 1) : kHistory;  // increments
@@ -288,6 +293,10 @@ struct Reconstruction {
       const Mask<T> better = p == 0 ? ~Mask<T>{} : memory.spread[p] < best;
       best = select(better, memory.spread[p], best);
       order = select(better, broadcast(T(p)), order);
+    }
+    for (int p = 2; p < known; p++) {
+      const Mask<T> as_good = (memory.spread[p] <= broadcast(T(kOrderSlack)) * best) & (order < broadcast(T(p)));
+      order = select(as_good, broadcast(T(p)), order);
     }
     // While the history grows, the order that could not be measured yet.
     if (known <= kMaxOrder) order = select(order == broadcast(T(known - 1)), broadcast(T(known)), order);
