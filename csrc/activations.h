@@ -43,13 +43,14 @@ struct LeakyRelu {
   }
 };
 
-// tanh |z| = e / (e + 2) with e = exp(2|z|) - 1: no cancellation near zero.
+// t = tanh |z| = e / (e + 2) with e = exp(2|z|) - 1: no cancellation near zero; nor has 1 - t² = (1 - t)(1 + t) one
+// where t is near 1, with 1 - t = 2 / (e + 2).
 struct Tanh {
   template <class V>
   static ODEBLOCK_INLINE Value<V> at(V z) {
-    const V e = expm1(abs(z) + abs(z));
-    const V t = e / (e + constant(z, 2.0));
-    return {select(z < constant(z, 0.0), -t, t), constant(z, 1.0) - t * t};
+    const V e = expm1(abs(z) + abs(z)), two = constant(z, 2.0);
+    const V t = e / (e + two);
+    return {select(z < constant(z, 0.0), -t, t), two / (e + two) * (constant(z, 1.0) + t)};
   }
 };
 

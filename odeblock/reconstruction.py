@@ -42,8 +42,8 @@ MAX_EVALUATIONS = 64
 FIRST_LIMIT, CHANGE_LIMIT = 0.2, 0.375
 """(8): the first change, and a later one, at which z may stay as it is, in √L units of rounding."""
 
-STATE_LIMIT = 0.5
-"""(9): error of a state per step, in units of rounding."""
+STATE_LIMIT, DRIFT_LIMIT = 0.5, 8.0
+"""(9): error of a state per step, in units of rounding: the first, and at most the second over √L."""
 
 CHECKS = 16
 """The forward leaves projections of at most this many states, to compare the reconstructed ones with."""
@@ -86,8 +86,9 @@ class Reconstruction:
     def __init__(
         self, batch: int, depth: int, unit: float, floor: float, like: Tensor, smooth: bool = True
     ) -> None:
-        self.depth, self.unit, self.floor = depth, unit, floor
+        self.floor = floor
         self.change_unit = math.sqrt(depth) * unit if smooth else 0.0
+        self.state_limit = min(STATE_LIMIT, DRIFT_LIMIT / math.sqrt(depth)) * unit
         self.increments: list[Tensor] = []  # Δ_{k+1}, Δ_{k+2}, ...
         self.rate, self.age = like.new_ones(batch, 1), like.new_zeros(batch, 1)
         self.order = torch.zeros(batch, 1, dtype=torch.long, device=like.device)
@@ -137,7 +138,7 @@ class Reconstruction:
             left = 1 - self.rate
             at_floor = moved <= self.floor * size
             # (8): z may stay as it is; (9): it need only be corrected.
-            near = self.rate * moved <= left * (STATE_LIMIT * self.unit) * norm
+            near = self.rate * moved <= left * self.state_limit * norm
             limit = (CHANGE_LIMIT if evaluation else FIRST_LIMIT) * self.change_unit
             settled = active & (at_floor | (moved <= left * limit * norm))
             fix = active & ~settled & near

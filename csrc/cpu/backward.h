@@ -220,9 +220,17 @@ class Backward {
 
     // 1 (identity) to 8 are smooth, but for relu and leaky_relu.
     const bool smooth = p.activation != 1 && p.activation != 2;
-    Reconstruction<T> reconstruction = {
-        tile.rows,     tile.increments, backward_tile_blocks<T>(p) * block, scratch.x, scratch.f, scratch.z, scratch.s,
-        scratch.slope, kUnit<S>,        change_unit<T>(kUnit<S>, p.depth), report};
+    Reconstruction<T> reconstruction = {tile.rows,
+                                        tile.increments,
+                                        backward_tile_blocks<T>(p) * block,
+                                        scratch.x,
+                                        scratch.f,
+                                        scratch.z,
+                                        scratch.s,
+                                        scratch.slope,
+                                        change_unit<T>(kUnit<S>, p.depth),
+                                        state_limit<T>(kUnit<S>, p.depth),
+                                        report};
     const Matrix<T> probe = {static_cast<const T*>(p.probe), 1, p.dim};
     for (int64_t k = p.depth - 1; k >= 0; k--) {
       const Layer<T> weights = layer<S>(p, k, scratch.weights);

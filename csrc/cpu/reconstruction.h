@@ -23,7 +23,8 @@ constexpr int kProbeEvery = 64;          // steps after which the rate ρ is mea
 constexpr int kMaxEvaluations = 64;      // a row that these did not settle is given up, and reported
 constexpr double kFirstLimit = 0.2;      // (8): first change at which z may stay as it is, in √L units of rounding
 constexpr double kChangeLimit = 0.375;   // (8): the same for later changes
-constexpr double kStateLimit = 0.5;      // (9): error of a state per step, in units of rounding
+constexpr double kStateLimit = 0.5;      // (9): error of a state per step, in units of rounding, ..
+constexpr double kDriftLimit = 8;        // .. and at most this over √L, so that even a sum of L stays small
 
 struct ReconstructionReport {
   double estimate = 0;     // (12), the largest of a row
@@ -60,6 +61,13 @@ constexpr float kUnit<Float16> = 0x1p-18f;
 template <class T>
 T change_unit(T unit, int64_t depth) {
   return static_cast<T>(std::sqrt(static_cast<double>(depth))) * unit;
+}
+
+// (9)
+template <class T>
+T state_limit(T unit, int64_t depth) {
+  const double limit = kDriftLimit / std::sqrt(static_cast<double>(depth));
+  return static_cast<T>(limit < kStateLimit ? limit : kStateLimit) * unit;
 }
 
 template <class T>
@@ -113,12 +121,12 @@ constexpr double kBinomial[kMaxOrder + 1][kMaxOrder] = {
 // Blocks of rows of one tile, and where a thread keeps what it works with.
 template <class T>
 struct Reconstruction {
-  RowMemory<T>* rows;    // [blocks]
-  T* increments;         // [kHistory][blocks, q, W], a ring: step n writes number n % kHistory
-  int64_t ring_stride;   // between two of them
-  T *x, *f;              // a slab's [N, q, W]
-  T *z, *s, *slope;      // a slab's [N, m, W]
-  T unit, change_unit;   // of rounding, relative; (8) at this depth
+  RowMemory<T>* rows;          // [blocks]
+  T* increments;               // [kHistory][blocks, q, W], a ring: step n writes number n % kHistory
+  int64_t ring_stride;         // between two of them
+  T *x, *f;                    // a slab's [N, q, W]
+  T *z, *s, *slope;            // a slab's [N, m, W]
+  T change_unit, state_limit;  // (8) and (9) at this depth, relative
   ReconstructionReport report;
 
   // h, N blocks of a tile from the b-th on: h_{k+1} on entry, h_k on return, of which the first `real` rows are
@@ -242,7 +250,7 @@ struct Reconstruction {
     const T limit = static_cast<T>(first ? kFirstLimit : kChangeLimit) * change_unit;
     const Mask<T> good = moved <= left * broadcast(limit) * norm, at_floor = moved <= floor;
     const Mask<T> stale = memory.age >= broadcast(T(kProbeEvery));
-    const Mask<T> near = memory.rate * moved <= left * broadcast(T(kStateLimit) * unit) * norm;
+    const Mask<T> near = memory.rate * moved <= left * broadcast(state_limit) * norm;
     Mask<T> settled = active & (good | at_floor);
     if (!smooth) settled = active & at_floor;
     const Mask<T> corrected = active & ~settled & near & (first ? ~stale : ~Mask<T>{});
