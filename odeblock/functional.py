@@ -1,4 +1,7 @@
-"""``deep_residual``: check the arguments, choose the backward strategy, apply the Function."""
+"""``deep_residual``: check the arguments, choose the backward strategy, apply the Function.
+
+``residual_scan`` (``scan.py``) is the same for any residual.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,10 @@ from torch import Tensor
 
 from . import checkpointing, ops, reference
 from .autograd import DeepResidual, Drift, DualDeepResidual
+from .scan import residual_scan
 from .validation import check_arguments
+
+__all__ = ["deep_residual", "residual_scan"]
 
 
 def deep_residual(

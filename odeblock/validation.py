@@ -31,9 +31,9 @@ def check_arguments(
     memory_budget: int | None,
 ) -> float:
     """Refuse what cannot be computed; return the scale, 1/L unless given."""
-    _check_tensor("h", h)
-    _check_tensor("V", V)
-    _check_tensor("W", W)
+    check_tensor("h", h)
+    check_tensor("V", V)
+    check_tensor("W", W)
     if V.dim() != 3 or V.shape[0] < 1:
         raise ValueError(f"V: expected shape [L, q, m] with L >= 1, got {list(V.shape)}")
     depth, dim, hidden = V.shape
@@ -43,10 +43,10 @@ def check_arguments(
     if h.dim() < 1 or h.shape[-1] != dim:
         raise ValueError(f"h: expected shape [..., {dim}] (q of V {list(V.shape)}), got {list(h.shape)}")
     if hidden_bias is not None:
-        _check_tensor("hidden_bias", hidden_bias)
+        check_tensor("hidden_bias", hidden_bias)
         _check_shape("hidden_bias", hidden_bias, (depth, hidden), "[L, m]", V)
     if output_bias is not None:
-        _check_tensor("output_bias", output_bias)
+        check_tensor("output_bias", output_bias)
         _check_shape("output_bias", output_bias, (depth, dim), "[L, q]", V)
     for name, tensor in (("V", V), ("W", W), ("hidden_bias", hidden_bias), ("output_bias", output_bias)):
         if tensor is None:
@@ -113,7 +113,8 @@ def check_size(name: str, value: Any, *, least: int = 1) -> int:
     return int(value)
 
 
-def _check_tensor(name: str, value: Any) -> None:
+def check_tensor(name: str, value: Any) -> None:
+    """A dense tensor of a dtype that states may have."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in DTYPES:

@@ -1,0 +1,472 @@
+"""``residual_scan``: the backward strategies of the block, for any residual f written in PyTorch.
+
+    h_{k+1} = h_k + scale f(h_k, Z_k),      a_k = a_{k+1} + scale (∂f/∂h)ᵀ a_{k+1},   k = 0 .. L-1
+    dZ_k = scale (∂f/∂Z)ᵀ a_{k+1}
+
+with a_k = dℓ/dh_k: the general setting of Marion, Wu, Sander & Biau (ICLR 2024). The vector-Jacobian products
+are autograd's, of one step at a time. Which states the forward keeps and how the backward gets the others is
+decided and done by ``checkpointing.py`` and ``reconstruction.py``, as for the block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
+
+from . import checkpointing
+from .autograd import judge_drift
+from .reconstruction import Reconstruction, check_every, probe, rounding_unit
+from .reference import state_dtype
+from .validation import check_options, check_scale, check_tensor
+
+
+def residual_scan(
+    f: Callable[[Tensor, Any], Tensor],
+    h: Tensor,
+    params: Any,
+    *,
+    scale: float | None = None,
+    backward: str = "auto",
+    strict: bool = False,
+    anchors: int = 0,
+    memory_budget: int | None = None,
+) -> Tensor:
+    r"""All L steps of ``h ← h + scale · f(h, Z_k)`` for any residual ``f`` written in PyTorch.
+
+    Of a list of equal modules, ``params, _ = torch.func.stack_module_state(modules)`` are stacked parameters
+    and ``lambda h, Z: torch.func.functional_call(modules[0], Z, (h,))`` is the residual.
+
+    Arguments:
+        f: called as f(h_k, Z_k), Z_k with the structure of ``params`` and the k-th slices in place of the
+            stacked tensors; returns a tensor of the shape and dtype of ``h`` (under autocast also of
+            autocast's dtype). The backward calls it again, so it must be a pure function of its arguments:
+            no random numbers, no running statistics, no change of an argument in place, and no captured
+            tensor that needs a gradient (it belongs in ``params``) or changes before the backward. Where
+            gradients are needed, one more call checks this as far as it can be seen (two on the CPU).
+        h: input, any shape [B, ...] with at least one dimension; float32, float64, bfloat16 or float16.
+            States are kept in float32 (float64 for float64), f sees them in the dtype of ``h``.
+        params: a tensor, or lists, tuples and dicts of tensors, each stacked over depth: [L, ...] with the
+            same L >= 1, of any dtype. Those of integers and booleans are not differentiated.
+        scale: step size, 1/L by default.
+        backward: where the states of the backward come from; ``functional.deep_residual`` says more.
+
+            - ``"store"``: every state is kept, memory O(L). f is evaluated once more per step, for its graph:
+              the graph of one step is all that is ever held.
+            - ``"checkpoint"``: every √L-th state is kept, or what ``memory_budget`` allows, the others run
+              again. The gradients have the bits of ``"store"``.
+            - ``"adjoint"``: only the last state is kept, the others are reconstructed from it: memory O(1),
+              and for large L with parameters that are smooth in depth about one evaluation per step.
+              Exact to rounding where the steps are small; a ``DriftWarning`` says when they were not.
+              Each index of the first dimension is a row that settles by itself; a vector is one row. Where f
+              mixes rows of very different size, ``h[None]`` makes them one.
+            - ``"auto"``: ``store`` where its states fit O(√L) or the ``memory_budget``, else ``checkpoint``.
+        strict: whether an adjoint backward that cannot be trusted raises ``DriftError``, not only warns.
+        anchors: states that ``"adjoint"`` keeps besides, evenly in depth; the reconstruction starts afresh at
+            each, and is compared with it.
+        memory_budget: bytes of states that ``"auto"`` and ``"checkpoint"`` may hold.
+
+    Returns:
+        h_L, with the shape, dtype and device of ``h``. Forward mode takes one pass and keeps nothing;
+        gradients that can be differentiated again (``create_graph=True``, ``torch.func.grad``) are those of
+        the plain loop, whatever the strategy, and keep the graph of all steps. ``torch.vmap`` over gradients
+        is not supported. ``torch.compile`` leaves training to run eagerly: compile f itself.
+
+    Raises:
+        TypeError: an argument is of the wrong type, ``params`` holds something else than tensors, f returns
+            something else than a tensor or one of another dtype.
+        ValueError: shapes that do not fit, L = 0, f returns another shape or is seen not to be pure, a
+            non-finite scale, an unknown strategy, options that do not go with it, a budget below two states.
+        DriftError: in the backward, with ``strict``.
+
+    Source: Marion, Wu, Sander & Biau, "Implicit regularization of deep residual networks towards neural
+    ODEs", ICLR 2024, arXiv 2309.01213.
+    """
+    leaves, spec, depth = _check_arguments(f, h, params)
+    check_options(backward, strict, anchors, memory_budget)
+    scale = 1.0 / depth if scale is None else check_scale(scale)
+    device = h.device.type
+    autocast = torch.get_autocast_dtype(device) if _autocasts(device) else None
+    steps = Steps(f, spec, depth, scale, h.dtype, device, autocast)
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (h, *leaves))):
+        return steps.run(h, leaves)
+    state_bytes = h.numel() * torch.finfo(state_dtype(h.dtype)).bits // 8
+    plan = checkpointing.plan(backward, depth, anchors, memory_budget, state_bytes, state_bytes)
+    if not h.numel():  # nothing to reconstruct, nothing to store
+        plan = checkpointing.Plan(1, False, 0)
+    train = _train
+    if torch.compiler.is_compiling():  # it would unroll the loops
+        train = torch.compiler.disable(_train)
+    return train(steps, plan, strict, h, leaves)
+
+
+def _train(
+    steps: Steps, plan: checkpointing.Plan, strict: bool, h: Tensor, leaves: Sequence[Tensor]
+) -> Tensor:
+    """h_L, with what its derivatives need."""
+    _check_purity(steps, h, leaves)
+    y, *_ = ResidualScan.apply(steps, plan, strict, h, *leaves)  # type: ignore[no-untyped-call]
+    result: Tensor = y
+    return result
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What a step needs besides state and parameters, the same in forward and backward.
+
+    f, spec: the residual, and the structure of its parameters. dtype: of h, in which f is called. device: its
+    type. autocast: the dtype that f computes in where autocast was on in the forward.
+    """
+
+    f: Callable[[Tensor, Any], Tensor]
+    spec: pytree.TreeSpec
+    depth: int
+    scale: float
+    dtype: torch.dtype
+    device: str
+    autocast: torch.dtype | None
+
+    def residual(self, state: Tensor, layer: Sequence[Tensor]) -> Tensor:
+        """f(h_k, Z_k) in the dtype of h, from the state in any."""
+        with self._autocast():
+            found = self.f(state.to(self.dtype), pytree.tree_unflatten(list(layer), self.spec))
+        if not isinstance(found, Tensor):
+            raise TypeError(f"f: expected a torch.Tensor from it, got {type(found).__name__}")
+        if found.shape != state.shape:
+            expected = f"the shape of h, {list(state.shape)}"
+            raise ValueError(f"f: expected a result with {expected}; got {list(found.shape)}")
+        if found.dtype not in (self.dtype, self.autocast):
+            raise TypeError(f"f: expected a result with the dtype of h, {self.dtype}; got {found.dtype}")
+        return found.to(self.dtype)
+
+    def advance(self, state: Tensor, layer: Sequence[Tensor]) -> Tensor:
+        """h_{k+1} from h_k."""
+        return state + self.scale * self.residual(state, layer).to(state.dtype)
+
+    def run(self, h: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+        """The plain loop over all steps."""
+        state = h.to(state_dtype(h.dtype))
+        # unbind once: indexing in the loop would make autograd accumulate a full-size gradient per step.
+        for layer in zip(*(leaf.unbind(0) for leaf in leaves), strict=True):
+            state = self.advance(state, layer)
+        return state.to(h.dtype)
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The coarsest dtype that f rounds to."""
+        if self.autocast is None or self.dtype == torch.float64:  # which autocast leaves alone
+            return self.dtype
+        return max(self.dtype, self.autocast, key=lambda dtype: torch.finfo(dtype).eps)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Autocast as it was in the forward. Without its cache, which would keep a copy of every Z_k."""
+        if self.autocast is None and not _autocasts(self.device):
+            return contextlib.nullcontext()
+        return torch.autocast(self.device, self.autocast, self.autocast is not None, cache_enabled=False)
+
+
+class ResidualScan(torch.autograd.Function):
+    """y = h_L, and what the plan asks for: projections of states (``reconstruct``), and states in the order
+    of depth, h_K, h_2K, ... below L and with ``reconstruct`` h_L. h_0 is the input."""
+
+    @staticmethod
+    def forward(
+        steps: Steps, plan: checkpointing.Plan, strict: bool, h: Tensor, *leaves: Tensor
+    ) -> tuple[Tensor, ...]:
+        state = h.to(state_dtype(h.dtype))
+        checks, states = [], []
+        for k in range(steps.depth):
+            if k > 0 and plan.save_every and k % plan.save_every == 0:
+                states.append(state)
+            if k > 0 and plan.reconstruct and k % check_every(steps.depth) == 0:
+                checks.append(_projection(state))
+            state = steps.advance(state, [leaf[k] for leaf in leaves])
+        if plan.reconstruct:
+            states.append(state)
+        # A copy where the state is kept: y may be changed in place.
+        y = state.to(h.dtype, copy=plan.reconstruct)
+        return y, torch.stack(checks) if checks else state.new_empty(0), *states
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.steps, ctx.plan, ctx.strict, *tensors = inputs
+        _, checks, *states = output
+        ctx.outputs = len(output)
+        ctx.mark_non_differentiable(checks, *states)
+        ctx.save_for_backward(*tensors, checks, *states)
+        ctx.save_for_forward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+        needed = ctx.needs_input_grad[3:]
+        if grad is None:
+            return (None,) * (3 + len(needed))
+        saved = ctx.saved_tensors
+        tensors, (checks, *states) = saved[: len(needed)], saved[len(needed) :]
+        if torch.is_grad_enabled():
+            gradients = _differentiable_gradients(ctx.steps, grad, tensors, needed)
+        else:
+            gradients = _gradients(ctx, grad, tensors, needed, checks, states)
+        return None, None, None, *gradients
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The derivative of the plain loop along ``tangents``, by dual numbers: one pass, nothing kept."""
+        # PyTorch turns forward mode off around jvp, and hands the inputs over with their tangents.
+        with forward_ad._set_fwd_grad_enabled(True):
+            duals = [
+                x if t is None else forward_ad.make_dual(forward_ad.unpack_dual(x).primal, t)
+                for x, t in zip(ctx.saved_tensors, tangents[3:], strict=True)
+            ]
+            y, moving = forward_ad.unpack_dual(ctx.steps.run(duals[0], duals[1:]))
+        return torch.zeros_like(y) if moving is None else moving, *(None,) * (ctx.outputs - 1)
+
+
+class Adjoint:
+    """a = dℓ/dh_{k+1} on its way down, and the gradients of the leaves, slice by slice."""
+
+    def __init__(self, steps: Steps, grad: Tensor, leaves: Sequence[Tensor], needed: Sequence[bool]) -> None:
+        self.steps, self.leaves, self.needed = steps, leaves, needed
+        self.a = grad.to(state_dtype(grad.dtype))
+        self.gradients = [
+            torch.empty_like(leaf) if need else None for leaf, need in zip(leaves, needed, strict=True)
+        ]
+        self.graph: tuple[Tensor, list[Tensor], Tensor] | None = None  # h_k, Z_k, f(h_k, Z_k)
+
+    def layer(self, k: int) -> list[Tensor]:
+        return [leaf[k] for leaf in self.leaves]
+
+    def evaluate(self, state: Tensor, k: int) -> Tensor:
+        """f(state, Z_k) detached, in the dtype of the state; its graph stays until ``descend``."""
+        self.graph = None  # that of an older evaluation goes before the new one comes
+        point = state.detach().to(self.steps.dtype).requires_grad_()
+        layer = [z.detach().requires_grad_(need) for z, need in zip(self.layer(k), self.needed, strict=True)]
+        with torch.enable_grad():
+            found = self.steps.residual(point, layer)
+        self.graph = point, layer, found
+        return found.detach().to(state.dtype)
+
+    def descend(self, k: int) -> None:
+        """dZ_k = scale (∂f/∂Z)ᵀ a;  a ← a + scale (∂f/∂h)ᵀ a, at the last evaluation.
+
+        The factor comes after the product: 1/L would push a float16 cotangent below its smallest numbers.
+        """
+        assert self.graph is not None
+        point, layer, found = self.graph
+        self.graph = None
+        wanted = [point, *(z for z, need in zip(layer, self.needed, strict=True) if need)]
+        products: Sequence[Tensor | None] = [None] * len(wanted)
+        if found.requires_grad:  # not so where f is constant
+            products = torch.autograd.grad(found, wanted, self.a.to(found.dtype), allow_unused=True)
+        da, *dZ = products
+        if da is not None:
+            self.a = self.a + self.steps.scale * da.to(self.a.dtype)
+        stacked = (gradient for gradient in self.gradients if gradient is not None)
+        for gradient, product in zip(stacked, dZ, strict=True):
+            if product is None:
+                gradient[k].zero_()
+            else:
+                torch.mul(product, self.steps.scale, out=gradient[k])
+
+
+def _gradients(
+    ctx: Any,
+    grad: Tensor,
+    tensors: Sequence[Tensor],
+    needed: Sequence[bool],
+    checks: Tensor,
+    states: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """dh and the gradients of the leaves, None where not needed, by the plan of the forward."""
+    steps: Steps = ctx.steps
+    plan: checkpointing.Plan = ctx.plan
+    h, *leaves = tensors
+    adjoint = Adjoint(steps, grad, leaves, needed[1:])
+
+    def advance(state: Tensor, k: int) -> Tensor:
+        return steps.advance(state, adjoint.layer(k))
+
+    def visit(state: Tensor, k: int) -> None:
+        adjoint.evaluate(state, k)
+        adjoint.descend(k)
+
+    if plan.reconstruct:
+        report = _reconstruct(adjoint, plan, h, checks, states)
+        judge_drift(report, steps.precision, ctx.strict, {})
+    else:
+        known = [h.to(state_dtype(h.dtype)), *states]
+        for n in reversed(range(len(known))):
+            bottom = n * plan.save_every
+            top = min(bottom + plan.save_every, steps.depth)
+            checkpointing.sweep(known[n], bottom, top, plan.slots, advance, visit)
+    return [adjoint.a.to(h.dtype) if needed[0] else None, *adjoint.gradients]
+
+
+def _reconstruct(
+    adjoint: Adjoint, plan: checkpointing.Plan, h: Tensor, checks: Tensor, states: Sequence[Tensor]
+) -> Tensor:
+    """The sweep down from h_L, every state from the one above; the report of ``Reconstruction``."""
+    steps = adjoint.steps
+    top = state = _rows(states[-1])
+    floor = torch.finfo(steps.precision).eps  # f jumps by its rounding
+    sweep = Reconstruction(len(top), steps.depth, rounding_unit(steps.precision), floor, top)
+
+    def evaluate(k: int, x: Tensor) -> tuple[Adjoint, Tensor]:
+        return adjoint, steps.scale * _rows(adjoint.evaluate(x.reshape(h.shape), k))
+
+    def keep(_active: Tensor, new: Adjoint, _old: Adjoint) -> Adjoint:
+        # A row that is settled keeps its x, so the last evaluation, whose graph alone is left, holds for all.
+        return new
+
+    for k in reversed(range(steps.depth)):
+        state, _ = sweep.step(state, functools.partial(evaluate, k), keep, None)
+        if k > 0 and k % check_every(steps.depth) == 0:
+            error = (_projection(state) - checks[k // check_every(steps.depth) - 1]).abs()
+            sweep.compare(error, state.norm(dim=1))
+        adjoint.descend(k)
+        if plan.save_every and k > 0 and k % plan.save_every == 0:
+            anchor = _rows(states[k // plan.save_every - 1])
+            sweep.compare_state(state, anchor, top)
+            state = anchor
+    sweep.compare_state(state, _rows(h.to(state.dtype)), top)
+    return sweep.report()
+
+
+def _differentiable_gradients(
+    steps: Steps, grad: Tensor, tensors: Sequence[Tensor], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Under ``create_graph=True``: gradients that can be differentiated again, of the plain loop."""
+    y: Tensor = steps.run(tensors[0], tensors[1:])
+    wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, materialize_grads=True))
+    return [next(found) if need else None for need in needed]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[B, ...] as [B, q], what ``Reconstruction`` decides by; a vector is one row."""
+    return x[None] if x.dim() == 1 else x.flatten(1)
+
+
+def _projection(state: Tensor) -> Tensor:
+    """rᵀh_k of every row, [B]."""
+    rows = _rows(state)
+    return rows @ probe(rows.shape[1], rows.dtype).to(rows.device)
+
+
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _check_arguments(f: Any, h: Any, params: Any) -> tuple[list[Tensor], pytree.TreeSpec, int]:
+    """The leaves of params, their structure and L."""
+    if not callable(f):
+        raise TypeError(f"f: expected a function f(h, Z_k), got {type(f).__name__}")
+    check_tensor("h", h)
+    if h.dim() < 1:
+        raise ValueError(f"h: expected shape [B, ...] with at least one dimension, got {list(h.shape)}")
+    located, spec = pytree.tree_flatten_with_path(params)
+    if not located:
+        raise TypeError(f"params: expected at least one tensor, got {params!r}")
+    depth, first = 0, ""
+    for path, leaf in located:
+        name = "params" + pytree.keystr(path)
+        if not isinstance(leaf, Tensor):
+            expected = "a torch.Tensor, in lists, tuples and dicts if there are several"
+            raise TypeError(f"{name}: expected {expected}; got {type(leaf).__name__}")
+        if leaf.layout is not torch.strided:
+            raise TypeError(f"{name}: expected a dense (strided) tensor, got {leaf.layout}; call .to_dense()")
+        if leaf.dim() < 1 or leaf.shape[0] < 1:
+            raise ValueError(f"{name}: expected shape [L, ...] with L >= 1, got {list(leaf.shape)}")
+        depth, first = depth or leaf.shape[0], first or name
+        if leaf.shape[0] != depth:
+            raise ValueError(f"{name}: expected shape [{depth}, ...] (L of {first}), got {list(leaf.shape)}")
+    return [leaf for _, leaf in located], spec, depth
+
+
+def _check_purity(steps: Steps, h: Tensor, leaves: Sequence[Tensor]) -> None:
+    """Refuse an f whose gradients would be silently wrong, as far as a call on the first step shows it.
+
+    It is called on copies, so that nothing of the user's is changed.
+    """
+    point, layer = h.detach().clone(), [leaf[0].detach().clone() for leaf in leaves]
+    located, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(layer, steps.spec))
+    arguments = {"h": point, **{"Z_k" + pytree.keystr(path): z for path, z in located}}
+    versions = {name: tensor._version for name, tensor in arguments.items()}
+    buffers, random = _buffers(steps.f), _random_states(h)
+    with torch.enable_grad():  # the kernels that the backward takes
+        found = steps.residual(point, layer)
+    if found.requires_grad:
+        raise ValueError(
+            "f: expected to need gradients only through h and Z_k, but it uses another tensor that requires "
+            "one, which would not get it; pass that tensor, stacked over depth, in params"
+        )
+    if any(not torch.equal(a, b) for a, b in zip(random, _random_states(h), strict=True)):
+        raise ValueError(
+            "f: expected a function without random numbers, which the backward could not repeat, but it drew "
+            "some; draw them before and pass them in params, stacked over depth"
+        )
+    for name, tensor in arguments.items():
+        if tensor._version != versions[name]:
+            raise ValueError(f"f: expected to leave its arguments alone, but it changed {name} in place")
+    after = _buffers(steps.f)
+    for name, (buffer, version) in buffers.items():
+        now, its_version = after.get(name, (None, 0))
+        if now is not buffer or its_version != version:
+            raise ValueError(
+                f"f: expected to leave its modules alone, but it changed {name}, which the backward would do "
+                "again; call .eval(), or turn its running statistics off"
+            )
+    if h.device.type == "cpu":
+        with torch.enable_grad():
+            again = steps.residual(point, layer)
+        if not bool(((found == again) | (found.isnan() & again.isnan())).all()):
+            raise ValueError(
+                "f: expected the same result from the same arguments, but a second call gave another; the "
+                "backward calls it again, so all that varies belongs in params"
+            )
+
+
+def _random_states(h: Tensor) -> list[Tensor]:
+    """Of the generators that f draws from by default."""
+    states = [torch.get_rng_state()]
+    if h.is_cuda and not torch.cuda.is_current_stream_capturing():
+        states.append(torch.cuda.get_rng_state(h.device))
+    return states
+
+
+def _buffers(f: Any) -> dict[str, tuple[Tensor, int]]:
+    """Name, buffer and version, of the modules that f is, is a method of, or refers to."""
+    return {
+        f"the buffer {name!r} of {where} ({type(module).__name__})": (
+            buffer,
+            0 if buffer.is_inference() else buffer._version,
+        )
+        for where, value in _references(f)
+        for module in (value.__self__ if inspect.ismethod(value) else value,)
+        if isinstance(module, torch.nn.Module)
+        for name, buffer in module.named_buffers()
+    }
+
+
+def _references(f: Any) -> Iterator[tuple[str, Any]]:
+    """f, what its partials bind, and the variables from outside that it names."""
+    while isinstance(f, functools.partial):
+        for i, value in enumerate((*f.args, *f.keywords.values())):
+            yield f"argument {i} of f", value
+        f = f.func
+    yield "f", f
+    try:
+        variables = inspect.getclosurevars(inspect.unwrap(f))
+    except (TypeError, ValueError):  # not a Python function, or a variable is not bound yet
+        return
+    yield from variables.nonlocals.items()
+    yield from variables.globals.items()

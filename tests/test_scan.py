@@ -1,0 +1,604 @@
+"""residual_scan: any residual, the block's strategies, judged by the plain loop; and what it refuses."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import check_rule, make_case
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_flatten, tree_map
+
+from odeblock import DriftError, DriftWarning
+from odeblock.functional import residual_scan
+
+STRATEGIES = ("auto", "store", "checkpoint", "adjoint")
+Residual = Callable[[Tensor, Any], Tensor]
+
+
+def smooth(depth: int, *shape: int) -> Tensor:
+    """Weights [L, *shape] that are smooth in depth, of unit spectral scale, in float64."""
+    s = torch.arange(1, depth + 1).double().view(-1, *[1] * len(shape)) / depth
+    a, b = torch.randn(2, *shape).double() / max(1, torch.Size(shape[1:]).numel()) ** 0.5
+    return torch.cos(3 * s) * a + torch.sin(2 * s) * b
+
+
+def mlp(h: Tensor, Z: Any) -> Tensor:
+    return F.linear(torch.tanh(F.linear(h, Z["W"], Z["b"])), Z["V"])
+
+
+def attention(h: Tensor, Z: Any) -> Tensor:
+    """[B, T, q], two heads; parameters in a tuple."""
+    q, k, v = F.linear(F.layer_norm(h, h.shape[-1:]), Z[0]).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+    v = torch.softmax(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5, -1) @ v
+    return F.linear(v.transpose(1, 2).flatten(2), *Z[1])
+
+
+def gated(h: Tensor, Z: Any) -> Tensor:
+    """Integers among the parameters: a gate per step, and which features are let through."""
+    return torch.sigmoid(h @ Z["gate"]) * torch.tanh(h @ Z["value"])[..., Z["order"]] * Z["open"]
+
+
+def convolution(h: Tensor, Z: Any) -> Tensor:
+    """[B, C, H, W], normalised over groups."""
+    z = F.group_norm(F.conv2d(h, Z["W"], padding=1), 2)
+    return F.conv2d(F.silu(z), *Z["V"], padding=1)
+
+
+def case(name: str, depth: int, batch: int = 3) -> tuple[Residual, Tensor, Any]:
+    """f, h and params in float64."""
+    if name == "mlp":
+        Z = {"W": smooth(depth, 9, 6), "b": smooth(depth, 9), "V": smooth(depth, 6, 9)}
+        return mlp, torch.randn(batch, 6).double(), Z
+    if name == "attention":
+        return (
+            attention,
+            torch.randn(batch, 5, 8).double(),
+            (
+                smooth(depth, 24, 8),
+                [smooth(depth, 8, 8), smooth(depth, 8)],
+            ),
+        )
+    if name == "gated":
+        return (
+            gated,
+            torch.randn(batch, 6).double(),
+            {
+                "gate": smooth(depth, 6, 6),
+                "value": smooth(depth, 6, 6),
+                "order": torch.randperm(6).expand(depth, 6),
+                "open": torch.ones(depth, dtype=torch.bool),
+            },
+        )
+    return (
+        convolution,
+        torch.randn(batch, 3, 5, 4).double(),
+        {
+            "W": smooth(depth, 4, 3, 3, 3),
+            "V": [smooth(depth, 3, 4, 3, 3), smooth(depth, 3)],
+        },
+    )
+
+
+CASES = ("mlp", "attention", "gated", "convolution")
+
+
+def cast(tree: Any, dtype: torch.dtype) -> Any:
+    """A copy, with gradients where that is possible."""
+
+    def leaf(x: Tensor) -> Tensor:
+        return x.detach().to(dtype, copy=True).requires_grad_() if x.is_floating_point() else x
+
+    return tree_map(leaf, tree)
+
+
+def plain(f: Residual, h: Tensor, params: Any, *, scale: float | None = None, **_: Any) -> Tensor:
+    """The loop that residual_scan stands for."""
+    depth = len(tree_flatten(params)[0][0])
+    for k in range(depth):
+        Z = tree_map(lambda leaf, k=k: leaf[k], params)
+        h = h + (1 / depth if scale is None else scale) * f(h, Z)
+    return h
+
+
+def results(
+    scan: Callable[..., Tensor],
+    f: Residual,
+    h: Tensor,
+    params: Any,
+    dtype: torch.dtype = torch.float64,
+    **options: Any,
+) -> list[Tensor]:
+    """y, dh and the gradients of the parameters."""
+    h, params = cast(h, dtype), cast(params, dtype)
+    y = scan(f, h, params, **options)
+    leaves = [leaf for leaf in tree_flatten(params)[0] if leaf.requires_grad]
+    weights = torch.linspace(-1, 2, y.numel(), dtype=dtype).view_as(y)
+    return [y.detach(), *torch.autograd.grad(y, [h, *leaves], weights)]
+
+
+def errors(found: list[Tensor], truth: list[Tensor]) -> list[float]:
+    """Largest absolute error of each result, relative to its largest entry."""
+    return [float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, truth, strict=True)]
+
+
+def counted(f: Residual) -> tuple[Residual, list[int]]:
+    calls = [0]
+
+    def g(h: Tensor, Z: Any) -> Tensor:
+        calls[0] += 1
+        return f(h, Z)
+
+    return g, calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_block_written_as_a_residual(strategy: str, dtype: torch.dtype) -> None:
+    """By the rule that the native kernels pass."""
+
+    def block(*tensors: Tensor, activation: str, scale: float | None, backward: str) -> Tensor:
+        h, *weights = tensors
+
+        def f(h: Tensor, Z: Any) -> Tensor:
+            V, W, b, c = Z
+            return F.linear(F.gelu(F.linear(h, W, b)), V, c)
+
+        return residual_scan(f, h, weights, scale=scale, backward=backward)
+
+    rebuilt = strategy == "adjoint"
+    check_rule(block, make_case(5, 17, 12, 40), dtype, rebuilt=rebuilt, backward=strategy)
+    check_rule(block, make_case(5, 17, 12, 100, scale=0.02), dtype, rebuilt=rebuilt, backward=strategy)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", CASES)
+def test_every_residual_and_strategy(name: str, strategy: str) -> None:
+    arguments = case(name, 60)
+    truth = results(plain, *arguments)
+    found = results(residual_scan, *arguments, backward=strategy)
+    assert max(errors(found, truth)) < 1e-13
+    if strategy == "adjoint":
+        found = results(residual_scan, *arguments, backward=strategy, anchors=4)
+        assert max(errors(found, truth)) < 1e-13
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_checkpoint_is_store_bit_for_bit(name: str, dtype: torch.dtype) -> None:
+    f, h, params = case(name, 50)
+    h = h.transpose(0, -1).contiguous().transpose(0, -1)
+    stored = results(residual_scan, f, h, params, dtype, backward="store")
+    f, calls = counted(f)
+    steps = []
+    for states in (None, 20, 4, 2):
+        budget = None if states is None else states * h.numel() * 4
+        calls[0] = 0
+        found = results(residual_scan, f, h, params, dtype, backward="checkpoint", memory_budget=budget)
+        assert all(torch.equal(a, b) for a, b in zip(stored, found, strict=True))
+        steps.append(calls[0])
+    assert steps[0] <= 3 * 50 + 2  # every step once forward, once again, once for its graph
+    assert steps[0] < steps[2] < steps[3]
+    with pytest.raises(ValueError, match="memory_budget: expected at least"):
+        results(residual_scan, f, h, params, dtype, backward="checkpoint", memory_budget=h.numel() * 4)
+
+
+def test_a_smooth_adjoint_evaluates_once_and_is_as_good_as_autograd() -> None:
+    depth = 256
+    Z = {"W": smooth(depth, 30, 20), "b": smooth(depth, 30), "V": smooth(depth, 20, 30)}
+    h, (f, calls) = torch.randn(8, 20), counted(mlp)
+    rounded = tree_map(lambda leaf: leaf.float().double(), (h, Z))
+    truth = results(plain, mlp, *rounded)
+    eager = errors(results(plain, mlp, h, Z, torch.float32), truth)
+    found = errors(results(residual_scan, f, h, Z, torch.float32, backward="adjoint"), truth)
+    for a, b in zip(found, eager, strict=True):
+        assert a <= max(2 * b, 5e-7)
+    assert calls[0] < 2.15 * depth  # forward and backward
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_half_precision_keeps_float32_states(strategy: str, dtype: torch.dtype) -> None:
+    f, h, params = case("mlp", 200, batch=9)
+    h, params = tree_map(lambda leaf: leaf.to(dtype).double(), (h, params))
+    truth = results(plain, f, h, params)
+    found = results(residual_scan, f, h, params, dtype, backward=strategy, strict=True)
+    assert all(g.dtype == dtype for g in found)
+    assert max(errors(found, truth)) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_autocast_is_the_same_in_the_backward(strategy: str) -> None:
+    f, h, params = case("mlp", 100)
+    truth = results(plain, f, h, params)
+
+    def scan(*arguments: Any, **options: Any) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return residual_scan(*arguments, **options)
+
+    found = results(scan, f, h, params, torch.float32, backward=strategy, strict=True)
+    assert all(g.dtype == torch.float32 for g in found)
+    assert 1e-5 < max(errors(found, truth)) < 4 * torch.finfo(torch.bfloat16).eps
+    stored = results(scan, f, h, params, torch.float32, backward="store")
+    assert strategy == "adjoint" or all(torch.equal(a, b) for a, b in zip(stored, found, strict=True))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_derivatives_of_every_order_and_mode(strategy: str) -> None:
+    params = {"W": smooth(3, 3, 2), "b": smooth(3, 3), "V": smooth(3, 2, 3)}
+    inputs = [cast(x, torch.float64) for x in (torch.randn(2, 2), *params.values())]
+
+    def scan(h: Tensor, *leaves: Tensor) -> Tensor:
+        return residual_scan(mlp, h, dict(zip(params, leaves, strict=True)), scale=0.1, backward=strategy)
+
+    assert torch.autograd.gradcheck(scan, inputs, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(scan, inputs, check_fwd_over_rev=True)
+    (gradient,) = torch.autograd.grad(scan(*inputs).sum(), inputs[0], create_graph=True)
+    assert gradient.requires_grad
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_function_transforms(strategy: str) -> None:
+    f, h, params = case("attention", 6)
+    dh, tangents = tree_map(torch.randn_like, (h, params))
+
+    def derivatives(scan: Callable[..., Tensor]) -> list[Tensor]:
+        def loss(h: Tensor, params: Any) -> Tensor:
+            return scan(f, h, params, backward=strategy).square().mean()
+
+        gradient = torch.func.grad(loss, argnums=(0, 1))
+        (y, dy), second = (
+            torch.func.jvp(lambda h, p: scan(f, h, p, backward=strategy), (h, params), (dh, tangents)),
+            torch.func.jvp(gradient, (h, params), (dh, tangents)),
+        )
+        return [y, dy, *tree_flatten(second)[0]]
+
+    for a, b in zip(derivatives(residual_scan), derivatives(plain), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    with forward_ad.dual_level():  # an input that needs gradients moves too, and the others stand still
+        duals = forward_ad.make_dual(cast(h, torch.float64), dh)
+        moving, expected = (
+            forward_ad.unpack_dual(scan(f, duals, params, backward=strategy)).tangent
+            for scan in (residual_scan, plain)
+        )
+    torch.testing.assert_close(moving, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_the_adjoint_says_when_a_step_cannot_be_inverted() -> None:
+    f, h, params = case("mlp", 3)
+    params = tree_map(lambda leaf: 50 * leaf, params)
+    with pytest.warns(DriftWarning, match='use backward="auto"'):
+        results(residual_scan, f, h, params, torch.float32, backward="adjoint")
+    with pytest.raises(DriftError, match='use backward="auto"'):
+        results(residual_scan, f, h, params, torch.float32, backward="adjoint", strict=True)
+    results(residual_scan, f, h, params, torch.float32, strict=True)
+
+
+@pytest.mark.parametrize("depth", [1, 40])
+def test_the_adjoint_notices_an_f_that_changed_before_the_backward(depth: int) -> None:
+    h, Z, shift = torch.randn(3, 4, requires_grad=True), torch.ones(depth, 4) / depth, torch.zeros(4)
+    y = residual_scan(lambda h, Z: torch.sin(h) * Z + shift, h, Z, scale=0.1, backward="adjoint", strict=True)
+    shift.add_(0.01)
+    with pytest.raises(DriftError, match="drift"):
+        y.sum().backward()
+
+
+def test_anchors_start_the_reconstruction_afresh() -> None:
+    """What decays by exp(-12) drowns in the rounding of what does not, and grows by exp(12) backwards."""
+    h, basis = torch.randn(5, 6).double(), torch.linalg.qr(torch.randn(6, 6).double())[0]
+    generator = -basis @ torch.linspace(0, 12, 6).double().diag() @ basis.t()
+    arguments = (torch.matmul, h, generator.expand(600, 6, 6))
+    truth = results(plain, *arguments)
+    with pytest.warns(DriftWarning):
+        results(residual_scan, *arguments, torch.float32, backward="adjoint")
+    found = results(residual_scan, *arguments, torch.float32, backward="adjoint", anchors=9)
+    assert max(errors(found, truth)) < 1e-5
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_nan_in_nan_out(strategy: str, value: float) -> None:
+    f, h, params = case("mlp", 12)
+    h[1, 2] = value
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        y, dh, *rest = results(residual_scan, f, h, params, torch.float32, backward=strategy)
+    assert not y[1].isfinite().all()
+    assert y[[0, 2]].isfinite().all()
+    assert dh[[0, 2]].isfinite().all()
+    assert any(gradient.isnan().any() for gradient in rest)
+    assert any(w.category is DriftWarning for w in caught) == (strategy == "adjoint")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("shape", [(0, 6), (2, 0, 6), (6,), (1, 6), (2, 3, 6)], ids=str)
+def test_shapes(shape: tuple[int, ...], strategy: str) -> None:
+    f, _, params = case("mlp", 30)
+    h = torch.randn(shape).double()
+    found = results(residual_scan, f, h, params, backward=strategy)
+    for a, b in zip(found, results(plain, f, h, params), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_strides(strategy: str) -> None:
+    f, h, params = case("convolution", 12)
+    layouts: list[Callable[[Tensor], Tensor]] = [
+        lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+        lambda x: x.repeat_interleave(2, -1)[..., ::2],
+        lambda x: x[:1].expand_as(x),
+    ]
+    for layout in layouts:
+        strided = [layout(h).requires_grad_(), *(layout(x).requires_grad_() for x in tree_flatten(params)[0])]
+        outputs = []
+        for tensors in (strided, [x.detach().contiguous().requires_grad_() for x in strided]):
+            y = residual_scan(f, tensors[0], {"W": tensors[1], "V": tensors[2:]}, backward=strategy)
+            grad = torch.ones(1, dtype=y.dtype).expand_as(y)
+            outputs.append([y, *torch.autograd.grad(y, tensors, grad)])
+        for a, b in zip(*outputs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_only_what_requires_a_gradient_gets_one(strategy: str) -> None:
+    f, h, params = case("mlp", 9)
+    everything = results(residual_scan, f, h, params, backward=strategy)[1:]
+    for chosen in range(4):
+        inputs = [x.clone().requires_grad_(i == chosen) for i, x in enumerate((h, *params.values()))]
+        seen = []
+
+        def watched(h: Tensor, Z: Any, seen: list[tuple[bool, ...]] = seen) -> Tensor:
+            if torch.is_grad_enabled():
+                seen.append(tuple(z.requires_grad for z in Z.values()))
+            return f(h, Z)
+
+        y = residual_scan(watched, inputs[0], dict(zip(params, inputs[1:], strict=True)), backward=strategy)
+        y.backward(torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y))
+        for i, tensor in enumerate(inputs):
+            assert (tensor.grad is not None) == (i == chosen)
+        torch.testing.assert_close(inputs[chosen].grad, everything[chosen])
+        assert set(seen[2:]) == {tuple(i == chosen for i in range(1, 4))}  # after the check of f
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_parameters_that_are_not_used_get_zeros(strategy: str) -> None:
+    h, unused, Z = torch.randn(3, 4), torch.randn(6, 2), torch.randn(6, 4)
+    sometimes = torch.arange(6) % 2 == 0
+    tensors = [x.requires_grad_() for x in (h, unused, Z)]
+
+    def f(h: Tensor, Z: Any) -> Tensor:
+        return torch.sin(h + Z[1]) if Z[2] else torch.zeros_like(h)
+
+    y = residual_scan(f, h, (unused, Z, sometimes), backward=strategy)
+    for create_graph in (False, True):
+        dh, dunused, dZ = torch.autograd.grad(y.sum(), tensors, retain_graph=True, create_graph=create_graph)
+        assert not dunused.any()
+        assert torch.equal(dZ.any(dim=1), sometimes)
+        assert dh.all()
+
+
+def test_inference_keeps_nothing_and_has_the_same_bits() -> None:
+    f, h, params = case("mlp", 25)
+    trained = [results(residual_scan, f, h, params, torch.float32, backward=s)[0] for s in STRATEGIES]
+    h, params = cast(h, torch.float32), cast(params, torch.float32)
+    counting, calls = counted(f)
+    with torch.no_grad():
+        y = residual_scan(counting, h, params)
+    assert y.grad_fn is None
+    assert calls == [25]
+    assert all(torch.equal(y, other) for other in trained)
+    assert residual_scan(f, h.detach(), tree_map(Tensor.detach, params), backward="adjoint").grad_fn is None
+
+
+def held(depth: int, strategy: str) -> tuple[int, int, int]:
+    """Bytes that the forward saves besides the inputs; and the most that is alive in a call of f in the
+    backward: of states and results of f, wherever they are held, and of tensors that Python holds."""
+    f, h, params = case("mlp", depth)
+    h, params = cast(h, torch.float32), cast(params, torch.float32)
+    inputs = {x.data_ptr() for x in (h, *params.values())}
+    saved: dict[int, int] = {}
+    seen: list[StorageWeakRef] = []
+    alive: list[int] = []
+    tensors: list[int] = []
+
+    def pack(x: Tensor) -> Tensor:
+        if x.data_ptr() not in inputs:
+            saved[x.data_ptr()] = x.numel() * x.element_size()
+        return x
+
+    def watched(h: Tensor, Z: Any) -> Tensor:
+        y = f(h, Z)
+        seen.extend(StorageWeakRef(x.untyped_storage()) for x in (h, y))
+        seen[:] = [ref for ref in seen if not ref.expired()]
+        alive.append(len({ref.cdata for ref in seen}))
+        if len(alive) % 60 == 0:
+            tensors.append(sum(issubclass(type(x), Tensor) for x in gc.get_objects()))
+        return y
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        y = residual_scan(watched, h, params, backward=strategy)
+    for record in (seen, alive, tensors):
+        record.clear()
+    gc.collect()
+    y.sum().backward()
+    return sum(saved.values()), max(alive), max(tensors)
+
+
+def test_memory_of_the_adjoint_is_flat_in_depth() -> None:
+    shallow, deep = held(60, "adjoint"), held(300, "adjoint")
+    state = 3 * 6 * 4
+    assert state <= shallow[0] <= deep[0] <= state + 16 * 3 * 4  # and a projection of 3 rows of 16 states
+    assert deep[1] == shallow[1] == 2  # one graph, of h_k and f(h_k)
+    assert deep[2] <= shallow[2] + 4
+    everything, root = held(300, "store"), held(300, "checkpoint")
+    assert everything[0] == 299 * state
+    assert everything[1] > 290
+    assert 15 * state < root[0] < 18 * state
+    assert 30 < root[1] < 40
+
+
+def test_autograd_around_it() -> None:
+    """The output changed in place, a second backward, a parameter changed in between."""
+    for strategy in STRATEGIES:
+        f, h, params = case("mlp", 30)
+        h, params = cast(h, torch.float32), cast(params, torch.float32)
+        (expected,) = torch.autograd.grad(2 * residual_scan(f, h, params, backward=strategy).sum(), h)
+        y = residual_scan(f, h, params, backward=strategy)
+        y.mul_(2)
+        for _ in range(2):
+            torch.testing.assert_close(torch.autograd.grad(y.sum(), h, retain_graph=True)[0], expected)
+        with torch.no_grad():
+            params["W"].add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+def test_a_compiled_model_trains_it_eagerly() -> None:
+    """Nothing is unrolled, what is around is compiled; f may be compiled by itself."""
+    nodes = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        nodes.append(len(graph.graph.nodes))
+        return graph.forward
+
+    def model(*arguments: Any, **options: Any) -> Tensor:
+        return residual_scan(*arguments, **options).sin().cos()
+
+    f, h, params = case("mlp", 50)
+    for strategy in ("checkpoint", "adjoint"):
+        expected = results(model, f, h, params, torch.float32, backward=strategy)
+        compiled = torch.compile(model, backend=backend)
+        found = results(compiled, f, h, params, torch.float32, backward=strategy)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert 0 < sum(nodes) < 50
+        nodes.clear()
+        found = results(model, torch.compile(f, backend=backend), h, params, torch.float32, backward=strategy)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        nodes.clear()
+
+
+def test_modules_stacked_over_depth() -> None:
+    """The recipe of the docstring."""
+    modules = [nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6)).double() for _ in range(10)]
+    h = torch.randn(4, 6).double()
+    expected = h
+    for module in modules:
+        expected = expected + 0.1 * module(expected)
+    expected_gradient = torch.autograd.grad(expected.sum(), modules[7][0].weight)[0]
+    params, _ = torch.func.stack_module_state(modules)
+    y = residual_scan(lambda h, Z: torch.func.functional_call(modules[0], Z, (h,)), h, params)
+    torch.testing.assert_close(y, expected)
+    (gradient,) = torch.autograd.grad(y.sum(), params["0.weight"])
+    torch.testing.assert_close(gradient[7], expected_gradient)
+
+
+class Scaled(nn.Module):
+    """A residual whose module has a state."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.weight = nn.Parameter(torch.ones(()), requires_grad=how == "parameter")
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, h: Tensor, Z: Tensor) -> Tensor:
+        if self.how == "in place":
+            self.steps.add_(1)
+        elif self.how == "replaced":
+            self.steps = self.steps + 1
+        return self.weight * h * Z
+
+
+def impure() -> dict[str, tuple[Residual, str]]:
+    captured = torch.ones(4, requires_grad=True)
+    counter = Scaled("in place")
+    norm = nn.BatchNorm1d(4, affine=False)
+    order = iter(range(1000))
+    partial = functools.partial(lambda module, h, Z: module(h, Z), Scaled("replaced"))
+    return {
+        "captured": (lambda h, Z: h * Z * captured, "another tensor that requires one"),
+        "parameter": (Scaled("parameter"), "pass that tensor, stacked over depth, in params"),
+        "random": (lambda h, Z: F.dropout(h * Z), "without random numbers"),
+        "changes h": (lambda h, Z: h.mul_(Z), "leave its arguments alone, but it changed h in place"),
+        "changes Z": (lambda h, Z: h * Z["z"].mul_(2), r"it changed Z_k\['z'\] in place"),
+        "module": (counter, r"changed the buffer 'steps' of f \(Scaled\)"),
+        "method": (counter.forward, r"changed the buffer 'steps' of f \(Scaled\)"),
+        "partial": (partial, r"changed the buffer 'steps' of argument 0 of f \(Scaled\)"),
+        "closure": (lambda h, Z: counter(h, Z), r"changed the buffer 'steps' of counter \(Scaled\)"),
+        "statistics": (lambda h, Z: norm(h) * Z, r"changed the buffer '.*' of norm \(BatchNorm1d\)"),
+        "unrepeatable": (lambda h, Z: h * Z + next(order), "a second call gave another"),
+    }
+
+
+@pytest.mark.parametrize("name", impure())
+def test_what_is_not_pure_is_refused(name: str) -> None:
+    f, message = impure()[name]
+    h, Z = torch.randn(3, 4), torch.randn(5, 4)
+    params = {"z": Z.requires_grad_()} if name == "changes Z" else Z.requires_grad_()
+    before = h.clone(), Z.clone()
+    with pytest.raises(ValueError, match=f"f: expected .*{message}"):
+        residual_scan(f, h, params)
+    assert torch.equal(h, before[0])
+    assert torch.equal(Z, before[1])
+
+
+def test_what_is_pure_is_not_refused() -> None:
+    h, Z = torch.randn(3, 4), torch.randn(5, 4, requires_grad=True)
+    norm, frozen = nn.BatchNorm1d(4, affine=False).eval(), torch.randn(4)
+    for f in (
+        lambda h, Z: norm(h) * Z + frozen,
+        lambda h, Z: h * Z + torch.nan,
+        lambda h, Z: h,
+        torch.mul,
+        functools.partial(torch.add, alpha=2),
+    ):
+        residual_scan(f, h, Z).sum().backward()
+    with torch.no_grad():  # inference may draw random numbers
+        residual_scan(lambda h, Z: F.dropout(h) * Z, h, Z)
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    return {"f": torch.mul, "h": torch.randn(3, 4), "params": torch.randn(5, 4), **changes}
+
+
+REFUSED = [
+    ({"f": None}, TypeError, r"f: expected a function f\(h, Z_k\), got NoneType"),
+    ({"f": lambda h, Z: (h, Z)}, TypeError, "f: expected a torch.Tensor from it, got tuple"),
+    ({"f": lambda h, Z: h[:1]}, ValueError, r"f: .*the shape of h, \[3, 4\]; got \[1, 4\]"),
+    ({"f": lambda h, Z: h.double()}, TypeError, "f: .*dtype of h, torch.float32; got torch.float64"),
+    ({"h": [1.0]}, TypeError, "h: expected a torch.Tensor, got list"),
+    ({"h": torch.tensor(1.0)}, ValueError, r"h: expected shape \[B, ...\].*got \[\]"),
+    ({"h": torch.ones(3, 4, dtype=torch.int64)}, TypeError, "h: expected one of .*got torch.int64"),
+    ({"params": {}}, TypeError, "params: expected at least one tensor, got {}"),
+    ({"params": {"a": [torch.ones(2), 1.0]}}, TypeError, r"params\['a'\]\[1\]: .*got float"),
+    ({"params": (torch.ones(2), None)}, TypeError, r"params\[1\]: .*got NoneType"),
+    ({"params": nn.Linear(2, 2)}, TypeError, "params: expected a torch.Tensor, in lists.*got Linear"),
+    ({"params": {"a": torch.tensor(1.0)}}, ValueError, r"params\['a'\]: .*L >= 1, got \[\]"),
+    ({"params": [torch.ones(0, 4)]}, ValueError, r"params\[0\]: .*L >= 1, got \[0, 4\]"),
+    (
+        {"params": {"a": torch.ones(5, 4), "b": torch.ones(6)}},
+        ValueError,
+        r"params\['b'\]: expected shape \[5, \.\.\.\] \(L of params\['a'\]\), got \[6\]",
+    ),
+    ({"params": torch.ones(5, 4).to_sparse()}, TypeError, "params: expected a dense"),
+    ({"scale": float("nan")}, ValueError, "scale: expected a finite number, got nan"),
+    ({"scale": "0.1"}, TypeError, "scale: expected a number"),
+    ({"backward": "reversible"}, ValueError, "backward: expected one of auto"),
+    ({"strict": 1}, TypeError, "strict: expected True or False"),
+    ({"anchors": 2}, ValueError, 'anchors: expected 0 unless backward is "adjoint"'),
+    ({"memory_budget": 9, "backward": "store"}, ValueError, "memory_budget: expected None unless"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), REFUSED)
+def test_bad_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        residual_scan(**arguments(**changes))
