@@ -9,7 +9,7 @@ CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.
 # The build finds the pinned cmake and ninja of the environment first.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-long check lint format bench package-check clean
+.PHONY: demo test test-long check lint format bench accuracy package-check clean
 
 demo: $(VENV)/.built  ## the main job: train on real digits, smooth against i.i.d. initialisation
 	$(BIN)/python -m odeblock train --output $(OUTPUT)
@@ -36,6 +36,9 @@ format: $(VENV)/.dependencies
 
 bench: $(VENV)/.built  ## speed against eager PyTorch; on a quiet machine
 	$(BIN)/pytest benchmarks --benchmark-only --benchmark-json=outputs/bench.json
+
+accuracy: $(VENV)/.built  ## errors of gradients against float64, table and figure; a quarter of an hour
+	$(BIN)/python benchmarks/accuracy.py --output outputs/accuracy
 
 package-check: $(VENV)/.dependencies  ## an isolated `pip install .` where there is no torch
 	$(BIN)/python tests/check_package.py

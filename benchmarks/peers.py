@@ -1,0 +1,132 @@
+"""Other gradients of the same network, to compare with ours: eager autograd with a 16-bit state, the adjoint
+of 2022, and torchdiffeq.
+
+Each is called like ``deep_residual`` (h [B, q], V [L, q, m], W [L, m, q], no biases) behind a ``record``, in
+which a backward leaves "evaluations", of f a step, and "states", the reconstructed h_{L-1}, ..., h_0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchdiffeq import odeint_adjoint
+
+from odeblock.activations import Activation, get_activation
+from odeblock.reference import state_dtype
+
+Record = dict[str, Any]
+
+
+def residual(h: Tensor, V_k: Tensor, W_k: Tensor, sigma: Activation) -> Tensor:
+    """f_k(h) = V_k σ(W_k h): products in the weights' dtype, the result in that of the state h."""
+    return F.linear(sigma.function(F.linear(h.to(W_k.dtype), W_k)), V_k).to(h.dtype)
+
+
+def eager_low_state(
+    record: Record, h: Tensor, V: Tensor, W: Tensor, *biases: None, activation: str, scale: float | None
+) -> Tensor:
+    """The loop as one writes it, autograd of it: the state has the dtype of the input."""
+    sigma, scale = get_activation(activation), 1 / len(V) if scale is None else scale
+    for V_k, W_k in zip(V.unbind(), W.unbind(), strict=True):
+        h = h + scale * residual(h, V_k, W_k, sigma)
+    return h
+
+
+def adjoint_2022(
+    record: Record, h: Tensor, V: Tensor, W: Tensor, *biases: None, activation: str, scale: float | None
+) -> Tensor:
+    """Sander, Ablin & Peyré, "Do residual neural networks discretize neural ODEs?", NeurIPS 2022."""
+    scale = 1 / len(V) if scale is None else scale
+    sigma = get_activation(activation)
+    y: Tensor = _Adjoint2022.apply(h, V, W, sigma, scale, record)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Adjoint2022(torch.autograd.Function):
+    """Keeps h_L alone; the backward takes, from the top,
+
+    h_k = h_{k+1} - scale f_k(h_{k+1}),    a ← a + scale ∂f_k(h_k)ᵀ a.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, h: Tensor, V: Tensor, W: Tensor, sigma: Activation, scale: float, record: Record
+    ) -> Tensor:
+        state = h.to(state_dtype(h.dtype))
+        for V_k, W_k in zip(V, W, strict=True):
+            state = state + scale * residual(state, V_k, W_k, sigma)
+        ctx.save_for_backward(state, V, W)
+        ctx.options = sigma, scale, record
+        return state.to(h.dtype, copy=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        state, V, W = ctx.saved_tensors
+        sigma, scale, record = ctx.options
+        a = grad.to(state.dtype)
+        dV, dW = torch.empty_like(V), torch.empty_like(W)
+        record.update(evaluations=2.0, states=[])
+        for k in reversed(range(len(V))):
+            state = state - scale * residual(state, V[k], W[k], sigma)
+            record["states"].append(state)
+            h, V_k, W_k = (tensor.detach().requires_grad_() for tensor in (state, V[k], W[k]))
+            with torch.enable_grad():
+                f = residual(h, V_k, W_k, sigma)
+            da, dV[k], dW[k] = torch.autograd.grad(f, (h, V_k, W_k), scale * a)
+            a = a + da
+        return a.to(grad.dtype), dV, dW, None, None, None
+
+
+def torchdiffeq_adjoint(
+    record: Record,
+    h: Tensor,
+    V: Tensor,
+    W: Tensor,
+    *biases: None,
+    activation: str,
+    scale: float | None,
+    perturb: bool,
+) -> Tensor:
+    """``torchdiffeq.odeint_adjoint(method="euler")`` of dh/ds = f(s, h) on [0, 1], layer k on [k/L, (k+1)/L).
+
+    Two output times and a step of 1/L: with every s = k/L an output time, torchdiffeq would keep every state.
+    The forward evaluates at s = k/L. The backward steps from s = (k+1)/L and evaluates there: at layer k + 1
+    (k = L - 1: the last again) where layer k was applied. ``perturb`` is torchdiffeq's option for fields
+    that jump: times are moved into the step by one ulp, so that the backward of step k has layer k too.
+    k/L must be exact in binary.
+    """
+    assert scale is None
+    assert not len(V) & (len(V) - 1), f"depth: expected a power of 2, got {len(V)}"
+    state = h.to(state_dtype(h.dtype))  # times are cast to the state's dtype: 8 bits do not tell layers apart
+    field = _Field(V, W, get_activation(activation), record)
+    path = odeint_adjoint(
+        field,
+        state,
+        torch.tensor([0.0, 1.0], dtype=state.dtype),
+        method="euler",
+        options={"step_size": 1 / len(V), "perturb": perturb},
+        adjoint_params=(V, W),
+    )
+    y: Tensor = path[-1].to(h.dtype)
+    return y
+
+
+class _Field(nn.Module):
+    """f(s, h), constant in s between layers."""
+
+    def __init__(self, V: Tensor, W: Tensor, sigma: Activation, record: Record) -> None:
+        super().__init__()
+        self.V, self.W, self.sigma, self.record = V, W, sigma, record
+        record.update(evaluations=0.0, states=[])
+
+    def forward(self, s: Tensor, h: Tensor) -> Tensor:
+        depth = len(self.V)
+        k = min(int(s.item() * depth), depth - 1)
+        f = residual(h, self.V[k], self.W[k], self.sigma)
+        if torch.is_grad_enabled():  # in the backward
+            self.record["evaluations"] += 1 / depth
+            self.record["states"].append((h - f / depth).detach())
+        return f
