@@ -210,7 +210,7 @@ class Reconstruction:
         return delta
 
     def _measure(self) -> None:
-        """(4), (3): how well each order would have predicted the newest increment; the highest of the best."""
+        """(4), (3): how well each order would have predicted the newest increment; the best of them."""
         known = len(self.increments)
         differences = self.increments
         for p in range(known):
