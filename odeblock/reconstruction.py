@@ -140,7 +140,7 @@ class Reconstruction:
             # (8): z may stay as it is; (9): it need only be corrected.
             near = self.rate * moved <= left * self.state_limit * norm
             limit = (CHANGE_LIMIT if evaluation else FIRST_LIMIT) * self.change_unit
-            settled = active & (at_floor | (moved <= left * limit * norm))
+            settled = active & (at_floor | (near & (moved <= left * limit * norm)))
             fix = active & ~settled & near
             if evaluation == 0:
                 fix &= self.age < PROBE_EVERY

@@ -251,8 +251,7 @@ struct Reconstruction {
     const Mask<T> good = moved <= left * broadcast(limit) * norm, at_floor = moved <= floor;
     const Mask<T> stale = memory.age >= broadcast(T(kProbeEvery));
     const Mask<T> near = memory.rate * moved <= left * broadcast(state_limit) * norm;
-    Mask<T> settled = active & (good | at_floor);
-    if (!smooth) settled = active & at_floor;
+    const Mask<T> settled = active & (smooth ? at_floor | (good & near) : at_floor);
     const Mask<T> corrected = active & ~settled & near & (first ? ~stale : ~Mask<T>{});
     Mask<T> open = active & ~settled & ~corrected;
 
