@@ -1,4 +1,4 @@
-"""Speed of the block against the eager PyTorch loop, float32.
+"""Speed of the block against the eager PyTorch loop, and of its strategies against ``store``, float32.
 
 Rounds are interleaved: the set-up of every round of ours runs and times one round of the peer, so that both
 meet the same machine. `extra_info` holds the ratio of medians and the peer's time; only ratios mean anything
@@ -7,6 +7,7 @@ on a shared machine. Both are checked against float64 before they are timed.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -51,11 +52,13 @@ def compare(
     work: Callable[..., tuple[Tensor, ...]],
     shape: tuple[int, int, int, int],
     flops: int,
+    peer_function: Callable[..., Tensor] = reference.deep_residual,
+    peer_name: str = "eager loop",
     **options: str,
 ) -> None:
     inputs = make_inputs(*shape)
     truth = work(reference.deep_residual, tuple(tensor.double() for tensor in inputs))
-    for function, chosen in ((reference.deep_residual, {}), (deep_residual, options)):
+    for function, chosen in ((peer_function, {}), (deep_residual, options)):
         for found, value in zip(work(function, inputs, **chosen), truth, strict=True):
             assert (found - value).abs().max() < 1e-5 * value.abs().max()
 
@@ -63,7 +66,7 @@ def compare(
 
     def run_peer() -> None:
         begin = time.perf_counter()
-        work(reference.deep_residual, inputs)
+        work(peer_function, inputs)
         peer.append(time.perf_counter() - begin)
 
     benchmark.pedantic(
@@ -73,7 +76,7 @@ def compare(
         batch, dim, hidden, depth = shape
         seconds = benchmark.stats.stats.median
         benchmark.extra_info.update(
-            peer="eager loop",
+            peer=peer_name,
             peer_median=statistics.median(peer[1:]),
             ratio=statistics.median(peer[1:]) / seconds,
             gigaflops=flops * batch * dim * hidden * depth / seconds / 1e9,
@@ -89,3 +92,13 @@ def test_forward(benchmark: BenchmarkFixture, shape: tuple[int, int, int, int]) 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_training_step(benchmark: BenchmarkFixture, shape: tuple[int, int, int, int], strategy: str) -> None:
     compare(benchmark, training_step, shape, 16, backward=strategy)
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "adjoint"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_strategy_over_store(
+    benchmark: BenchmarkFixture, shape: tuple[int, int, int, int], strategy: str
+) -> None:
+    """What not storing costs: 1 / ``ratio`` of a step with ``store``."""
+    store = functools.partial(deep_residual, backward="store")
+    compare(benchmark, training_step, shape, 16, store, "store", backward=strategy)

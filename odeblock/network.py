@@ -19,8 +19,8 @@ class DeepResNet(nn.Module):
         dim: q, features of the block.
         depth: L, residual steps.
         out_features: size of F(x).
-        hidden_dim, activation, bias, init, scale, backward, strict, device, dtype: of the block, see
-            ``DeepResBlock``; ``bias`` holds for A and B as well.
+        hidden_dim, activation, bias, init, scale, backward, strict, anchors, memory_budget, device, dtype: of
+            the block, see ``DeepResBlock``; ``bias`` holds for A and B as well.
 
     Submodules: ``A`` (nn.Linear), ``block`` (DeepResBlock), ``B`` (nn.Linear).
     """
@@ -39,6 +39,8 @@ class DeepResNet(nn.Module):
         scale: float | None = None,
         backward: str = "auto",
         strict: bool = False,
+        anchors: int = 0,
+        memory_budget: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -57,6 +59,8 @@ class DeepResNet(nn.Module):
             scale=scale,
             backward=backward,
             strict=strict,
+            anchors=anchors,
+            memory_budget=memory_budget,
             device=device,
             dtype=dtype,
         )

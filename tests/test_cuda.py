@@ -7,7 +7,7 @@ import torch
 from oracle import NAMES, check_rule, make_case
 
 from odeblock import DeepResBlock
-from odeblock.functional import deep_residual
+from odeblock.functional import deep_residual, residual_scan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -47,4 +47,18 @@ def test_what_one_does_with_depth_on_a_gpu() -> None:
     expected = results(block, x)
     for cpu, cuda in zip(expected, results(block.cuda(), x.cuda()), strict=True):
         assert cuda.is_cuda
+        torch.testing.assert_close(cpu, cuda.cpu(), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "store", "checkpoint", "adjoint"])
+def test_any_residual_on_a_gpu(strategy: str) -> None:
+    params = torch.linspace(-1, 1, 60 * 7 * 7, dtype=torch.float64).view(60, 7, 7)
+    x = torch.randn(5, 7, dtype=torch.float64)
+    found = []
+    for device in ("cpu", "cuda"):
+        h, Z = (tensor.to(device).requires_grad_() for tensor in (x, params))
+        y = residual_scan(lambda h, Z_k: torch.tanh(h @ Z_k), h, Z, backward=strategy)
+        assert y.device.type == device
+        found.append([y, *torch.autograd.grad(y.square().sum(), (h, Z))])
+    for cpu, cuda in zip(*found, strict=True):
         torch.testing.assert_close(cpu, cuda.cpu(), rtol=1e-11, atol=1e-11)
