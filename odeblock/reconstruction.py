@@ -39,7 +39,7 @@ PROBE_EVERY = 64
 MAX_EVALUATIONS = 64
 """A row that these did not settle is given up, and reported."""
 
-FIRST_LIMIT, CHANGE_LIMIT = 0.2, 0.375
+FIRST_LIMIT, CHANGE_LIMIT = 0.15, 0.3
 """(8): the first change, and a later one, at which z may stay as it is, in √L units of rounding."""
 
 STATE_LIMIT, DRIFT_LIMIT = 0.5, 8.0

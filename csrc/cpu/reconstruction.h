@@ -21,8 +21,8 @@ constexpr double kOrderSlack = 1.5;      // (3): an order whose error is within 
 constexpr double kRateMemory = 0.95;     // (6): what is left of a rate ρ after the next measurement
 constexpr int kProbeEvery = 64;          // steps after which the rate ρ is measured anew
 constexpr int kMaxEvaluations = 64;      // a row that these did not settle is given up, and reported
-constexpr double kFirstLimit = 0.2;      // (8): first change at which z may stay as it is, in √L units of rounding
-constexpr double kChangeLimit = 0.375;   // (8): the same for later changes
+constexpr double kFirstLimit = 0.15;     // (8): first change at which z may stay as it is, in √L units of rounding
+constexpr double kChangeLimit = 0.3;     // (8): the same for later changes
 constexpr double kStateLimit = 0.5;      // (9): error of a state per step, in units of rounding, ..
 constexpr double kDriftLimit = 8;        // .. and at most this over √L, so that even a sum of L stays small
 
