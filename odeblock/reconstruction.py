@@ -42,7 +42,7 @@ MAX_EVALUATIONS = 64
 FIRST_LIMIT, CHANGE_LIMIT = 0.15, 0.3
 """(8): the first change, and a later one, at which z may stay as it is, in √L units of rounding."""
 
-STATE_LIMIT, DRIFT_LIMIT = 0.5, 8.0
+STATE_LIMIT, DRIFT_LIMIT = 0.5, 6.0
 """(9): error of a state per step, in units of rounding: the first, and at most the second over √L."""
 
 CHECKS = 16

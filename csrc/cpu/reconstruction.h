@@ -24,7 +24,7 @@ constexpr int kMaxEvaluations = 64;      // a row that these did not settle is g
 constexpr double kFirstLimit = 0.15;     // (8): first change at which z may stay as it is, in √L units of rounding
 constexpr double kChangeLimit = 0.3;     // (8): the same for later changes
 constexpr double kStateLimit = 0.5;      // (9): error of a state per step, in units of rounding, ..
-constexpr double kDriftLimit = 8;        // .. and at most this over √L, so that even a sum of L stays small
+constexpr double kDriftLimit = 6;        // .. and at most this over √L, so that even a sum of L stays small
 
 struct ReconstructionReport {
   double estimate = 0;     // (12), the largest of a row

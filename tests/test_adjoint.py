@@ -1,0 +1,333 @@
+"""The adjoint's contract: gradients as good as autograd's for few evaluations, and never wrong in silence."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import Case, baseline, check_results, errors, make_case, rounded, run
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from odeblock import DeepResBlock, DriftError, DriftWarning, functional, initializers, ops, reference
+from odeblock.functional import deep_residual
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import peers
+
+STRATEGIES = ("auto", "store", "checkpoint", "adjoint")
+GRADIENTS = ("h", "V", "W")
+SHAPES = [(8, 17, 23), (5, 12, 9)]  # B, q, m
+NOISE = 1e-3  # what an optimiser leaves on smooth weights, in units of their standard deviation
+
+
+def adjoint(record: dict[str, float], *, strict: bool = False, anchors: int = 0) -> Callable[..., Tensor]:
+    """``deep_residual`` by the adjoint, with its report in ``record``."""
+
+    def function(*tensors: Tensor | None, activation: str, scale: float | None) -> Tensor:
+        options = (activation, scale, "adjoint", strict, anchors, None)
+        y: Tensor = functional.recorded(record, *tensors, *options)
+        return y
+
+    return function
+
+
+def weights_case(
+    weights: str, depth: int, shape: tuple[int, int, int] = SHAPES[0], activation: str = "tanh", seed: int = 0
+) -> Case:
+    """weights: smooth, noisy (smooth and ``NOISE``) or iid, as the initializers draw them."""
+    case = make_case(*shape, depth, activation=activation, hidden_bias=False, output_bias=False, seed=seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    V, W = case.tensors["V"], case.tensors["W"]
+    initializers.get_initializer("iid" if weights == "iid" else "smooth")(V, W, generator=generator)
+    if weights == "noisy":
+        for p in (V, W):
+            p += NOISE * p.std() * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    return case
+
+
+def catch(function: Callable[[], Any]) -> tuple[Any, bool]:
+    """What ``function`` returns, and whether it issued a DriftWarning."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DriftWarning)
+        result = function()
+    return result, any(w.category is DriftWarning for w in caught)
+
+
+# ---- gradients and evaluations -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("activation", ["tanh", "gelu", "softplus"])
+@pytest.mark.parametrize(
+    ("weights", "depth", "most"),
+    [("smooth", 64, 2), ("smooth", 128, 1.1), ("smooth", 256, 1.05), ("noisy", 256, 1.6), ("iid", 256, 3)],
+)
+def test_error_and_evaluations(weights: str, depth: int, most: float, activation: str, seed: int) -> None:
+    case = rounded(weights_case(weights, depth, SHAPES[seed], activation, seed), torch.float32)
+    record: dict[str, float] = {}
+    results = run(adjoint(record), case, torch.float32)
+    assert 1 <= record["evaluations"] <= most
+    check_results(results, case, torch.float32)
+
+
+@pytest.mark.parametrize(("activation", "seed"), [("tanh", 0), ("silu", 1)])
+@pytest.mark.parametrize(("weights", "most"), [("smooth", 1.05), ("noisy", 1.6), ("iid", 2.05)])
+def test_error_and_evaluations_at_depth_1024(weights: str, most: float, activation: str, seed: int) -> None:
+    test_error_and_evaluations(weights, 1024, most, activation, seed)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("weights", ["smooth", "noisy", "iid"])
+def test_other_dtypes(weights: str, dtype: torch.dtype) -> None:
+    case = rounded(weights_case(weights, 256), dtype)
+    check_results(run(adjoint({}), case, dtype), case, dtype, rebuilt=True)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("weights", ["iid", "noisy"])
+def test_states_do_not_drift_away_at_great_depth(weights: str) -> None:
+    case = rounded(weights_case(weights, 4096), torch.float32)
+    check_results(run(adjoint({}), case, torch.float32), case, torch.float32)
+
+
+def test_500_times_less_error_than_in_2022_for_half_the_evaluations() -> None:
+    case = rounded(weights_case("smooth", 256, (16, 32, 32), "gelu"), torch.float32)
+    truth = run(reference.deep_residual, case, torch.float64)
+    record: dict[str, Any] = {}
+    found = []
+    for function in (adjoint(record), partial(peers.adjoint_2022, {})):
+        error = errors(run(function, case, torch.float32), truth)
+        found.append(max(error[name] for name in GRADIENTS))
+    assert record["evaluations"] <= 1.05
+    assert found[1] >= 500 * found[0]
+
+
+def test_the_pytorch_twin_decides_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    for weights, depth in (("smooth", 128), ("noisy", 64), ("iid", 64)):
+        case = rounded(weights_case(weights, depth), torch.float32)
+        native: dict[str, float] = {}
+        twin: dict[str, float] = {}
+        run(adjoint(native), case, torch.float32)
+        with monkeypatch.context() as patch:
+            patch.setattr(ops, "_core", None)
+            results = run(adjoint(twin), case, torch.float32)
+        check_results(results, case, torch.float32)
+        assert twin["evaluations"] == pytest.approx(native["evaluations"], rel=0.05)
+        assert twin["order"] == pytest.approx(native["order"], rel=0.05, abs=0.05)
+
+
+def test_a_rough_row_changes_nothing_for_its_neighbours() -> None:
+    case = weights_case("noisy", 128)
+    h, V, W = (case.tensors[name].float() for name in GRADIENTS)
+
+    def dh(h: Tensor) -> Tensor:
+        h = h.clone().requires_grad_()
+        deep_residual(h, V, W, activation="tanh", backward="adjoint").square().sum().backward()
+        return h.grad
+
+    alone = dh(h)
+    for value in (float("nan"), 1e4):
+        with_rough, _ = catch(lambda value=value: dh(torch.cat([torch.full_like(h[:1], value), h])))
+        assert torch.equal(with_rough[1:], alone)
+
+
+# ---- never wrong in silence --------------------------------------------------------------------------------
+
+
+def adversarial() -> Iterator[tuple[str, Case]]:
+    """Steps that are large, singular, folded, saturated or kinked."""
+    for depth in (1, 2, 3, 16, 64):
+        for activation in ("tanh", "relu", "gelu", "identity"):
+            for factor in (1, 3, 10, 30, 100, 1000):
+                for kind in ("iid", "smooth", "alternating", "saturated"):
+                    case = weights_case("iid" if kind == "iid" else "smooth", depth, (5, 12, 9), activation)
+                    V, W = case.tensors["V"], case.tensors["W"]
+                    if kind == "saturated":
+                        W *= factor
+                    else:
+                        V *= factor**0.5
+                        W *= factor**0.5
+                    if kind == "alternating":
+                        V *= (-1.0) ** torch.arange(depth).view(-1, 1, 1)
+                    yield f"{kind} {activation} L={depth} x{factor}", case
+            for gap in (0.0, 1e-6, 1e-3, 0.1, 0.5, 0.9):  # h' = gap h, where activations are linear
+                for upper_half in (False, True):
+                    case = weights_case("iid", depth, (5, 8, 8), activation)
+                    identity = torch.eye(8, dtype=torch.float64).expand(depth, 8, 8)
+                    case.tensors["W"] = identity.clone()
+                    case.tensors["V"] = -(1 - gap) * depth * identity
+                    if upper_half:
+                        case.tensors["V"][: depth // 2] *= 0.01
+                    yield f"singular {activation} L={depth} gap {gap} {upper_half}", case
+
+
+WRONG = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 5e-2}
+
+
+def wrong(results: dict[str, Tensor], case: Case, dtype: torch.dtype) -> bool:
+    """Whether gradients are off by more than ``WRONG``, and by 10 times more than eager's."""
+    truth = run(reference.deep_residual, case, torch.float64)
+    found = errors(results, truth)
+    bad = [name for name in GRADIENTS if not found[name] <= WRONG[dtype]]
+    if not bad:
+        return False
+    eager = errors(run(reference.deep_residual, case, dtype), truth)
+    # Where eager itself is not finite there is nothing to compare with.
+    return any(torch.isfinite(truth[name]).all() and found[name] > 10 * eager[name] for name in bad)
+
+
+@pytest.mark.parametrize("dtype", WRONG, ids=str)
+def test_no_gradient_is_wrong_without_a_warning(dtype: torch.dtype) -> None:
+    silent, warned = [], 0
+    for name, case in adversarial():
+        case = rounded(case, dtype)
+        results, was_warned = catch(lambda case=case: run(adjoint({}), case, dtype))
+        if was_warned:
+            warned += wrong(results, case, dtype)
+        elif wrong(results, case, dtype):
+            silent.append(name)
+    assert not silent
+    assert warned > 50  # the suite does hold cases that the adjoint gets wrong
+
+
+def test_strict_raises_wherever_there_is_a_warning() -> None:
+    for _, case in list(adversarial())[::17]:
+        case = rounded(case, torch.float32)
+        _, warned = catch(lambda case=case: run(adjoint({}), case, torch.float32))
+        if warned:
+            with pytest.raises(DriftError):
+                run(adjoint({}, strict=True), case, torch.float32)
+        else:
+            run(adjoint({}, strict=True), case, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_auto_is_exact_in_every_case(dtype: torch.dtype) -> None:
+    checked = 0
+    for name, case in list(adversarial())[::5]:
+        case = rounded(case, dtype)
+        truth = run(reference.deep_residual, case, torch.float64)
+        eager = baseline(case, dtype, truth)
+        # Not where eager overflows, is chaotic, or differentiates relu at sums that are exactly zero.
+        chaotic = not all(0 < eager[n] < 1e-2 for n in GRADIENTS)
+        if chaotic or (name.startswith("singular relu") and dtype == torch.float32):
+            continue
+        results, warned = catch(lambda case=case: run(deep_residual, case, dtype))
+        assert not warned, name
+        found = errors(results, truth)
+        floor = max(WRONG[dtype] / 100, 2**-7 if dtype == torch.bfloat16 else 0)
+        for n in GRADIENTS:
+            assert found[n] <= max(2 * eager[n], floor), (name, n, found[n], eager[n])
+        checked += 1
+    assert checked > 40
+
+
+@pytest.mark.parametrize("where", ["h", "V", "W"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_seen(where: str, value: float) -> None:
+    case = weights_case("smooth", 64)
+    case.tensors[where].view(-1)[7] = value
+    results, warned = catch(lambda: run(adjoint({}), case, torch.float32))
+    # tanh makes an infinite sum finite on the way up; the way down shows it.
+    assert warned or not all(torch.isfinite(results[name]).all() for name in GRADIENTS)
+
+
+@pytest.mark.parametrize("anchors", [0, 3])
+def test_a_state_that_changed_in_between_is_seen(anchors: int) -> None:
+    case = weights_case("smooth", 64)
+    h, V, W = (case.tensors[name].float().requires_grad_() for name in GRADIENTS)
+
+    def damage(tensor: Tensor) -> Tensor:
+        saved_states = tensor.dim() == 3 and tensor.shape[1] == reference.ROW_PADDING
+        return tensor * 1.001 if saved_states else tensor
+
+    with saved_tensors_hooks(damage, lambda tensor: tensor):
+        y = deep_residual(h, V, W, activation="tanh", backward="adjoint", anchors=anchors)
+    with pytest.warns(DriftWarning):
+        y.sum().backward()
+
+
+# ---- anchors -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("anchors", [0, 1, 3, 15, 63, 64, 1000])
+def test_anchors_are_kept_evenly_and_restart_the_sweep(anchors: int) -> None:
+    depth = 64
+    case = rounded(weights_case("smooth", depth), torch.float32)
+    kept: list[int] = []
+
+    def count(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 3 and tensor.shape[1] == reference.ROW_PADDING:
+            kept.append(len(tensor))
+        return tensor
+
+    with saved_tensors_hooks(count, lambda tensor: tensor):
+        results = run(adjoint({}, anchors=anchors), case, torch.float32)
+    check_results(results, case, torch.float32)
+    assert kept == [min(anchors, depth - 1) + 1]
+
+
+def test_anchors_help_where_the_way_back_expands() -> None:
+    """Some directions decay by e^-12 on the way up, so that rounding errors grow as much on the way down."""
+    depth = 256
+    case = weights_case("iid", depth, (5, 8, 8), "identity")
+    Q, _ = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))
+    decay = torch.tensor([0.0, 0, 0, 0, 12, 12, 12, 12], dtype=torch.float64)
+    case.tensors["V"] = (-Q * decay).expand(depth, 8, 8).clone()
+    case.tensors["W"] = Q.t().expand(depth, 8, 8).clone()
+    case = rounded(case, torch.float32)
+    drift = {}
+    for anchors in (0, 31):
+        record: dict[str, float] = {}
+        catch(
+            lambda record=record, anchors=anchors: run(adjoint(record, anchors=anchors), case, torch.float32)
+        )
+        drift[anchors] = record["drift"]
+    assert drift[0] > 1e-5
+    assert drift[31] < 1e-5
+
+
+def test_the_options_of_a_block_go_with_it() -> None:
+    block = DeepResBlock(4, 20, backward="adjoint", anchors=3)
+    assert "anchors=3" in repr(block)
+    assert block.resample(40).anchors == 3
+    assert block.split(2)[1].anchors == 3
+    budget = DeepResBlock(4, 20, memory_budget=10_000)
+    assert budget.resample(9).memory_budget == 10_000
+
+
+# ---- derivatives of other kinds ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_forward_mode_and_hessian_vector_products(strategy: str) -> None:
+    case = make_case(3, 4, 5, 9, activation="tanh", seed=2)
+    inputs = tuple(t for t in case.tensors.values() if t is not None)
+    tangents = tuple(torch.randn_like(t) for t in inputs)
+
+    def block(*tensors: Tensor) -> Tensor:
+        return deep_residual(*tensors, activation="tanh", backward=strategy)
+
+    def plain(*tensors: Tensor) -> Tensor:
+        return reference.deep_residual(*tensors, activation="tanh")
+
+    y, moving = torch.func.jvp(block, inputs, tangents)
+    expected_y, expected = torch.func.jvp(plain, inputs, tangents)
+    torch.testing.assert_close(y, expected_y, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(moving, expected, rtol=1e-12, atol=1e-12)
+
+    products = []
+    for function in (block, plain):
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        first = torch.autograd.grad(function(*leaves).square().sum(), leaves, create_graph=True)
+        products.append(torch.autograd.grad(first, leaves, tangents))
+    for a, b in zip(*products, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)

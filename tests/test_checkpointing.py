@@ -1,0 +1,117 @@
+"""Which states are stored: the schedules are optimal, keep their budget, and change no bit."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from oracle import NAMES, make_case
+from torch import Tensor
+
+from odeblock import DeepResBlock, checkpointing, ops, reference
+from odeblock.functional import deep_residual
+
+
+@functools.cache
+def fewest_steps(length: int, slots: int) -> int:
+    """The least number of steps run again, by trying every cut: the state at it takes a slot."""
+    if length == 1:
+        return 0
+    if slots == 0:
+        return 10**9
+    return min(
+        cut + fewest_steps(length - cut, slots - 1) + fewest_steps(cut, slots) for cut in range(1, length)
+    )
+
+
+@pytest.mark.parametrize("slots", range(1, 8))
+def test_the_sweep_is_optimal(slots: int) -> None:
+    for length in range(1, 50):
+        run = most = 0
+        visited = []
+        live: set[int] = set()
+
+        class State:
+            """h_k, counted while it is referred to."""
+
+            def __init__(self, k: int, live: set[int] = live) -> None:
+                nonlocal most
+                self.k, self.live = k, live
+                live.add(id(self))
+                most = max(most, len(live))
+
+            def __del__(self) -> None:
+                self.live.discard(id(self))
+
+        def advance(state: State, k: int, State: type[State] = State) -> State:
+            nonlocal run
+            assert state.k == k
+            run += 1
+            return State(k + 1)
+
+        def visit(state: State, k: int, visited: list[int] = visited) -> None:
+            assert state.k == k
+            visited.append(k)
+
+        checkpointing.sweep(State(5), 5, 5 + length, slots, advance, visit)
+        assert visited == list(reversed(range(5, 5 + length)))
+        assert run == checkpointing.steps_again(length, slots) == fewest_steps(length, slots)
+        assert most <= slots + 2  # the first state, the slots, and one that replaces another
+
+
+@pytest.mark.parametrize("depth", [1, 2, 7, 64, 100, 1000])
+def test_plans_keep_the_budget_and_gain_by_more(depth: int) -> None:
+    state, slot = 1000, 300
+    before = None
+    for budget in range(state + slot, (depth + 3) * state, 700):
+        for strategy in ("checkpoint", "auto"):
+            every, reconstruct, slots = checkpointing.plan(strategy, depth, 0, budget, state, slot)
+            assert not reconstruct
+            stored = -(-depth // every)
+            assert stored * state + (slots * slot if every > 1 else 0) <= budget or depth == 1
+        steps = sum(
+            checkpointing.steps_again(min(every, depth - n * every), slots) if every > 1 else 0
+            for n in range(stored)
+        )
+        assert before is None or steps <= before
+        before = steps
+
+
+def test_a_budget_of_less_than_two_states_is_refused() -> None:
+    h, V, W = torch.randn(16, 8), torch.randn(9, 8, 8, requires_grad=True), torch.randn(9, 8, 8)
+    with pytest.raises(ValueError, match=r"memory_budget: expected at least 1024 bytes, .*got 1023"):
+        deep_residual(h, V, W, backward="checkpoint", memory_budget=1023)
+    deep_residual(h, V, W, backward="checkpoint", memory_budget=1024).sum().backward()
+    with torch.no_grad():  # nothing is stored
+        deep_residual(h, V, W, backward="checkpoint", memory_budget=1)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_budget_changes_a_bit(dtype: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native:
+        monkeypatch.setattr(ops, "_core", None)
+    depth, (batch, dim, hidden) = 23, (19, 7, 11)
+    case = make_case(batch, dim, hidden, depth)
+    inputs = [case.tensors[name].to(dtype).requires_grad_() for name in NAMES]
+
+    def results(**options: object) -> list[Tensor]:
+        y = deep_residual(*inputs, **options)
+        return [y, *torch.autograd.grad(y.square().sum(), inputs)]
+
+    expected = results(backward="store")
+    state = reference.states_shape(batch, dim, 1, 1, False)[1] * dim * 4
+    for states in range(2, depth + 3):
+        for strategy in ("checkpoint", "auto"):
+            found = results(backward=strategy, memory_budget=states * state)
+            for a, b in zip(expected, found, strict=True):
+                assert torch.equal(a, b)
+
+
+def test_a_block_takes_a_budget() -> None:
+    block = DeepResBlock(8, 40, memory_budget=2048)
+    block(torch.randn(16, 8)).sum().backward()
+    assert "memory_budget=2048" in repr(block)
+    with pytest.raises(ValueError, match="memory_budget: expected at least"):
+        block(torch.randn(160, 8))
