@@ -8,6 +8,7 @@ binomial checkpointing (Griewank & Walther, "Algorithm 799: Revolve", ACM TOMS 2
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -66,22 +67,21 @@ def sweep(
     visit: Callable[[Any, int], None],
 ) -> None:
     """visit(h_k, k) for k = top-1 .. bottom, from ``state`` = h_bottom: advance(h_k, k) is h_{k+1}."""
-    if top - bottom - 1 <= slots:
-        states = [state]
-        for k in range(bottom, top - 1):
-            states.append(advance(states[-1], k))
-        for k in reversed(range(bottom, top)):
-            visit(states.pop(), k)
-        return
-    cut = bottom + best_cut(top - bottom, slots)
-    middle = state
-    for k in range(bottom, cut):
-        middle = advance(middle, k)
-    sweep(middle, cut, top, slots - 1, advance, visit)
-    del middle
-    sweep(state, bottom, cut, slots, advance, visit)
+    while top - bottom - 1 > slots:
+        cut = bottom + best_cut(top - bottom, slots)
+        middle = state
+        for k in range(bottom, cut):
+            middle = advance(middle, k)
+        sweep(middle, cut, top, slots - 1, advance, visit)
+        top = cut
+    states = [state]
+    for k in range(bottom, top - 1):
+        states.append(advance(states[-1], k))
+    for k in reversed(range(bottom, top)):
+        visit(states.pop(), k)
 
 
+@functools.lru_cache(maxsize=256)
 def plan(
     backward: str, depth: int, anchors: int, memory_budget: int | None, state_bytes: int, slot_bytes: int
 ) -> Plan:

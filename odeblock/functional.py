@@ -54,10 +54,10 @@ def deep_residual(
             - ``"auto"``: exact and never above O(√L), or the ``memory_budget``: ``store`` where that is
               enough, else ``checkpoint``.
         strict: whether an adjoint backward that cannot be trusted raises ``DriftError``, not only warns.
-        anchors: states that ``"adjoint"`` keeps besides, evenly in depth; the reconstruction starts afresh at
-            each, and is compared with it. Memory: anchors · B · q numbers.
+        anchors: states that ``"adjoint"`` keeps besides, at most, evenly in depth; the reconstruction starts
+            afresh at each, and is compared with it. Memory: anchors · B · q numbers.
         memory_budget: bytes of states that ``"auto"`` and ``"checkpoint"`` may hold, those kept between
-            forward and backward and those run again together; None for O(√L). With less than √L states some
+            forward and backward and those run again together; None for O(√L). With less than 2√L states some
             steps run more than once more, as few as possible (Griewank & Walther 2000).
 
     Returns:

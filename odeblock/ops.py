@@ -158,6 +158,16 @@ def _backward(
     h, hidden_bias, output_bias = _contiguous(h), _contiguous(hidden_bias), _contiguous(output_bias)
     batch, dim = grad.shape
     depth, hidden = W.shape[:2]
+    # Saved-tensor hooks may have brought these back in another form.
+    for name, tensor, shape in (
+        ("states", states, states_shape(batch, dim, depth, save_every, reconstruct)),
+        ("checks", checks, checks_shape(batch, depth, reconstruct)),
+    ):
+        if tensor.shape != shape or tensor.dtype != state_dtype(grad.dtype) or tensor.device != grad.device:
+            expected = f"{list(shape)}, {state_dtype(grad.dtype)} on {grad.device}, as the forward saved it"
+            got = f"{list(tensor.shape)}, {tensor.dtype} on {tensor.device}"
+            raise RuntimeError(f"{name}: expected a tensor {expected}; got {got}")
+    states, checks = states.contiguous(), checks.contiguous()
     threads = torch.get_num_threads()
     sizes = (_NATIVE_DTYPES[grad.dtype], ACTIVATIONS[activation].native_id, batch, dim, hidden, depth)
     dh = torch.empty_like(grad)

@@ -34,7 +34,7 @@ RATE_MEMORY = 0.95
 """(6): what is left of a rate ρ after the next measurement."""
 
 PROBE_EVERY = 64
-"""Steps after which the rate ρ is measured anew."""
+"""Steps after which the rate ρ is measured anew, before z is corrected again."""
 
 MAX_EVALUATIONS = 64
 """A row that these did not settle is given up, and reported."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import pytest
 import torch
 from oracle import NAMES, make_case
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from odeblock import DeepResBlock, checkpointing, ops, reference
 from odeblock.functional import deep_residual
@@ -115,3 +117,28 @@ def test_a_block_takes_a_budget() -> None:
     assert "memory_budget=2048" in repr(block)
     with pytest.raises(ValueError, match="memory_budget: expected at least"):
         block(torch.randn(160, 8))
+
+
+def test_a_small_budget_does_not_recurse_with_the_depth() -> None:
+    visited: list[int] = []
+    checkpointing.sweep(0, 0, 3000, 1, lambda state, k: k + 1, lambda state, k: visited.append(state))
+    assert visited == list(reversed(range(3000)))
+    V = torch.zeros(3000, 1, 1, requires_grad=True)
+    deep_residual(torch.ones(16, 1), V, V, backward="checkpoint", memory_budget=128).sum().backward()
+
+
+def test_saved_states_may_come_back_in_another_layout_but_not_as_something_else() -> None:
+    h, V, W = (torch.randn(*shape, requires_grad=True) for shape in ((16, 8), (9, 8, 8), (9, 8, 8)))
+
+    def gradients(unpack: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        with saved_tensors_hooks(lambda tensor: tensor, unpack):
+            y = deep_residual(h, V, W, backward="store")
+            return list(torch.autograd.grad(y.sum(), (h, V, W)))
+
+    def transposed(tensor: Tensor) -> Tensor:
+        return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+
+    for a, b in zip(gradients(lambda tensor: tensor), gradients(transposed), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(RuntimeError, match=r"states: expected a tensor \[9, 16, 8\], torch.float32"):
+        gradients(lambda tensor: tensor.double() if tensor.dim() == 3 and tensor.shape[1] == 16 else tensor)

@@ -109,8 +109,8 @@ inline int64_t chain_length(int64_t s, int64_t r, int64_t limit) {
 // Where a chain of `length` layers, too long to hold all its states, is best cut in two: the state at the cut is
 // stored, the upper part is done with s - 1 states, then the lower with s; of these its own first state is one.
 inline int64_t best_cut(int64_t length, int64_t s) {
-  int64_t r = 1;
-  while (chain_length(s, r, length) < length) r++;
+  int64_t r = 0;
+  for (int64_t reach = 1; reach < length; r++) reach = reach * (s + r + 1) / (r + 1);  // C(s + r, s)
   const int64_t lower = chain_length(s, r - 2, length), rest = length - chain_length(s - 1, r, length);
   const int64_t cut = lower > rest ? lower : rest;
   return cut < 1 ? 1 : cut;
@@ -176,26 +176,25 @@ class Backward {
   // forward again by the same operations as in the forward, so they have the same bits.
   void sweep_chain(const T* h, int64_t bottom, int64_t top, int64_t taken) {
     const int64_t slots = p.slots - taken;
-    if (top - bottom - 1 <= slots) {
-      for (int64_t k = bottom; k < top - 1; k++)
-        run_forward(k == bottom ? h : slot(taken + k - bottom - 1), k, slot(taken + k - bottom));
-      for (int64_t k = top - 1; k >= bottom; k--) {
-        const T* state = k == bottom ? h : slot(taken + k - bottom - 1);
-        const Layer<T> weights = layer<S>(p, k, scratch.weights);
-        for_slabs(mine.begin, mine.end, [&](int64_t b, auto width) {
-          constexpr int N = decltype(width)::value;
-          product<T, false, N>(weights.W, state + b * block, weights.hidden_bias, T(1), nullptr, scratch.z);
-          sigma_slope(scratch.z, N * p.hidden * kLanes<T>, scratch.s, scratch.slope);
-          adjoint_step<N>(weights, k, b, state + b * block);
-        });
-        weight_gradients(k);
-      }
-      return;
+    while (top - bottom - 1 > slots) {
+      const int64_t cut = bottom + best_cut(top - bottom, slots);
+      for (int64_t k = bottom; k < cut; k++) run_forward(k == bottom ? h : slot(taken), k, slot(taken));
+      sweep_chain(slot(taken), cut, top, taken + 1);
+      top = cut;
     }
-    const int64_t cut = bottom + best_cut(top - bottom, slots);
-    for (int64_t k = bottom; k < cut; k++) run_forward(k == bottom ? h : slot(taken), k, slot(taken));
-    sweep_chain(slot(taken), cut, top, taken + 1);
-    sweep_chain(h, bottom, cut, taken);
+    for (int64_t k = bottom; k < top - 1; k++)
+      run_forward(k == bottom ? h : slot(taken + k - bottom - 1), k, slot(taken + k - bottom));
+    for (int64_t k = top - 1; k >= bottom; k--) {
+      const T* state = k == bottom ? h : slot(taken + k - bottom - 1);
+      const Layer<T> weights = layer<S>(p, k, scratch.weights);
+      for_slabs(mine.begin, mine.end, [&](int64_t b, auto width) {
+        constexpr int N = decltype(width)::value;
+        product<T, false, N>(weights.W, state + b * block, weights.hidden_bias, T(1), nullptr, scratch.z);
+        sigma_slope(scratch.z, N * p.hidden * kLanes<T>, scratch.s, scratch.slope);
+        adjoint_step<N>(weights, k, b, state + b * block);
+      });
+      weight_gradients(k);
+    }
   }
 
   T* slot(int64_t i) { return tile.slots + i * backward_tile_blocks<T>(p) * block; }
@@ -218,7 +217,7 @@ class Backward {
     copy(top, blocks * block, h);
     for (int64_t b = mine.begin; b < mine.end; b++) tile.rows[b].reset();
 
-    // 1 (identity) to 8 are smooth, but for relu and leaky_relu.
+    // Of the table in activations.h relu (1) and leaky_relu (2) have kinks.
     const bool smooth = p.activation != 1 && p.activation != 2;
     Reconstruction<T> reconstruction = {tile.rows,
                                         tile.increments,

@@ -13,13 +13,13 @@
 namespace odeblock {
 namespace {
 
-// reference.py has the same numbers.
+// odeblock/reconstruction.py has the same numbers.
 constexpr int kMaxOrder = 6;             // of the prediction (2)
 constexpr int kHistory = kMaxOrder + 1;  // increments that are kept: one more than predict, to measure them all
 constexpr int kMeasureEvery = 4;         // steps between two measurements of the orders
 constexpr double kOrderSlack = 1.5;      // (3): an order whose error is within this factor of the least is as good
 constexpr double kRateMemory = 0.95;     // (6): what is left of a rate ρ after the next measurement
-constexpr int kProbeEvery = 64;          // steps after which the rate ρ is measured anew
+constexpr int kProbeEvery = 64;          // steps after which ρ is measured anew, before z is corrected again
 constexpr int kMaxEvaluations = 64;      // a row that these did not settle is given up, and reported
 constexpr double kFirstLimit = 0.15;     // (8): first change at which z may stay as it is, in √L units of rounding
 constexpr double kChangeLimit = 0.3;     // (8): the same for later changes
