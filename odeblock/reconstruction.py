@@ -90,7 +90,8 @@ class Reconstruction:
         self.change_unit = math.sqrt(depth) * unit if smooth else 0.0
         self.state_limit = min(STATE_LIMIT, DRIFT_LIMIT / math.sqrt(depth)) * unit
         self.increments: list[Tensor] = []  # Δ_{k+1}, Δ_{k+2}, ...
-        self.rate, self.age = like.new_ones(batch, 1), like.new_zeros(batch, 1)
+        self.rate, self.doubt = like.new_ones(batch, 1), like.new_ones(batch, 1)
+        self.seen, self.age = like.new_zeros(batch, 1), like.new_zeros(batch, 1)
         self.order = torch.zeros(batch, 1, dtype=torch.long, device=like.device)
         self.spread = like.new_full((batch, HISTORY), -1.0)
         self.squares, self.unsettled = like.new_zeros(batch, 1), like.new_zeros(batch, 1)
@@ -131,9 +132,10 @@ class Reconstruction:
             # (6): the rate at which changes shrink.
             if evaluation > 0:
                 measured = active & (change > 0)
-                kept = torch.where(self.rate < 1, RATE_MEMORY * self.rate, 0)
-                rate = torch.maximum(moved / change, kept).clamp(max=1)
-                self.rate = torch.where(measured, rate, self.rate)
+                seen = torch.maximum(moved / change, RATE_MEMORY * self.seen)
+                self.seen = torch.where(measured, seen, self.seen)
+                self.doubt = torch.where(measured, self.doubt / 2, self.doubt)
+                self.rate = torch.maximum(self.seen, self.doubt).clamp(max=1)
                 self.age = torch.where(measured, 0, self.age)
             left = 1 - self.rate
             at_floor = moved <= self.floor * size

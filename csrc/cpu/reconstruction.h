@@ -98,6 +98,7 @@ ODEBLOCK_INLINE Vec<T> row_norm(int64_t features, Entry entry) {
 template <class T>
 struct RowMemory {
   Vec<T> rate;                    // ρ, (6)
+  Vec<T> seen, doubt;             // what it is the larger of
   Vec<T> age;                     // steps since it was measured
   Vec<T> order;                   // p of the next prediction
   Vec<T> spread[kHistory];        // error of order 0, 1, .. kMaxOrder, (4); negative: not yet measured
@@ -108,7 +109,7 @@ struct RowMemory {
 
   void reset() {
     *this = RowMemory{};
-    rate = broadcast(T(1));
+    rate = doubt = broadcast(T(1));
     for (Vec<T>& s : spread) s = broadcast(T(-1));
   }
 };
@@ -239,9 +240,11 @@ struct Reconstruction {
     const Mask<T> measured = active & (change > zero);  // the change before this one
     const Vec<T> ratio = moved / largest<T>(change, broadcast(kTiny<T>));
     if (evaluation > 0) {
-      const Vec<T> kept = select(memory.rate < one, broadcast(T(kRateMemory)) * memory.rate, zero);
-      const Vec<T> rate = largest<T>(ratio, kept);
-      memory.rate = select(measured, select(rate < one, rate, one), memory.rate);
+      const Vec<T> kept = broadcast(T(kRateMemory)) * memory.seen, doubt = broadcast(T(0.5)) * memory.doubt;
+      memory.seen = select(measured, largest<T>(ratio, kept), memory.seen);
+      memory.doubt = select(measured, doubt, memory.doubt);
+      const Vec<T> rate = largest<T>(memory.seen, memory.doubt);
+      memory.rate = select(rate < one, rate, one);
       memory.age = select(measured, zero, memory.age);
     }
     const bool first = evaluation == 0;
