@@ -73,6 +73,7 @@ def sweep(
         for k in range(bottom, cut):
             middle = advance(middle, k)
         sweep(middle, cut, top, slots - 1, advance, visit)
+        del middle
         top = cut
     states = [state]
     for k in range(bottom, top - 1):
