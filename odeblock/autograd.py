@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -121,10 +123,33 @@ def _differentiable_gradients(ctx: Any, grad: Tensor, inputs: list[Any]) -> list
 
     It runs the block again and stores every state, whatever the strategy.
     """
-    y = reference.deep_residual(*inputs, activation=ctx.activation, scale=ctx.scale)
-    wanted = [tensor for tensor, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-    return [next(found) if need else None for need in ctx.needs_input_grad[: len(inputs)]]
+
+    def run(*inputs: Any) -> Tensor:
+        return reference.deep_residual(*inputs, activation=ctx.activation, scale=ctx.scale)
+
+    return pull_back(run, inputs, ctx.needs_input_grad[: len(inputs)], grad)
+
+
+def pull_back(
+    run: Callable[..., Tensor], inputs: Sequence[Any], needed: Sequence[bool], grad: Tensor
+) -> list[Tensor | None]:
+    """(∂run/∂input)ᵀ grad for the ``needed`` inputs, None for the others; differentiable in all of them.
+
+    Also within ``torch.func`` transforms, and after them: the function that ``torch.func.vjp`` returns is
+    called when the level of what was saved is over.
+    """
+    unwrap = torch._C._functorch.unwrap_if_dead
+    grad, inputs = unwrap(grad), [x if x is None else unwrap(x) for x in inputs]
+    places = [i for i, need in enumerate(needed) if need]
+
+    def of_needed(*wanted: Tensor) -> Tensor:
+        arguments = list(inputs)
+        for i, x in zip(places, wanted, strict=True):
+            arguments[i] = x
+        return run(*arguments)
+
+    found = iter(torch.func.vjp(of_needed, *(inputs[i] for i in places))[1](grad))
+    return [next(found) if need else None for need in needed]
 
 
 def judge_drift(report: Tensor, dtype: torch.dtype, strict: bool, record: Drift, rounded: bool) -> None:
@@ -138,11 +163,20 @@ def judge_drift(report: Tensor, dtype: torch.dtype, strict: bool, record: Drift,
     tolerance = DRIFT_TOLERANCE[dtype] * (4 if rounded and dtype.itemsize == 2 else 1)
     if estimate <= tolerance and drift <= tolerance:  # false where either is NaN
         return
+    # Without the figures the warning is the same every time, so that Python's filter shows it once.
     message = (
-        f"the adjoint reconstructed the activations with an error above {tolerance:g} (relative; estimate "
-        f"{estimate:.1e}, drift {drift:.1e}): its gradients are unreliable. The residual steps are too large "
-        'to be inverted at this depth; use backward="auto" or "checkpoint", or more anchors.'
+        f"the adjoint reconstructed the activations with a relative error above {tolerance:g}: its gradients "
+        "are unreliable. The residual steps are too large to be inverted at this depth; use "
+        'backward="auto" or "checkpoint", or more anchors. last_drift has the figures.'
     )
     if strict:
-        raise DriftError(message)
-    warnings.warn(message, DriftWarning, stacklevel=2)
+        raise DriftError(f"{message} (estimate {estimate:.1e}, drift {drift:.1e})")
+    warnings.warn(message, DriftWarning, stacklevel=_stacklevel())
+
+
+def _stacklevel() -> int:
+    """That of ``warnings.warn`` at which the line is the user's that asked for gradients."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("odeblock", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level

@@ -45,6 +45,9 @@ FIRST_LIMIT, CHANGE_LIMIT = 0.15, 0.3
 STATE_LIMIT, DRIFT_LIMIT = 0.5, 6.0
 """(9): error of a state per step, in units of rounding: the first, and at most the second over √L."""
 
+PEAK_SHARE = 0.036
+"""(13): share, times √L, of the largest state of a row that its error is compared with."""
+
 CHECKS = 16
 """The forward leaves projections of at most this many states, to compare the reconstructed ones with."""
 
@@ -70,6 +73,13 @@ def probe(dim: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(dim, generator=torch.Generator().manual_seed(dim), dtype=torch.float64).to(dtype)
 
 
+def visibility(W_k: Tensor) -> Tensor:
+    """c [q], how well a layer sees each feature: the largest entry of a column of W_k over that of all."""
+    columns = W_k.detach().abs().amax(dim=0).to(torch.promote_types(W_k.dtype, torch.float32))
+    largest = columns.max().clamp_min(torch.finfo(columns.dtype).tiny)
+    return torch.where(columns < largest, columns / largest, 1)
+
+
 def rounding_unit(storage: torch.dtype) -> float:
     """What a state is solved to: rounding of the type computed in, no less than 1/256 of the stored."""
     state = torch.promote_types(storage, torch.float32)
@@ -89,15 +99,22 @@ class Reconstruction:
         self.floor = floor
         self.change_unit = math.sqrt(depth) * unit if smooth else 0.0
         self.state_limit = min(STATE_LIMIT, DRIFT_LIMIT / math.sqrt(depth)) * unit
+        self.peak_share = min(1.0, PEAK_SHARE * math.sqrt(depth))
+        self.visible: Tensor | None = None  # c; None: not known yet
         self.increments: list[Tensor] = []  # Δ_{k+1}, Δ_{k+2}, ...
         self.rate, self.doubt = like.new_ones(batch, 1), like.new_ones(batch, 1)
         self.seen, self.age = like.new_zeros(batch, 1), like.new_zeros(batch, 1)
         self.order = torch.zeros(batch, 1, dtype=torch.long, device=like.device)
         self.spread = like.new_full((batch, HISTORY), -1.0)
         self.squares, self.unsettled = like.new_zeros(batch, 1), like.new_zeros(batch, 1)
+        self.peak = like.new_zeros(batch, 1)  # largest norm of a state since the last comparison (13)
         self.evaluations, self.orders = like.new_zeros(batch, 1), like.new_zeros(batch, 1)
         self.drift = like.new_zeros(())
         self.steps = 0
+
+    def enter(self, visible: Tensor) -> None:
+        """Before a step: how well its f sees each feature, [q] or by row. The best sight so far counts."""
+        self.visible = visible if self.visible is None else torch.maximum(self.visible, visible)
 
     def step(
         self,
@@ -113,7 +130,8 @@ class Reconstruction:
         values after x changed by e (7). Without it, they are good only where the last change is small.
         """
         delta = self._predict(above)
-        norm = _row_norm(above).clamp_min(torch.finfo(above.dtype).tiny)
+        norm = self._norm(above).clamp_min(torch.finfo(above.dtype).tiny)
+        self.peak = torch.maximum(self.peak, norm)
         active = torch.ones_like(self.rate, dtype=torch.bool)
         corrected = torch.zeros_like(active)
         change, error, x = torch.zeros_like(norm), torch.zeros_like(norm), above - delta
@@ -125,9 +143,9 @@ class Reconstruction:
             new, found = evaluate(x)
             hidden = new if hidden is None else keep(active, new, hidden)
             self.evaluations += active
-            moved = _row_norm(found - delta)
+            moved = self._norm(found - delta)
             delta = torch.where(active, found, delta)
-            size = _row_norm(delta)
+            size = self._norm(delta)
 
             # (6): the rate at which changes shrink.
             if evaluation > 0:
@@ -141,6 +159,8 @@ class Reconstruction:
             at_floor = moved <= self.floor * size
             # (8): z may stay as it is; (9): it need only be corrected.
             near = self.rate * moved <= left * self.state_limit * norm
+            if self.visible is None and evaluation < 3:  # nothing is known of f yet: to be on the safe side
+                near = at_floor
             limit = (CHANGE_LIMIT if evaluation else FIRST_LIMIT) * self.change_unit
             settled = active & (at_floor | (near & (moved <= left * limit * norm)))
             fix = active & ~settled & near
@@ -187,8 +207,12 @@ class Reconstruction:
 
     def compare_state(self, found: Tensor, true: Tensor, top: Tensor) -> None:
         """(13) at a state that is known in full."""
-        norm = torch.maximum(_row_norm(true), _row_norm(top)).clamp_min(torch.finfo(true.dtype).tiny)
+        tiny = torch.finfo(true.dtype).tiny
+        norm = torch.maximum(_row_norm(true), _row_norm(top)).clamp_min(tiny)
         self.compare(_row_norm(found - true), norm)
+        seen = torch.maximum(self._norm(true), self.peak_share * self.peak).clamp_min(tiny)
+        self.compare(self._norm(found - true), seen)
+        self.peak.zero_()
 
     def report(self) -> Tensor:
         """float64 [REPORT_SIZE] on the CPU."""
@@ -201,6 +225,10 @@ class Reconstruction:
             self.orders.sum() / steps,
         ]
         return torch.stack([v.double().cpu() for v in values])
+
+    def _norm(self, x: Tensor) -> Tensor:
+        """(5) of each row: [B, q] -> [B, 1]."""
+        return _row_norm(x if self.visible is None else self.visible * x)
 
     def _predict(self, above: Tensor) -> Tensor:
         """(2): Δ_k ≈ Σ_j (-1)^j C(p, j+1) Δ_{k+1+j}, every row with its own order p."""
@@ -216,7 +244,7 @@ class Reconstruction:
         known = len(self.increments)
         differences = self.increments
         for p in range(known):
-            worst = _row_norm(differences[0])[:, 0]
+            worst = self._norm(differences[0])[:, 0]
             self.spread[:, p] = torch.maximum(worst, self.spread[:, p] / 4)
             differences = [a - b for a, b in itertools.pairwise(differences)]
         spread = torch.where(self.spread.isnan(), torch.inf, self.spread)[:, :known]

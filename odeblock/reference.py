@@ -26,6 +26,7 @@ from .reconstruction import (
     check_every,
     probe,
     rounding_unit,
+    visibility,
 )
 from .validation import check_arguments
 
@@ -126,7 +127,8 @@ def forward(
         if save_every and k % save_every == 0 and (k > 0 or not reconstruct):
             states[k // save_every - int(reconstruct), :batch] = state
         if reconstruct and k > 0 and k % check_every(depth) == 0:
-            checks[k // check_every(depth) - 1, :batch] = state @ probe(dim, state.dtype).to(state.device)
+            direction = probe(dim, state.dtype).to(state.device) * visibility(W[k])
+            checks[k // check_every(depth) - 1, :batch] = state @ direction
         _, _, f = _residual(state, V[k], W[k], _layer(hidden_bias, k), _layer(output_bias, k), sigma)
         state = state + scale * f
     if reconstruct:
@@ -214,10 +216,12 @@ def backward(
         )
         direction = probe(dim, dtype).to(state.device)
         for k in reversed(range(depth)):
+            visible = visibility(W[k])
+            sweep.enter(visible)
             state, z = sweep.step(state, *solver(k))
             if k > 0 and k % check_every(depth) == 0:
-                error = (state @ direction - checks[k // check_every(depth) - 1, :batch]).abs()
-                sweep.compare(error, state.norm(dim=1))
+                error = state @ (direction * visible) - checks[k // check_every(depth) - 1, :batch]
+                sweep.compare(error.abs(), (visible * state).norm(dim=1))
             adjoint_step(state, k, z)
             if save_every and k > 0 and k % save_every == 0:
                 anchor = states[k // save_every - 1, :batch]

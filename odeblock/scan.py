@@ -23,10 +23,13 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from . import checkpointing
-from .autograd import judge_drift
+from .autograd import judge_drift, pull_back
 from .reconstruction import Reconstruction, check_every, probe, rounding_unit
 from .reference import state_dtype
 from .validation import check_options, check_scale, check_tensor
+
+SIGHT = 16
+"""A feature counts in full as long as the adjoint sees it at least 1/16 as well as the best one."""
 
 
 def residual_scan(
@@ -237,6 +240,7 @@ class Adjoint:
     def __init__(self, steps: Steps, grad: Tensor, leaves: Sequence[Tensor], needed: Sequence[bool]) -> None:
         self.steps, self.leaves, self.needed = steps, leaves, needed
         self.a = grad.to(state_dtype(grad.dtype))
+        self.sensitivity = torch.zeros_like(_rows(self.a))  # largest |(∂f/∂h)ᵀ a| of each feature so far
         self.gradients = [
             torch.empty_like(leaf) if need else None for leaf, need in zip(leaves, needed, strict=True)
         ]
@@ -270,6 +274,7 @@ class Adjoint:
         da, *dZ = products
         if da is not None:
             self.a = self.a + self.steps.scale * da.to(self.a.dtype)
+            self.sensitivity = torch.maximum(self.sensitivity, _rows(da.abs()).to(self.a.dtype))
         stacked = (gradient for gradient in self.gradients if gradient is not None)
         for gradient, product in zip(stacked, dZ, strict=True):
             if product is None:
@@ -328,6 +333,10 @@ def _reconstruct(
         return new
 
     for k in reversed(range(steps.depth)):
+        if k < steps.depth - 1:  # f's Jacobian is not known; what a showed of it is
+            seen = SIGHT * adjoint.sensitivity
+            largest = adjoint.sensitivity.amax(dim=1, keepdim=True)
+            sweep.enter(torch.where(seen < largest, seen / largest, 1))
         state, _ = sweep.step(state, functools.partial(evaluate, k), keep, None)
         if k > 0 and k % check_every(steps.depth) == 0:
             error = (_projection(state) - checks[k // check_every(steps.depth) - 1]).abs()
@@ -345,10 +354,7 @@ def _differentiable_gradients(
     steps: Steps, grad: Tensor, tensors: Sequence[Tensor], needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """Under ``create_graph=True``: gradients that can be differentiated again, of the plain loop."""
-    y: Tensor = steps.run(tensors[0], tensors[1:])
-    wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, materialize_grads=True))
-    return [next(found) if need else None for need in needed]
+    return pull_back(lambda h, *leaves: steps.run(h, leaves), tensors, needed, grad)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -84,6 +84,8 @@ template <class T>
 struct SlabScratch {
   T *z, *s, *slope, *u;  // [3, m, W]
   T *x, *f;              // [3, q, W]  adjoint
+  T* visible[2];         // [q]        adjoint: visibility to the layers so far, and to one
+  T* probe;              // [q]        adjoint: direction of a check (14)
   T* weights;            // a layer's, where they are widened
 };
 
@@ -93,6 +95,8 @@ SlabScratch<T> slab_scratch(const Problem& p, Arena& arena) {
   SlabScratch<T> scratch{};
   for (T** array : {&scratch.z, &scratch.s, &scratch.slope, &scratch.u}) *array = arena.take<T>(hidden);
   for (T** array : {&scratch.x, &scratch.f}) *array = arena.take<T>(rows);
+  for (T** array : {&scratch.visible[0], &scratch.visible[1], &scratch.probe})
+    *array = arena.take<T>(p.reconstruct ? p.dim : 0);
   scratch.weights = arena.take<T>(kWidened<S> ? layer_size(p) : 0);
   return scratch;
 }
@@ -215,7 +219,6 @@ class Backward {
     const T* top = saved_state<T>(states, p, saved_count(p) - 1, first) + at;
     T* h = tile.h + at;
     copy(top, blocks * block, h);
-    for (int64_t b = mine.begin; b < mine.end; b++) tile.rows[b].reset();
 
     // Of the table in activations.h relu (1) and leaky_relu (2) have kinks.
     const bool smooth = p.activation != 1 && p.activation != 2;
@@ -227,22 +230,27 @@ class Backward {
                                         scratch.z,
                                         scratch.s,
                                         scratch.slope,
+                                        scratch.visible[0],
+                                        scratch.visible[1],
                                         change_unit<T>(kUnit<S>, p.depth),
                                         state_limit<T>(kUnit<S>, p.depth),
                                         report};
-    const Matrix<T> probe = {static_cast<const T*>(p.probe), 1, p.dim};
+    reconstruction.reset(mine.begin, mine.end, p.dim);
+    const Matrix<T> direction = {scratch.probe, 1, p.dim};
     for (int64_t k = p.depth - 1; k >= 0; k--) {
       const Layer<T> weights = layer<S>(p, k, scratch.weights);
       const bool check = k > 0 && k % check_every(p.depth) == 0;
+      reconstruction.enter(weights.W);
+      if (check) check_direction(static_cast<const T*>(p.probe), scratch.visible[1], p.dim, scratch.probe);
       for_slabs(mine.begin, mine.end, [&](int64_t b, auto width) {
         constexpr int N = decltype(width)::value;
         T* state = tile.h + b * block;
         reconstruction.template solve<N>(weights, sigma_slope, smooth, scale, p.batch - (first + b) * kLanes<T>,
                                          p.depth - 1 - k, b, state);
         if (check) {
-          product<T, false, N>(probe, state, nullptr, T(1), nullptr, scratch.x);
+          product<T, false, N>(direction, state, nullptr, T(1), nullptr, scratch.x);
           const T* seen = saved_check<T>(checks, p, k / check_every(p.depth) - 1, first + b);
-          measure_projection(seen, scratch.x, p.batch - (first + b) * kLanes<T>, N, p.dim, state,
+          measure_projection(seen, scratch.x, scratch.visible[1], p.batch - (first + b) * kLanes<T>, N, p.dim, state,
                              reconstruction.report);
         }
         adjoint_step<N>(weights, k, b, state);
@@ -250,14 +258,16 @@ class Backward {
       weight_gradients(k);
       if (p.save_every && k > 0 && k % p.save_every == 0) {
         const T* anchor = saved_state<T>(states, p, k / p.save_every - 1, first) + at;
-        measure_drift(rows, p.dim, blocks, Blocks<T>{anchor, p.dim}, h, top, reconstruction.report);
+        measure_drift(rows, p.dim, blocks, p.depth, scratch.visible[0], Blocks<T>{anchor, p.dim}, h, top,
+                      tile.rows + mine.begin, reconstruction.report);
         copy(anchor, blocks * block, h);
       }
     }
     for (int64_t b = mine.begin; b < mine.end; b++)
       reconstruction.finish(b, p.batch - (first + b) * kLanes<T>, p.depth);
     const S* input = static_cast<const S*>(p.h) + (first + mine.begin) * kLanes<T> * p.dim;
-    measure_drift(rows, p.dim, blocks, Rows<S>{input, p.dim}, h, top, reconstruction.report);
+    measure_drift(rows, p.dim, blocks, p.depth, scratch.visible[0], Rows<S>{input, p.dim}, h, top,
+                  tile.rows + mine.begin, reconstruction.report);
     report = reconstruction.report;
   }
 

@@ -9,6 +9,8 @@ static inline int omp_get_thread_num() { return 0; }
 static inline int omp_get_num_threads() { return 1; }
 #endif
 
+#include <cmath>
+
 #include "tiles.h"
 
 namespace odeblock {
@@ -101,16 +103,41 @@ ODEBLOCK_INLINE void step(const Layer<T>& layer, Activate<T> sigma, T scale, con
 }
 
 template <class T>
+constexpr T kTiny = sizeof(T) == 4 ? T(1.1754943508222875e-38) : T(2.2250738585072014e-308);
+
+// c [q], how well a layer sees each feature: the largest entry of a column of its W [m, q] over the largest of all.
+template <class T>
+void see(const Matrix<T>& W, T* c) {
+  for (int64_t i = 0; i < W.cols; i++) c[i] = T(0);
+  for (int64_t r = 0; r < W.rows; r++)
+    for (int64_t i = 0; i < W.cols; i++) {
+      const T entry = std::fabs(W.data[r * W.cols + i]);
+      c[i] = c[i] >= entry ? c[i] : entry;
+    }
+  T most = kTiny<T>;
+  for (int64_t i = 0; i < W.cols; i++) most = most >= c[i] ? most : c[i];
+  for (int64_t i = 0; i < W.cols; i++) c[i] = c[i] < most ? c[i] / most : T(1);  // also where it is not finite
+}
+
+// The direction of (14) at a layer: probe ⊙ c, both [q].
+template <class T>
+void check_direction(const T* probe, const T* c, int64_t dim, T* direction) {
+  for (int64_t i = 0; i < dim; i++) direction[i] = probe[i] * c[i];
+}
+
+template <class T>
 struct ForwardScratch {
   T* h;        // a tile's states
   T* z;        // a slab's hidden units
   T* weights;  // a layer's, where they are widened
+  T* visible;  // [q] and
+  T* probe;    // [q] direction of a check (14), where the adjoint will compare
 };
 
 template <class S, class T = Compute<S>>
 ForwardScratch<T> forward_scratch(const Problem& p, Arena& arena) {
   return {arena.take<T>(forward_tile_blocks<T>(p.dim) * p.dim * kLanes<T>), arena.take<T>(3 * p.hidden * kLanes<T>),
-          arena.take<T>(kWidened<S> ? layer_size(p) : 0)};
+          arena.take<T>(kWidened<S> ? layer_size(p) : 0), arena.take<T>(p.dim), arena.take<T>(p.dim)};
 }
 
 template <class S>
@@ -126,18 +153,23 @@ void forward_tile(const ForwardProblem& p, Activate<T> sigma, const ForwardScrat
                   int64_t count) {
   const int64_t block = p.dim * kLanes<T>;
   T *states = static_cast<T*>(p.states), *checks = static_cast<T*>(p.checks);
-  const Matrix<T> probe = {static_cast<const T*>(p.probe), 1, p.dim};
+  const Matrix<T> direction = {scratch.probe, 1, p.dim};
   load_blocks(static_cast<const S*>(p.h), p.batch, p.dim, first, count, scratch.h);
   int64_t saved = 0, checked = 0;
   for (int64_t k = 0; k < p.depth; k++) {
     const Layer<T> weights = layer<S>(p, k, scratch.weights);
     const bool save = p.save_every && k % p.save_every == 0 && (k > 0 || !p.reconstruct);
     const bool check = p.reconstruct && k > 0 && k % check_every(p.depth) == 0;
+    if (check) {
+      see(weights.W, scratch.visible);
+      check_direction(static_cast<const T*>(p.probe), scratch.visible, p.dim, scratch.probe);
+    }
     for_slabs(0, count, [&](int64_t b, auto width) {
       constexpr int N = decltype(width)::value;
       T* h = scratch.h + b * block;
       if (save) copy(h, N * block, saved_state<T>(states, p, saved, first + b));
-      if (check) product<T, false, N>(probe, h, nullptr, T(1), nullptr, saved_check<T>(checks, p, checked, first + b));
+      if (check)
+        product<T, false, N>(direction, h, nullptr, T(1), nullptr, saved_check<T>(checks, p, checked, first + b));
       step<T, N>(weights, sigma, static_cast<T>(p.scale), h, scratch.z, h);
     });
     saved += save;

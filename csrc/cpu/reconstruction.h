@@ -6,8 +6,6 @@
 // error left is at the level of rounding; or correct z = W h for the last change; or evaluate once more.
 #pragma once
 
-#include <cmath>
-
 #include "forward.h"
 
 namespace odeblock {
@@ -25,6 +23,7 @@ constexpr double kFirstLimit = 0.15;     // (8): first change at which z may sta
 constexpr double kChangeLimit = 0.3;     // (8): the same for later changes
 constexpr double kStateLimit = 0.5;      // (9): error of a state per step, in units of rounding, ..
 constexpr double kDriftLimit = 6;        // .. and at most this over √L, so that even a sum of L stays small
+constexpr double kPeakShare = 0.036;     // (13): share, times √L, of the largest state that an error is compared with
 
 struct ReconstructionReport {
   double estimate = 0;     // (12), the largest of a row
@@ -45,8 +44,6 @@ struct ReconstructionReport {
 
 template <class T>
 constexpr T kEpsilon = sizeof(T) == 4 ? T(1.1920928955078125e-7) : T(2.220446049250313e-16);
-template <class T>
-constexpr T kTiny = sizeof(T) == 4 ? T(1.1754943508222875e-38) : T(2.2250738585072014e-308);
 
 // The unit of rounding that a state is solved to: of the type computed in, but no finer than 1/256 of what the
 // gradients are rounded to in the end.
@@ -82,13 +79,13 @@ ODEBLOCK_INLINE bool any(Mask<T> mask) {
   return found;
 }
 
-// For each row of a block x [features, W] its maximum norm; NaN if any entry is not finite.
+// For each row of a block x [q, W] its norm (5) with the visibilities c [q]; NaN if any entry is not finite.
 template <class T, class Entry>
-ODEBLOCK_INLINE Vec<T> row_norm(int64_t features, Entry entry) {
+ODEBLOCK_INLINE Vec<T> row_norm(const T* c, int64_t dim, Entry entry) {
   Vec<T> norm{}, finite{};
-  for (int64_t i = 0; i < features; i++) {
+  for (int64_t i = 0; i < dim; i++) {
     const Vec<T> x = entry(i);
-    norm = largest<T>(norm, abs(x));
+    norm = largest<T>(norm, broadcast(c[i]) * abs(x));
     finite += x - x;  // 0, or NaN where x is NaN or infinite
   }
   return norm + finite;
@@ -105,6 +102,7 @@ struct RowMemory {
   Vec<T> coefficient[kMaxOrder];  // of the increments above, newest first, (2)
   Vec<T> squares;                 // Σ over steps of the squared error left, (12)
   Vec<T> unsettled;               // largest error of a step that was given up
+  Vec<T> peak;                    // largest norm of a state since the last comparison (14)
   Vec<T> evaluations, orders;     // summed over steps
 
   void reset() {
@@ -127,8 +125,21 @@ struct Reconstruction {
   int64_t ring_stride;         // between two of them
   T *x, *f;                    // a slab's [N, q, W]
   T *z, *s, *slope;            // a slab's [N, m, W]
+  T *visible, *visible_here;   // visibility [q]: to this layer and those above it, and to this layer alone
   T change_unit, state_limit;  // (8) and (9) at this depth, relative
   ReconstructionReport report;
+
+  // Before the first layer of a tile.
+  void reset(int64_t begin, int64_t end, int64_t dim) {
+    for (int64_t b = begin; b < end; b++) rows[b].reset();
+    for (int64_t i = 0; i < dim; i++) visible[i] = T(0);
+  }
+
+  // Before the rows of the next layer.
+  void enter(const Matrix<T>& W) {
+    see(W, visible_here);
+    for (int64_t i = 0; i < W.cols; i++) visible[i] = visible[i] >= visible_here[i] ? visible[i] : visible_here[i];
+  }
 
   // h, N blocks of a tile from the b-th on: h_{k+1} on entry, h_k on return, of which the first `real` rows are
   // not padding; z, s = σ(z) and slope = σ'(z) at h_k are left behind. `step` counts from 0 at the top.
@@ -143,8 +154,9 @@ struct Reconstruction {
     Mask<T> active[N], correct[N];
     for (int j = 0; j < N; j++) {
       predict(memory[j], dim, step, b + j, delta + j * size);
-      norm[j] =
-          largest<T>(row_norm<T>(dim, [&](int64_t i) { return load(h + j * size + i * W); }), broadcast(kTiny<T>));
+      norm[j] = largest<T>(row_norm<T>(visible, dim, [&](int64_t i) { return load(h + j * size + i * W); }),
+                           broadcast(kTiny<T>));
+      memory[j].peak = largest<T>(memory[j].peak, norm[j]);
       change[j] = error[j] = Vec<T>{};
       correct[j] = Mask<T>{};
       for (int lane = 0; lane < W; lane++) active[j][lane] = j * W + lane < real ? -1 : 0;
@@ -233,9 +245,9 @@ struct Reconstruction {
                 Mask<T> active, Vec<T>& change, Vec<T>& error, Mask<T>& correct) const {
     constexpr int W = kLanes<T>;
     const Vec<T> one = broadcast(T(1)), zero{};
-    const Vec<T> moved = row_norm<T>(dim, [&](int64_t i) { return load(f + i * W) - load(delta + i * W); });
+    const Vec<T> moved = row_norm<T>(visible, dim, [&](int64_t i) { return load(f + i * W) - load(delta + i * W); });
     for (int64_t i = 0; i < dim * W; i += W) store(delta + i, select(active, load(f + i), load(delta + i)));
-    const Vec<T> delta_norm = row_norm<T>(dim, [&](int64_t i) { return load(delta + i * W); });
+    const Vec<T> delta_norm = row_norm<T>(visible, dim, [&](int64_t i) { return load(delta + i * W); });
 
     const Mask<T> measured = active & (change > zero);  // the change before this one
     const Vec<T> ratio = moved / largest<T>(change, broadcast(kTiny<T>));
@@ -285,10 +297,11 @@ struct Reconstruction {
     const T* above[kHistory];
     for (int j = 0; j < kHistory; j++) above[j] = increment(step - (j < known ? j : 0), b, dim);
     Vec<T> worst[kHistory] = {};
-    for (int64_t i = 0; i < dim * W; i += W) {
+    for (int64_t i = 0; i < dim; i++) {
+      const Vec<T> c = broadcast(visible[i]);
       Vec<T> difference[kHistory];
 #pragma GCC unroll 7
-      for (int j = 0; j < kHistory; j++) difference[j] = load(above[j] + i);
+      for (int j = 0; j < kHistory; j++) difference[j] = c * load(above[j] + i * W);
 #pragma GCC unroll 7
       for (int p = 0; p < kHistory; p++) {
         worst[p] = largest<T>(worst[p], abs(difference[0]));
@@ -333,34 +346,40 @@ struct Blocks {
   double operator()(int64_t b, int lane, int64_t i) const { return data[(b * dim + i) * kLanes<T> + lane]; }
 };
 
-// (13) at a state that is known in full, `truth`, for the first `rows` rows of the reconstructed h, blocks
-// [count, q, W]; for the size of a row also the block's result, `top`.
+// (13) at a state that is known in full, `truth`, for the first `real` rows of the reconstructed h, blocks
+// [count, q, W]. For the size of a row also `top`, the block's result, and what `rows` saw since the last one.
 template <class T, class Truth>
-void measure_drift(int64_t rows, int64_t dim, int64_t count, Truth truth, const T* h, const T* top,
-                   ReconstructionReport& report) {
+void measure_drift(int64_t real, int64_t dim, int64_t count, int64_t depth, const T* c, Truth truth, const T* h,
+                   const T* top, RowMemory<T>* rows, ReconstructionReport& report) {
   const Blocks<T> found{h, dim}, result{top, dim};
+  const double share = kPeakShare * std::sqrt(static_cast<double>(depth));
   for (int64_t b = 0; b < count; b++)
-    for (int lane = 0; lane < kLanes<T> && b * kLanes<T> + lane < rows; lane++) {
-      double error = 0, norm = kTiny<T>;
+    for (int lane = 0; lane < kLanes<T> && b * kLanes<T> + lane < real; lane++) {
+      double error = 0, norm = kTiny<T>, seen_error = 0, seen_norm = kTiny<T>;
       for (int64_t i = 0; i < dim; i++) {
-        const double x = truth(b, lane, i);
-        ReconstructionReport::keep_largest(error, std::fabs(x - found(b, lane, i)));
+        const double x = truth(b, lane, i), distance = std::fabs(x - found(b, lane, i));
+        ReconstructionReport::keep_largest(error, distance);
         ReconstructionReport::keep_largest(norm, std::fabs(x));
         ReconstructionReport::keep_largest(norm, std::fabs(result(b, lane, i)));
+        ReconstructionReport::keep_largest(seen_error, c[i] * distance);
+        ReconstructionReport::keep_largest(seen_norm, c[i] * std::fabs(x));
       }
+      ReconstructionReport::keep_largest(seen_norm, (share < 1 ? share : 1) * rows[b].peak[lane]);
       ReconstructionReport::keep_largest(report.drift, error / norm);
+      ReconstructionReport::keep_largest(report.drift, seen_error / seen_norm);
+      rows[b].peak[lane] = 0;
     }
 }
 
-// (14): |probeᵀh - what the forward saw| / |h|_2 for the first `rows` rows of the blocks h [count, q, W], whose
-// projections are `found` [count, W], by the forward `seen` [count, W].
+// (14): |directionᵀh - what the forward saw| / |c ⊙ h|_2 for the first `rows` rows of the blocks h [count, q, W],
+// whose projections are `found` [count, W], by the forward `seen` [count, W].
 template <class T>
-void measure_projection(const T* seen, const T* found, int64_t rows, int64_t count, int64_t dim, const T* h,
+void measure_projection(const T* seen, const T* found, const T* c, int64_t rows, int64_t count, int64_t dim, const T* h,
                         ReconstructionReport& report) {
   for (int64_t b = 0; b < count; b++) {
     Vec<T> squares{};
     for (int64_t i = 0; i < dim; i++) {
-      const Vec<T> x = load(h + (b * dim + i) * kLanes<T>);
+      const Vec<T> x = broadcast(c[i]) * load(h + (b * dim + i) * kLanes<T>);
       squares = fma(x, x, squares);
     }
     for (int lane = 0; lane < kLanes<T> && b * kLanes<T> + lane < rows; lane++) {
