@@ -31,7 +31,7 @@ ORDER_SLACK = 1.5
 """(3): an order whose error is within this factor of the least is as good."""
 
 RATE_MEMORY = 0.95
-"""(6): what is left of a rate ρ after the next measurement."""
+"""(7): what is left of a rate ρ after the next measurement."""
 
 PROBE_EVERY = 64
 """Steps after which the rate ρ is measured anew, before z is corrected again."""
@@ -39,20 +39,20 @@ PROBE_EVERY = 64
 MAX_EVALUATIONS = 64
 """A row that these did not settle is given up, and reported."""
 
-FIRST_LIMIT, CHANGE_LIMIT = 0.15, 0.3
-"""(8): the first change, and a later one, at which z may stay as it is, in √L units of rounding."""
+FIRST_LIMIT, CHANGE_LIMIT = 0.15, 0.25
+"""(9): the first change, and a later one, at which z may stay as it is, in √L units of rounding."""
 
-STATE_LIMIT, DRIFT_LIMIT = 0.5, 6.0
-"""(9): error of a state per step, in units of rounding: the first, and at most the second over √L."""
+STATE_LIMIT, DRIFT_LIMIT = 0.5, 4.0
+"""(10): error of a state per step, in units of rounding: the first, and at most the second over √L."""
 
 PEAK_SHARE = 0.036
-"""(13): share, times √L, of the largest state of a row that its error is compared with."""
+"""(14): share, times √L, of the largest state of a row that its error is compared with."""
 
 CHECKS = 16
 """The forward leaves projections of at most this many states, to compare the reconstructed ones with."""
 
 REPORT_SIZE = 4
-"""estimate (12), drift (13), evaluations and order per step."""
+"""estimate (13), drift (14), evaluations and order per step."""
 
 Hidden = TypeVar("Hidden")
 
@@ -107,7 +107,7 @@ class Reconstruction:
         self.order = torch.zeros(batch, 1, dtype=torch.long, device=like.device)
         self.spread = like.new_full((batch, HISTORY), -1.0)
         self.squares, self.unsettled = like.new_zeros(batch, 1), like.new_zeros(batch, 1)
-        self.peak = like.new_zeros(batch, 1)  # largest norm of a state since the last comparison (13)
+        self.peak = like.new_zeros(batch, 1)  # largest norm of a state since the last comparison
         self.evaluations, self.orders = like.new_zeros(batch, 1), like.new_zeros(batch, 1)
         self.drift = like.new_zeros(())
         self.steps = 0
@@ -127,7 +127,7 @@ class Reconstruction:
 
         evaluate(x) gives hidden values and the increment scale f_k(x); keep(rows, new, old) takes the new
         hidden values of the rows [B, 1] and the old ones of the others; correct(hidden, e) is the hidden
-        values after x changed by e (7). Without it, they are good only where the last change is small.
+        values after x changed by e (8). Without it, they are good only where the last change is small.
         """
         delta = self._predict(above)
         norm = self._norm(above).clamp_min(torch.finfo(above.dtype).tiny)
@@ -147,7 +147,7 @@ class Reconstruction:
             delta = torch.where(active, found, delta)
             size = self._norm(delta)
 
-            # (6): the rate at which changes shrink.
+            # (7): the rate at which changes shrink.
             if evaluation > 0:
                 measured = active & (change > 0)
                 seen = torch.maximum(moved / change, RATE_MEMORY * self.seen)
@@ -157,7 +157,7 @@ class Reconstruction:
                 self.age = torch.where(measured, 0, self.age)
             left = 1 - self.rate
             at_floor = moved <= self.floor * size
-            # (8): z may stay as it is; (9): it need only be corrected.
+            # (9): z may stay as it is; (10): it need only be corrected.
             near = self.rate * moved <= left * self.state_limit * norm
             if self.visible is None and evaluation < 3:  # nothing is known of f yet: to be on the safe side
                 near = at_floor
@@ -200,19 +200,19 @@ class Reconstruction:
         return state, hidden
 
     def compare(self, error: Tensor, norm: Tensor) -> None:
-        """(13), (14): the distance ``error`` of a row from what it should be, and the size of the row."""
+        """(14), (15): the distance ``error`` of a row from what it should be, and the size of the row."""
         ratio = torch.where(error == 0, 0, error / norm)
         if ratio.numel():
             self.drift = _largest(self.drift, ratio.max())
+        self.peak.zero_()
 
     def compare_state(self, found: Tensor, true: Tensor, top: Tensor) -> None:
-        """(13) at a state that is known in full."""
+        """(14) at a state that is known in full."""
         tiny = torch.finfo(true.dtype).tiny
-        norm = torch.maximum(_row_norm(true), _row_norm(top)).clamp_min(tiny)
-        self.compare(_row_norm(found - true), norm)
         seen = torch.maximum(self._norm(true), self.peak_share * self.peak).clamp_min(tiny)
         self.compare(self._norm(found - true), seen)
-        self.peak.zero_()
+        norm = torch.maximum(_row_norm(true), _row_norm(top)).clamp_min(tiny)
+        self.compare(_row_norm(found - true), norm)
 
     def report(self) -> Tensor:
         """float64 [REPORT_SIZE] on the CPU."""

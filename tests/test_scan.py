@@ -230,6 +230,20 @@ def test_autocast_is_the_same_in_the_backward(strategy: str) -> None:
     assert strategy == "adjoint" or all(torch.equal(a, b) for a, b in zip(stored, found, strict=True))
 
 
+@pytest.mark.parametrize("depth", [64, 256])
+def test_a_large_feature_does_not_hide_the_others(depth: int) -> None:
+    """No weight touches feature 0, which is 10000 times as large as the others."""
+    f, h, params = case("mlp", depth, 8)
+    h[:, 0] = 1e4
+    params["W"][:, :, 0] = 0
+    params["V"][:, 0] = 0
+    h, params = (tree_map(lambda x: x.float().double(), inputs) for inputs in (h, params))
+    truth = results(residual_scan, f, h, params, backward="store")
+    eager = errors(results(residual_scan, f, h, params, torch.float32, backward="store"), truth)
+    found = errors(results(residual_scan, f, h, params, torch.float32, backward="adjoint"), truth)
+    assert all(a <= max(2 * b, 4e-7) for a, b in zip(found, eager, strict=True)), (found, eager)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_derivatives_of_every_order_and_mode(strategy: str) -> None:
     params = {"W": smooth(3, 3, 2), "b": smooth(3, 3), "V": smooth(3, 2, 3)}
@@ -254,11 +268,12 @@ def test_function_transforms(strategy: str) -> None:
             return scan(f, h, params, backward=strategy).square().mean()
 
         gradient = torch.func.grad(loss, argnums=(0, 1))
+        _, pull = torch.func.vjp(lambda h, p: scan(f, h, p, backward=strategy), h, params)
         (y, dy), second = (
             torch.func.jvp(lambda h, p: scan(f, h, p, backward=strategy), (h, params), (dh, tangents)),
             torch.func.jvp(gradient, (h, params), (dh, tangents)),
         )
-        return [y, dy, *tree_flatten(second)[0]]
+        return [y, dy, *tree_flatten(second)[0], *tree_flatten(pull(dh))[0]]
 
     for a, b in zip(derivatives(residual_scan), derivatives(plain), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)

@@ -85,7 +85,7 @@ struct SlabScratch {
   T *z, *s, *slope, *u;  // [3, m, W]
   T *x, *f;              // [3, q, W]  adjoint
   T* visible[2];         // [q]        adjoint: visibility to the layers so far, and to one
-  T* probe;              // [q]        adjoint: direction of a check (14)
+  T* probe;              // [q]        adjoint: direction of a check (15)
   T* weights;            // a layer's, where they are widened
 };
 
@@ -252,6 +252,7 @@ class Backward {
           const T* seen = saved_check<T>(checks, p, k / check_every(p.depth) - 1, first + b);
           measure_projection(seen, scratch.x, scratch.visible[1], p.batch - (first + b) * kLanes<T>, N, p.dim, state,
                              reconstruction.report);
+          for (int j = 0; j < N; j++) tile.rows[b + j].peak = Vec<T>{};
         }
         adjoint_step<N>(weights, k, b, state);
       });

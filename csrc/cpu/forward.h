@@ -119,7 +119,7 @@ void see(const Matrix<T>& W, T* c) {
   for (int64_t i = 0; i < W.cols; i++) c[i] = c[i] < most ? c[i] / most : T(1);  // also where it is not finite
 }
 
-// The direction of (14) at a layer: probe ⊙ c, both [q].
+// The direction of (15) at a layer: probe ⊙ c, both [q].
 template <class T>
 void check_direction(const T* probe, const T* c, int64_t dim, T* direction) {
   for (int64_t i = 0; i < dim; i++) direction[i] = probe[i] * c[i];
@@ -131,7 +131,7 @@ struct ForwardScratch {
   T* z;        // a slab's hidden units
   T* weights;  // a layer's, where they are widened
   T* visible;  // [q] and
-  T* probe;    // [q] direction of a check (14), where the adjoint will compare
+  T* probe;    // [q] direction of a check (15), where the adjoint will compare
 };
 
 template <class S, class T = Compute<S>>

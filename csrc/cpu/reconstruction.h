@@ -16,18 +16,18 @@ constexpr int kMaxOrder = 6;             // of the prediction (2)
 constexpr int kHistory = kMaxOrder + 1;  // increments that are kept: one more than predict, to measure them all
 constexpr int kMeasureEvery = 4;         // steps between two measurements of the orders
 constexpr double kOrderSlack = 1.5;      // (3): an order whose error is within this factor of the least is as good
-constexpr double kRateMemory = 0.95;     // (6): what is left of a rate ρ after the next measurement
+constexpr double kRateMemory = 0.95;     // (7): what is left of a rate ρ after the next measurement
 constexpr int kProbeEvery = 64;          // steps after which ρ is measured anew, before z is corrected again
 constexpr int kMaxEvaluations = 64;      // a row that these did not settle is given up, and reported
-constexpr double kFirstLimit = 0.15;     // (8): first change at which z may stay as it is, in √L units of rounding
-constexpr double kChangeLimit = 0.3;     // (8): the same for later changes
-constexpr double kStateLimit = 0.5;      // (9): error of a state per step, in units of rounding, ..
-constexpr double kDriftLimit = 6;        // .. and at most this over √L, so that even a sum of L stays small
-constexpr double kPeakShare = 0.036;     // (13): share, times √L, of the largest state that an error is compared with
+constexpr double kFirstLimit = 0.15;     // (9): first change at which z may stay as it is, in √L units of rounding
+constexpr double kChangeLimit = 0.25;    // (9): the same for later changes
+constexpr double kStateLimit = 0.5;      // (10): error of a state per step, in units of rounding, ..
+constexpr double kDriftLimit = 4;        // .. and at most this over √L, so that even a sum of L stays small
+constexpr double kPeakShare = 0.036;     // (14): share, times √L, of the largest state that an error is compared with
 
 struct ReconstructionReport {
-  double estimate = 0;     // (12), the largest of a row
-  double drift = 0;        // (13), the largest of a row
+  double estimate = 0;     // (13), the largest of a row
+  double drift = 0;        // (14), the largest of a row
   double evaluations = 0;  // summed over rows and layers; a correction of z counts one half
   double order = 0;        // summed over rows and layers
 
@@ -54,13 +54,13 @@ constexpr float kUnit<Bfloat16> = 0x1p-15f;
 template <>
 constexpr float kUnit<Float16> = 0x1p-18f;
 
-// (8): in these units, which grow with what the rounding errors of L steps pile up to.
+// (9): in these units, which grow with what the rounding errors of L steps pile up to.
 template <class T>
 T change_unit(T unit, int64_t depth) {
   return static_cast<T>(std::sqrt(static_cast<double>(depth))) * unit;
 }
 
-// (9)
+// (10)
 template <class T>
 T state_limit(T unit, int64_t depth) {
   const double limit = kDriftLimit / std::sqrt(static_cast<double>(depth));
@@ -94,15 +94,15 @@ ODEBLOCK_INLINE Vec<T> row_norm(const T* c, int64_t dim, Entry entry) {
 // What the rows of a block carry from step to step, each one vector.
 template <class T>
 struct RowMemory {
-  Vec<T> rate;                    // ρ, (6)
+  Vec<T> rate;                    // ρ, (7)
   Vec<T> seen, doubt;             // what it is the larger of
   Vec<T> age;                     // steps since it was measured
   Vec<T> order;                   // p of the next prediction
   Vec<T> spread[kHistory];        // error of order 0, 1, .. kMaxOrder, (4); negative: not yet measured
   Vec<T> coefficient[kMaxOrder];  // of the increments above, newest first, (2)
-  Vec<T> squares;                 // Σ over steps of the squared error left, (12)
+  Vec<T> squares;                 // Σ over steps of the squared error left, (13)
   Vec<T> unsettled;               // largest error of a step that was given up
-  Vec<T> peak;                    // largest norm of a state since the last comparison (14)
+  Vec<T> peak;                    // largest norm of a state since the last comparison (14), (15)
   Vec<T> evaluations, orders;     // summed over steps
 
   void reset() {
@@ -126,7 +126,7 @@ struct Reconstruction {
   T *x, *f;                    // a slab's [N, q, W]
   T *z, *s, *slope;            // a slab's [N, m, W]
   T *visible, *visible_here;   // visibility [q]: to this layer and those above it, and to this layer alone
-  T change_unit, state_limit;  // (8) and (9) at this depth, relative
+  T change_unit, state_limit;  // (9) and (10) at this depth, relative
   ReconstructionReport report;
 
   // Before the first layer of a tile.
@@ -191,7 +191,7 @@ struct Reconstruction {
         store(f + i, select(correct[j], state - load(x + i), Vec<T>{}));
         store(h + i, state);
       }
-    if (corrections) {  // (7): z + W (h_k - x); rows that are not corrected add zero
+    if (corrections) {  // (8): z + W (h_k - x); rows that are not corrected add zero
       product<T, false, N>(weights.W, f, nullptr, T(1), z, z);
       sigma(z, N * hidden * W, s, slope);
     }
@@ -260,7 +260,7 @@ struct Reconstruction {
       memory.age = select(measured, zero, memory.age);
     }
     const bool first = evaluation == 0;
-    const Vec<T> left = one - memory.rate;  // (5): the error before the evaluation is at most change / (1 - ρ)
+    const Vec<T> left = one - memory.rate;  // (6): the error before the evaluation is at most change / (1 - ρ)
     const Vec<T> floor = broadcast(kEpsilon<T>) * delta_norm;  // rounding of f itself
     const T limit = static_cast<T>(first ? kFirstLimit : kChangeLimit) * change_unit;
     const Mask<T> good = moved <= left * broadcast(limit) * norm, at_floor = moved <= floor;
@@ -346,8 +346,8 @@ struct Blocks {
   double operator()(int64_t b, int lane, int64_t i) const { return data[(b * dim + i) * kLanes<T> + lane]; }
 };
 
-// (13) at a state that is known in full, `truth`, for the first `real` rows of the reconstructed h, blocks
-// [count, q, W]. For the size of a row also `top`, the block's result, and what `rows` saw since the last one.
+// (14) at a state that is known in full, `truth`, for the first `real` rows of the reconstructed h, blocks
+// [count, q, W]. For the size of a row also `top`, the block's result, and what `rows` saw since the last comparison.
 template <class T, class Truth>
 void measure_drift(int64_t real, int64_t dim, int64_t count, int64_t depth, const T* c, Truth truth, const T* h,
                    const T* top, RowMemory<T>* rows, ReconstructionReport& report) {
@@ -371,7 +371,7 @@ void measure_drift(int64_t real, int64_t dim, int64_t count, int64_t depth, cons
     }
 }
 
-// (14): |directionᵀh - what the forward saw| / |c ⊙ h|_2 for the first `rows` rows of the blocks h [count, q, W],
+// (15): |directionᵀh - what the forward saw| / |c ⊙ h|_2 for the first `rows` rows of the blocks h [count, q, W],
 // whose projections are `found` [count, W], by the forward `seen` [count, W].
 template <class T>
 void measure_projection(const T* seen, const T* found, const T* c, int64_t rows, int64_t count, int64_t dim, const T* h,
