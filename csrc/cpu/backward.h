@@ -5,7 +5,7 @@
 //   a <- a + Wᵀg
 //
 // for the rows of a tile before the next tile. Within a layer each thread first takes its rows through the
-// equations for u, g and a, and leaves a, s, g, h in panels; after a barrier it sums its share of dV and dW
+// equations for u, g and a, and leaves s and h in panels; after a barrier it sums its share of dV and dW
 // over all rows of the tile. No sum is ever split between threads: the result does not depend on their number.
 //
 // States h_k come from segments of K layers, run forward again from the saved h_0, h_K, .. (K = 1: every one
@@ -30,30 +30,29 @@ int64_t backward_tile_blocks(const Problem& p) {
   return blocks < all ? blocks : all;
 }
 
+// Multiply-adds a thread and layer, between two barriers, from which on a thread is worth it.
+constexpr double kWorkPerLayer = 2.5e4;
+
 template <class T>
 int backward_threads(const Problem& p) {
-  const double work = 6.0 * p.batch * p.dim * p.hidden / kWorkPerThread;  // between two barriers
+  const double work = 6.0 * p.batch * p.dim * p.hidden / kWorkPerLayer;
   int n = p.threads;
   if (n > work) n = static_cast<int>(work);
   return n < 1 ? 1 : n;
 }
 
-// a, s, g, h of all rows of a tile at one layer, regrouped for the sums over rows.
-template <class T>
-struct Panels {
-  T *a, *s, *g, *h;
-};
-
-// What a tile shares between threads. Two sets of panels: the next layer is packed while a slower thread
-// still sums this one, so one barrier per layer is enough.
+// What a tile shares between threads. One barrier per layer is enough, because the next layer has other places for
+// what a slower thread still sums: layer k reads a at k % 3 and leaves the next at (k - 1) % 3, the rest is at k % 2.
 template <class T>
 struct BackwardTile {
-  T* a;                           // [blocks, q, W]
+  T* a[3];                        // [blocks, q, W]
+  T* g[2];                        // [blocks, m, W]
+  T* s[2];                        // panels [m / W, blocks W, W]  where weights need gradients
+  T* h_panels[2];                 // panels [q / W, blocks W, W]
   T* h;                           // [blocks, q, W]            adjoint
   T* increments;                  // [kHistory, blocks, q, W]  adjoint
   RowMemory<T>* rows;             // [blocks]                  adjoint
   T* slots;                       // [slots, blocks, q, W]     checkpoint, K > 1
-  Panels<T> panels[2];            //                           where weights need gradients
   T* sums;                        // [1 or L, layer_size]      gradients of narrower types before they are rounded
   ReconstructionReport* reports;  // [threads]
 };
@@ -62,17 +61,14 @@ template <class S, class T = Compute<S>>
 BackwardTile<T> backward_tile(const Problem& p, Arena& arena) {
   const int64_t blocks = backward_tile_blocks<T>(p), rows = blocks * p.dim * kLanes<T>;
   BackwardTile<T> tile{};
-  tile.a = arena.take<T>(rows);
+  for (T*& a : tile.a) a = arena.take<T>(rows);
+  for (T*& g : tile.g) g = arena.take<T>(blocks * p.hidden * kLanes<T>);
+  for (T*& s : tile.s) s = arena.take<T>(packed_size<T>(p.hidden, blocks));
+  for (T*& h : tile.h_panels) h = arena.take<T>(packed_size<T>(p.dim, blocks));
   tile.h = arena.take<T>(p.reconstruct ? rows : 0);
   tile.increments = arena.take<T>(p.reconstruct ? kHistory * rows : 0);
   tile.rows = arena.take<RowMemory<T>>(p.reconstruct ? blocks : 0);
   tile.slots = arena.take<T>(!p.reconstruct && p.save_every > 1 ? p.slots * rows : 0);
-  for (Panels<T>& panels : tile.panels) {
-    panels.a = arena.take<T>(packed_size<T, kPanelX>(p.dim, blocks));
-    panels.s = arena.take<T>(packed_size<T, kPanelY>(p.hidden, blocks));
-    panels.g = arena.take<T>(packed_size<T, kPanelX>(p.hidden, blocks));
-    panels.h = arena.take<T>(packed_size<T, kPanelY>(p.dim, blocks));
-  }
   const bool one_tile = blocks == block_count<T>(p.batch);
   tile.sums = arena.take<T>(kWidened<S> ? (one_tile ? 1 : p.depth) * layer_size(p) : 0);
   tile.reports = arena.take<ReconstructionReport>(backward_threads<T>(p));
@@ -82,18 +78,18 @@ BackwardTile<T> backward_tile(const Problem& p, Arena& arena) {
 // What a thread needs for one slab.
 template <class T>
 struct SlabScratch {
-  T *z, *s, *slope, *u;  // [3, m, W]
-  T *x, *f;              // [3, q, W]  adjoint
-  T* visible[2];         // [q]        adjoint: visibility to the layers so far, and to one
-  T* probe;              // [q]        adjoint: direction of a check (15)
-  T* weights;            // a layer's, where they are widened
+  T *z, *s, *slope;  // [3, m, W]
+  T *x, *f;          // [3, q, W]  adjoint
+  T* visible[2];     // [q]        adjoint: visibility to the layers so far, and to one
+  T* probe;          // [q]        adjoint: direction of a check (15)
+  T* weights;        // a layer's, where they are widened
 };
 
 template <class S, class T = Compute<S>>
 SlabScratch<T> slab_scratch(const Problem& p, Arena& arena) {
   const int64_t hidden = 3 * p.hidden * kLanes<T>, rows = p.reconstruct ? 3 * p.dim * kLanes<T> : 0;
   SlabScratch<T> scratch{};
-  for (T** array : {&scratch.z, &scratch.s, &scratch.slope, &scratch.u}) *array = arena.take<T>(hidden);
+  for (T** array : {&scratch.z, &scratch.s, &scratch.slope}) *array = arena.take<T>(hidden);
   for (T** array : {&scratch.x, &scratch.f}) *array = arena.take<T>(rows);
   for (T** array : {&scratch.visible[0], &scratch.visible[1], &scratch.probe})
     *array = arena.take<T>(p.reconstruct ? p.dim : 0);
@@ -139,6 +135,7 @@ class Backward {
         t(thread),
         n(threads),
         scale(static_cast<T>(problem.scale)),
+        few(few_rows<T>(problem)),
         block(p.dim * kLanes<T>) {
     sigma = with_activation(p.activation, [](auto a) -> Activate<T> { return activate<T, decltype(a)>; });
     sigma_slope =
@@ -155,13 +152,14 @@ class Backward {
       if (first > 0) barrier.wait(n);
       count = first + size < all ? size : all - first;
       mine = part(count, t, n);
-      T* a = tile.a + mine.begin * block;
-      load_blocks(static_cast<const S*>(p.grad), p.batch, p.dim, first + mine.begin, mine.end - mine.begin, a);
+      const int64_t begin = first + mine.begin, mine_count = mine.end - mine.begin, at = mine.begin * block;
+      T* a = tile.a[(p.depth - 1) % 3] + at;
+      load_blocks(static_cast<const S*>(p.grad), p.batch, p.dim, begin, mine_count, a);
       if (p.reconstruct)
         sweep_reconstructed();
       else
         sweep_saved();
-      store_blocks(a, p.batch, p.dim, first + mine.begin, mine.end - mine.begin, static_cast<S*>(p.dh));
+      store_blocks(tile.a[2] + at, p.batch, p.dim, begin, mine_count, static_cast<S*>(p.dh));
     }
     if (p.reconstruct) merge_reports();
   }
@@ -190,12 +188,13 @@ class Backward {
       run_forward(k == bottom ? h : slot(taken + k - bottom - 1), k, slot(taken + k - bottom));
     for (int64_t k = top - 1; k >= bottom; k--) {
       const T* state = k == bottom ? h : slot(taken + k - bottom - 1);
-      const Layer<T> weights = layer<S>(p, k, scratch.weights);
+      Layer<T> weights = layer<S>(p, k, -1, scratch.weights);
       for_slabs(mine.begin, mine.end, [&](int64_t b, auto width) {
         constexpr int N = decltype(width)::value;
-        product<T, false, N>(weights.W, state + b * block, weights.hidden_bias, T(1), nullptr, scratch.z);
+        product<T, false, N>(weights.W, state + b * block, weights.hidden_bias, T(1), nullptr, scratch.z, few);
         sigma_slope(scratch.z, N * p.hidden * kLanes<T>, scratch.s, scratch.slope);
         adjoint_step<N>(weights, k, b, state + b * block);
+        weights.V.next = weights.W.next = nullptr;
       });
       weight_gradients(k);
     }
@@ -205,9 +204,10 @@ class Backward {
 
   // Layer k of this thread's rows; next may be h.
   void run_forward(const T* h, int64_t k, T* next) {
-    const Layer<T> weights = layer<S>(p, k, scratch.weights);
+    Layer<T> weights = layer<S>(p, k, 1, scratch.weights);
     for_slabs(mine.begin, mine.end, [&](int64_t b, auto width) {
-      step<T, decltype(width)::value>(weights, sigma, scale, h + b * block, scratch.z, next + b * block);
+      step<T, decltype(width)::value>(weights, sigma, scale, h + b * block, scratch.z, next + b * block, few);
+      weights.V.next = weights.W.next = nullptr;
     });
   }
 
@@ -232,13 +232,14 @@ class Backward {
                                         scratch.slope,
                                         scratch.visible[0],
                                         scratch.visible[1],
+                                        few,
                                         change_unit<T>(kUnit<S>, p.depth),
                                         state_limit<T>(kUnit<S>, p.depth),
                                         report};
     reconstruction.reset(mine.begin, mine.end, p.dim);
     const Matrix<T> direction = {scratch.probe, 1, p.dim};
     for (int64_t k = p.depth - 1; k >= 0; k--) {
-      const Layer<T> weights = layer<S>(p, k, scratch.weights);
+      Layer<T> weights = layer<S>(p, k, -1, scratch.weights);
       const bool check = k > 0 && k % check_every(p.depth) == 0;
       reconstruction.enter(weights.W);
       if (check) check_direction(static_cast<const T*>(p.probe), scratch.visible[1], p.dim, scratch.probe);
@@ -247,6 +248,7 @@ class Backward {
         T* state = tile.h + b * block;
         reconstruction.template solve<N>(weights, sigma_slope, smooth, scale, p.batch - (first + b) * kLanes<T>,
                                          p.depth - 1 - k, b, state);
+        weights.V.next = weights.W.next = nullptr;
         if (check) {
           product<T, false, N>(direction, state, nullptr, T(1), nullptr, scratch.x);
           const T* seen = saved_check<T>(checks, p, k / check_every(p.depth) - 1, first + b);
@@ -273,59 +275,52 @@ class Backward {
   }
 
   // The equations above for one slab of N blocks, the b-th of the tile, at the state h, with s and sigma'(z) in
-  // the scratch; leaves its panels.
+  // the scratch; leaves g and its panels.
   template <int N>
   void adjoint_step(const Layer<T>& weights, int64_t k, int64_t b, const T* h) {
     constexpr int W = kLanes<T>;
-    T* a = tile.a + b * block;
-    T *s = scratch.s, *g = scratch.u;
-    product<T, true, N>({weights.V.data, p.hidden, p.dim}, a, nullptr, scale, nullptr, g);
+    const T *a = tile.a[k % 3] + b * block, *s = scratch.s;
+    T *g = tile.g[k % 2] + b * p.hidden * W, *next = tile.a[(k + 2) % 3] + b * block;
+    product<T, true, N>(weights.V.transposed(), a, nullptr, scale, nullptr, g, few);
     for (int64_t i = 0; i < N * p.hidden * W; i += W) store(g + i, load(g + i) * load(scratch.slope + i));
-    if (p.dV) {
-      const Panels<T>& panels = tile.panels[k % 2];
-      for (int j = 0; j < N; j++) {
-        pack<T, kPanelX>(a + j * block, p.dim, b + j, count, panels.a);
-        pack<T, kPanelY>(s + j * p.hidden * W, p.hidden, b + j, count, panels.s);
-        pack<T, kPanelX>(g + j * p.hidden * W, p.hidden, b + j, count, panels.g);
-        pack<T, kPanelY>(h + j * block, p.dim, b + j, count, panels.h);
-      }
+    for (int j = 0; p.dV && j < N; j++) {
+      pack(s + j * p.hidden * W, p.hidden, b + j, count, tile.s[k % 2]);
+      pack(h + j * block, p.dim, b + j, count, tile.h_panels[k % 2]);
     }
-    product<T, true, N>({weights.W.data, p.dim, p.hidden}, g, nullptr, T(1), a, a);
+    product<T, true, N>({weights.W.data, p.dim, p.hidden}, g, nullptr, T(1), a, next, few);
   }
 
   // This thread's share of the sums over the rows of the tile.
   void weight_gradients(int64_t k) {
     if (!p.dV) return;
     barrier.wait(n);
-    const Panels<T>& panels = tile.panels[k % 2];
+    const T *a = tile.a[k % 3], *g = tile.g[k % 2], *s = tile.s[k % 2], *h = tile.h_panels[k % 2];
     const bool accumulate = first > 0, last = first + count == block_count<T>(p.batch);
-    const Range output = part((p.dim + kPanelX - 1) / kPanelX, t, n);
-    const Range hidden = part((p.hidden + kPanelX - 1) / kPanelX, t, n);
+    const int64_t rows = last ? p.batch - first * kLanes<T> : count * kLanes<T>;
+    const Range output = part(p.dim, t, n), hidden = part(p.hidden, t, n);
     T* sums = tile.sums + (first == 0 && last ? 0 : k * layer_size(p));  // dV, dW and the biases', if narrowed
 
-    // Calls sum(where to) for this thread's rows of a gradient [rows, cols] of layer k, the `panels` of it.
-    const auto gradient = [&](void* array, Range panels, int64_t rows, int64_t cols, auto sum) {
+    // Calls sum(where to) for this thread's `range` of a gradient [size, cols] of layer k.
+    const auto gradient = [&](void* array, Range range, int64_t size, int64_t cols, auto sum) {
       if (!array) return;
-      S* stored = static_cast<S*>(array) + k * rows * cols;
+      S* stored = static_cast<S*>(array) + k * size * cols;
       if constexpr (kWidened<S>) {
         sum(sums);
-        const int64_t begin = panels.begin * kPanelX, end = panels.end * kPanelX < rows ? panels.end * kPanelX : rows;
-        if (last && begin < end) narrow(sums + begin * cols, (end - begin) * cols, stored + begin * cols);
-        sums += rows * cols;
+        if (last && range.begin < range.end)
+          narrow(sums + range.begin * cols, (range.end - range.begin) * cols, stored + range.begin * cols);
+        sums += size * cols;
       } else {
         sum(stored);
       }
     };
-    gradient(p.dV, output, p.dim, p.hidden, [&](T* out) {
-      outer_product(panels.a, p.dim, output.begin, output.end, panels.s, p.hidden, count, scale, accumulate, out);
-    });
-    gradient(p.dW, hidden, p.hidden, p.dim, [&](T* out) {
-      outer_product(panels.g, p.hidden, hidden.begin, hidden.end, panels.h, p.dim, count, T(1), accumulate, out);
-    });
+    gradient(p.dV, output, p.dim, p.hidden,
+             [&](T* out) { outer_product(a, p.dim, output, s, p.hidden, count, rows, scale, accumulate, out); });
+    gradient(p.dW, hidden, p.hidden, p.dim,
+             [&](T* out) { outer_product(g, p.hidden, hidden, h, p.dim, count, rows, T(1), accumulate, out); });
     gradient(p.dhidden_bias, hidden, p.hidden, 1,
-             [&](T* out) { row_sum(panels.g, p.hidden, hidden.begin, hidden.end, count, T(1), accumulate, out); });
+             [&](T* out) { row_sum(g, p.hidden, hidden, rows, T(1), accumulate, out); });
     gradient(p.doutput_bias, output, p.dim, 1,
-             [&](T* out) { row_sum(panels.a, p.dim, output.begin, output.end, count, scale, accumulate, out); });
+             [&](T* out) { row_sum(a, p.dim, output, rows, scale, accumulate, out); });
   }
 
   void merge_reports() {
@@ -344,6 +339,7 @@ class Backward {
   Barrier& barrier;
   const int t, n;  // this thread, of how many
   const T scale;
+  const int64_t few;    // see product
   const int64_t block;  // elements of a block of states
   Activate<T> sigma;
   ActivateSlope<T> sigma_slope;

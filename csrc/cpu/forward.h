@@ -38,6 +38,12 @@ int forward_threads(const Problem& p) {
   return n < 1 ? 1 : static_cast<int>(n);
 }
 
+// Of the one block of a batch that has so few, else 0.
+template <class T>
+ODEBLOCK_INLINE int64_t few_rows(const Problem& p) {
+  return p.batch <= kFewRows<T> ? p.batch : 0;
+}
+
 // The weights of one layer.
 template <class T>
 struct Layer {
@@ -70,6 +76,16 @@ Layer<T> layer(const Problem& p, int64_t k, T* scratch) {
   return {{V, p.dim, p.hidden}, {W, p.hidden, p.dim}, hidden_bias, output_bias};
 }
 
+// The same, and the layer k + direction is fetched into the cache by its first products: those of the first slab,
+// after which next is to be set to null.
+template <class S, class T = Compute<S>>
+Layer<T> layer(const Problem& p, int64_t k, int64_t direction, T* scratch) {
+  Layer<T> weights = layer<S>(p, k, scratch);
+  if (!kWidened<S> && k + direction >= 0 && k + direction < p.depth)
+    for (Matrix<T>* A : {&weights.V, &weights.W}) A->next = A->data + direction * p.dim * p.hidden;
+  return weights;
+}
+
 // Saved state number n of block b: [q, W].
 template <class T, class Pointer>
 ODEBLOCK_INLINE Pointer saved_state(Pointer states, const Problem& p, int64_t n, int64_t b) {
@@ -94,12 +110,12 @@ ODEBLOCK_INLINE void copy(const T* from, int64_t count, T* to) {
 }
 
 // next = h + scale (V sigma(W h + hidden_bias) + output_bias) for a slab of N blocks; next may be h.
-// z: scratch of N blocks of m features.
+// z: scratch of N blocks of m features. few: see product.
 template <class T, int N>
-ODEBLOCK_INLINE void step(const Layer<T>& layer, Activate<T> sigma, T scale, const T* h, T* z, T* next) {
-  product<T, false, N>(layer.W, h, layer.hidden_bias, T(1), nullptr, z);
+ODEBLOCK_INLINE void step(const Layer<T>& layer, Activate<T> sigma, T scale, const T* h, T* z, T* next, int64_t few) {
+  product<T, false, N>(layer.W, h, layer.hidden_bias, T(1), nullptr, z, few);
   sigma(z, N * layer.W.rows * kLanes<T>, z);
-  product<T, false, N>(layer.V, z, layer.output_bias, scale, h, next);
+  product<T, false, N>(layer.V, z, layer.output_bias, scale, h, next, few);
 }
 
 template <class T>
@@ -155,9 +171,10 @@ void forward_tile(const ForwardProblem& p, Activate<T> sigma, const ForwardScrat
   T *states = static_cast<T*>(p.states), *checks = static_cast<T*>(p.checks);
   const Matrix<T> direction = {scratch.probe, 1, p.dim};
   load_blocks(static_cast<const S*>(p.h), p.batch, p.dim, first, count, scratch.h);
+  const int64_t few = few_rows<T>(p);
   int64_t saved = 0, checked = 0;
   for (int64_t k = 0; k < p.depth; k++) {
-    const Layer<T> weights = layer<S>(p, k, scratch.weights);
+    Layer<T> weights = layer<S>(p, k, 1, scratch.weights);
     const bool save = p.save_every && k % p.save_every == 0 && (k > 0 || !p.reconstruct);
     const bool check = p.reconstruct && k > 0 && k % check_every(p.depth) == 0;
     if (check) {
@@ -170,7 +187,8 @@ void forward_tile(const ForwardProblem& p, Activate<T> sigma, const ForwardScrat
       if (save) copy(h, N * block, saved_state<T>(states, p, saved, first + b));
       if (check)
         product<T, false, N>(direction, h, nullptr, T(1), nullptr, saved_check<T>(checks, p, checked, first + b));
-      step<T, N>(weights, sigma, static_cast<T>(p.scale), h, scratch.z, h);
+      step<T, N>(weights, sigma, static_cast<T>(p.scale), h, scratch.z, h, few);
+      weights.V.next = weights.W.next = nullptr;
     });
     saved += save;
     checked += check;

@@ -126,6 +126,7 @@ struct Reconstruction {
   T *x, *f;                    // a slab's [N, q, W]
   T *z, *s, *slope;            // a slab's [N, m, W]
   T *visible, *visible_here;   // visibility [q]: to this layer and those above it, and to this layer alone
+  int64_t few;                 // see product
   T change_unit, state_limit;  // (9) and (10) at this depth, relative
   ReconstructionReport report;
 
@@ -171,9 +172,9 @@ struct Reconstruction {
           const Vec<T> next = load(h + i) - load(delta + i);
           store(x + i, evaluation == 0 ? next : select(active[j], next, load(x + i)));
         }
-      product<T, false, N>(weights.W, x, weights.hidden_bias, T(1), nullptr, z);
+      product<T, false, N>(weights.W, x, weights.hidden_bias, T(1), nullptr, z, few);
       sigma(z, N * hidden * W, s, slope);
-      product<T, false, N>(weights.V, s, weights.output_bias, scale, nullptr, f);
+      product<T, false, N>(weights.V, s, weights.output_bias, scale, nullptr, f, few);
       unsettled = false;
       for (int j = 0; j < N; j++) {
         memory[j].evaluations += select(active[j], broadcast(T(1)), Vec<T>{});
@@ -192,7 +193,7 @@ struct Reconstruction {
         store(h + i, state);
       }
     if (corrections) {  // (8): z + W (h_k - x); rows that are not corrected add zero
-      product<T, false, N>(weights.W, f, nullptr, T(1), z, z);
+      product<T, false, N>(weights.W, f, nullptr, T(1), z, z, few);
       sigma(z, N * hidden * W, s, slope);
     }
     for (int j = 0; j < N; j++) {

@@ -105,48 +105,44 @@ ODEBLOCK_INLINE VecD fma(VecD a, VecD b, VecD c) { return a * b + c; }
 ODEBLOCK_INLINE VecF select(MaskF mask, VecF a, VecF b) { return mask ? a : b; }
 ODEBLOCK_INLINE VecD select(MaskD mask, VecD a, VecD b) { return mask ? a : b; }
 
+// Lanes of a and b, of which the mask names one for each lane: of a from 0, of b from W.
+template <class V, class M>
+ODEBLOCK_INLINE V shuffle(V a, V b, M lanes) {
+#ifdef __clang__
+  constexpr int W = sizeof(V) / sizeof(a[0]);
+  V found{};
+  for (int i = 0; i < W; i++) found[i] = lanes[i] < W ? a[lanes[i]] : b[lanes[i] - W];
+  return found;
+#else
+  return __builtin_shuffle(a, b, lanes);
+#endif
+}
+
 ODEBLOCK_INLINE VecF abs(VecF x) { return (VecF)((MaskF)x & 0x7fffffff); }
 ODEBLOCK_INLINE VecD abs(VecD x) { return (VecD)((MaskD)x & 0x7fffffffffffffff); }
 
-// The four sums over lanes of a, b, c, d, to out[0..3].
-#if ODEBLOCK_VECTOR_BYTES >= 32  // __m256 is Vec<float> itself with 32 bytes, half of it with 64
-ODEBLOCK_INLINE void sum_lanes(__m256 a, __m256 b, __m256 c, __m256 d, float* out) {
-  const __m256 ab = _mm256_hadd_ps(a, b), cd = _mm256_hadd_ps(c, d);
-  const __m256 s = _mm256_hadd_ps(ab, cd);
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+// W vectors as the rows of a square matrix, turned into its columns: bit by bit of the lane's number, the halves that
+// lie across the diagonal change places.
+template <class T>
+ODEBLOCK_INLINE void transpose(Vec<T> (&v)[kLanes<T>]) {
+  constexpr int W = kLanes<T>;
+#pragma GCC unroll 4
+  for (int d = W / 2; d > 0; d /= 2) {
+    Mask<T> low{}, high{};
+#pragma GCC unroll 16
+    for (int lane = 0; lane < W; lane++) {
+      low[lane] = lane & d ? W + lane - d : lane;  // lanes of the second operand count from W
+      high[lane] = lane & d ? W + lane : lane + d;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++)
+      if (!(i & d)) {
+        const Vec<T> a = v[i], b = v[i + d];
+        v[i] = shuffle(a, b, low);
+        v[i + d] = shuffle(a, b, high);
+      }
+  }
 }
-ODEBLOCK_INLINE void sum_lanes(__m256d a, __m256d b, __m256d c, __m256d d, double* out) {
-  const __m256d ab = _mm256_hadd_pd(a, b), cd = _mm256_hadd_pd(c, d);
-  const __m256d low = _mm256_permute2f128_pd(ab, cd, 0x20), high = _mm256_permute2f128_pd(ab, cd, 0x31);
-  _mm256_storeu_pd(out, _mm256_add_pd(low, high));
-}
-#endif
-#if ODEBLOCK_VECTOR_BYTES == 64
-// Of the extractions only the masked ones are free of GCC 12's false warning about an uninitialised operand.
-ODEBLOCK_INLINE __m256 sum_halves(VecF x) {
-  return _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, (__m512)x, 0),
-                       _mm512_maskz_extractf32x8_ps(0xff, (__m512)x, 1));
-}
-ODEBLOCK_INLINE __m256d sum_halves(VecD x) {
-  return _mm256_add_pd(_mm512_maskz_extractf64x4_pd(0xf, (__m512d)x, 0),
-                       _mm512_maskz_extractf64x4_pd(0xf, (__m512d)x, 1));
-}
-ODEBLOCK_INLINE void sum_lanes(VecF a, VecF b, VecF c, VecF d, float* out) {
-  sum_lanes(sum_halves(a), sum_halves(b), sum_halves(c), sum_halves(d), out);
-}
-ODEBLOCK_INLINE void sum_lanes(VecD a, VecD b, VecD c, VecD d, double* out) {
-  sum_lanes(sum_halves(a), sum_halves(b), sum_halves(c), sum_halves(d), out);
-}
-#elif ODEBLOCK_VECTOR_BYTES == 16
-ODEBLOCK_INLINE void sum_lanes(VecF a, VecF b, VecF c, VecF d, float* out) {
-  const VecF v[4] = {a, b, c, d};
-  for (int i = 0; i < 4; i++) out[i] = (v[i][0] + v[i][1]) + (v[i][2] + v[i][3]);
-}
-ODEBLOCK_INLINE void sum_lanes(VecD a, VecD b, VecD c, VecD d, double* out) {
-  const VecD v[4] = {a, b, c, d};
-  for (int i = 0; i < 4; i++) out[i] = v[i][0] + v[i][1];
-}
-#endif
 
 }  // namespace
 }  // namespace odeblock

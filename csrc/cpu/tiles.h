@@ -81,7 +81,16 @@ template <class T>
 struct Matrix {
   const T* data;
   int64_t rows, cols;
+  const T* next = nullptr;  // what will be needed in its place at the next layer, to be fetched meanwhile; or null
+
+  Matrix transposed() const { return {data, cols, rows, next}; }
 };
+
+// Asks for `count` elements to be brought into the L2 cache, `from` on.
+template <class T>
+ODEBLOCK_INLINE void prefetch(const T* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(from + i, 0, 2);
+}
 
 // A sum over features is taken in runs of this many terms, and the runs are added up: rounding then grows like
 // the square root of a run and of their number, not of the number of features, for one addition more in 32.
@@ -128,13 +137,107 @@ ODEBLOCK_INLINE void product_rows(const Matrix<T>& A, int64_t i, const T* x, con
     }
 }
 
+// A batch of at most this many rows fills so little of a vector that products vectorise over features instead.
+template <class T>
+constexpr int kFewRows = kLanes<T> / 2 < 4 ? kLanes<T> / 2 : 4;
+
+// Of the vector at p the first `count` entries, at most W; the others are 0.
+template <class T>
+ODEBLOCK_INLINE Vec<T> load_part(const T* p, int64_t count) {
+  if (count == kLanes<T>) return load(p);
+  Vec<T> v{};
+  for (int lane = 0; lane < count; lane++) v[lane] = p[lane];
+  return v;
+}
+
+// Columns begin .. begin+W-1 of the rows i .. i+W-1 of A, one vector each; what lies beyond A is 0.
+template <class T, bool kTransposed>
+ODEBLOCK_INLINE void load_columns(const Matrix<T>& A, int64_t i, int64_t begin, Vec<T> (&columns)[kLanes<T>]) {
+  constexpr int W = kLanes<T>;
+  const int64_t rows = A.rows - i, cols = A.cols - begin;
+  const int64_t step = kTransposed ? A.rows : A.cols;  // between the vectors that lie in memory
+  const T* a = kTransposed ? A.data + begin * step + i : A.data + i * step + begin;
+  if (rows >= W && cols >= W) {
+#pragma GCC unroll 16
+    for (int c = 0; c < W; c++) columns[c] = load(a + c * step);
+  } else {
+    const int64_t vectors = kTransposed ? cols : rows, entries = kTransposed ? rows : cols;
+    for (int c = 0; c < W; c++)
+      columns[c] = c < vectors ? load_part(a + c * step, entries < W ? entries : W) : Vec<T>{};
+  }
+  if (!kTransposed) transpose<T>(columns);
+}
+
+// Features i .. i+GW-1 of product_few. Several vectors of them, so that their sums do not wait for each other.
+template <class T, bool kTransposed, int R, int G>
+ODEBLOCK_INLINE void product_few_rows(const Matrix<T>& A, int64_t i, const T* x, const T* bias, T scale, const T* base,
+                                      T* out) {
+  constexpr int W = kLanes<T>;
+  Vec<T> total[G][R] = {};
+  for (int64_t begin = 0; begin < A.cols; begin += kRun) {
+    const int64_t end = begin + kRun < A.cols ? begin + kRun : A.cols;
+    Vec<T> sum[G][R] = {};
+    for (int64_t k = begin; k < end; k += W) {
+      const int count = end - k < W ? static_cast<int>(end - k) : W;
+      if (A.next) prefetch(A.next + i * A.cols + k * G * W, G * W * count);
+#pragma GCC unroll 4
+      for (int g = 0; g < G; g++) {
+        Vec<T> columns[W];
+        load_columns<T, kTransposed>(A, i + g * W, k, columns);
+#pragma GCC unroll 16
+        for (int c = 0; c < W; c++) {
+          if (c == count) break;
+#pragma GCC unroll 4
+          for (int r = 0; r < R; r++) sum[g][r] = fma(columns[c], broadcast(x[(k + c) * W + r]), sum[g][r]);
+        }
+      }
+    }
+    for (int g = 0; g < G; g++)
+      for (int r = 0; r < R; r++) total[g][r] = begin == 0 ? sum[g][r] : total[g][r] + sum[g][r];
+  }
+#pragma GCC unroll 4
+  for (int g = 0; g < G; g++) {
+    const int64_t first = i + g * W, left = A.rows - first < W ? A.rows - first : W;
+    for (int r = 0; bias && r < R; r++) total[g][r] += load_part(bias + first, left);
+    for (int64_t c = 0; c < left; c++) {
+      Vec<T> y{};
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) y[r] = total[g][r][c];
+      const int64_t at = (first + c) * W;
+      store(out + at, base ? fma(broadcast(scale), y, load(base + at)) : broadcast(scale) * y);
+    }
+  }
+}
+
+// product() for one block of which R rows are real: the same operations in the same order for each of them. The other
+// rows of out become 0, or what they are in base.
+template <class T, bool kTransposed, int R>
+ODEBLOCK_NOINLINE void product_few(Matrix<T> A, const T* x, const T* bias, T scale, const T* base, T* out) {
+  constexpr int W = kLanes<T>, G = 4 / R;
+  int64_t i = 0;
+  for (; i + G * W <= A.rows; i += G * W) product_few_rows<T, kTransposed, R, G>(A, i, x, bias, scale, base, out);
+  for (; i < A.rows; i += W) product_few_rows<T, kTransposed, R, 1>(A, i, x, bias, scale, base, out);
+}
+
 // out = base + scale (bias + A x). x: N blocks of A.cols features; base and out: N blocks of A.rows features.
-// base may be null (0) or out itself; bias [A.rows] may be null.
+// base may be null (0) or out itself; bias [A.rows] may be null. few: 0, or the rows of the one block that are
+// real, where that is at most kFewRows<T>.
 template <class T, bool kTransposed, int N>
-ODEBLOCK_NOINLINE void product(Matrix<T> A, const T* x, const T* bias, T scale, const T* base, T* out) {
+ODEBLOCK_NOINLINE void product(Matrix<T> A, const T* x, const T* bias, T scale, const T* base, T* out,
+                               int64_t few = 0) {
+  if constexpr (N == 1) {
+    constexpr int most = kFewRows<T>;
+    if (few == 1) return product_few<T, kTransposed, 1>(A, x, bias, scale, base, out);
+    if (few == 2) return product_few < T, kTransposed, most<2 ? most : 2>(A, x, bias, scale, base, out);
+    if (few == 3) return product_few < T, kTransposed, most<3 ? most : 3>(A, x, bias, scale, base, out);
+    if (few == 4) return product_few < T, kTransposed, most<4 ? most : 4>(A, x, bias, scale, base, out);
+  }
   constexpr int M = ODEBLOCK_SUM_REGISTERS / N < 8 ? ODEBLOCK_SUM_REGISTERS / N : 8;
   int64_t i = 0;
-  for (; i + M <= A.rows; i += M) product_rows<T, kTransposed, N, M>(A, i, x, bias, scale, base, out);
+  for (; i + M <= A.rows; i += M) {
+    if (A.next) prefetch(A.next + i * A.cols, M * A.cols);
+    product_rows<T, kTransposed, N, M>(A, i, x, bias, scale, base, out);
+  }
   for (; i + 2 <= A.rows; i += 2) product_rows<T, kTransposed, N, 2>(A, i, x, bias, scale, base, out);
   for (; i < A.rows; i++) product_rows<T, kTransposed, N, 1>(A, i, x, bias, scale, base, out);
 }
@@ -161,74 +264,123 @@ ODEBLOCK_NOINLINE void activate_slope(const T* z, int64_t count, T* s, T* slope)
   }
 }
 
-// Sums over rows. Two arrays of rows, x [features_x] and y [features_y], are regrouped into panels of P
-// features over all blocks of a tile, [panel][block][P][W], so that the sums stream through memory; the last
-// panel is filled up with zeros.
-constexpr int kPanelX = 3, kPanelY = 4;  // 12 sums, 3 vectors of x; y is read from memory
+// Sums over rows, Σ x_i y_j, vectorise over the features of y: no sum over lanes is left at the end, so that a
+// few rows are summed as fast as many. y is regrouped into panels one vector of features wide,
+// [panel][row of the tile][W]; the last is filled up with zeros. x is read where it lies, in blocks.
+constexpr int64_t kRowRun = 128;  // rows that are summed in registers, and stay in the L1 cache meanwhile
 
-template <class T, int P>
+template <class T>
 void pack(const T* block, int64_t features, int64_t index, int64_t blocks, T* panels) {
   constexpr int W = kLanes<T>;
-  for (int64_t i = 0; i < features; i += P) {
-    T* panel = panels + (i * blocks + index * P) * W;
-    for (int p = 0; p < P; p++) store(panel + p * W, i + p < features ? load(block + (i + p) * W) : Vec<T>{});
+  for (int64_t i = 0; i < features; i += W) {
+    Vec<T> v[W];
+#pragma GCC unroll 16
+    for (int c = 0; c < W; c++) v[c] = i + c < features ? load(block + (i + c) * W) : Vec<T>{};
+    transpose<T>(v);
+    T* panel = panels + (i * blocks + index * W) * W;
+#pragma GCC unroll 16
+    for (int c = 0; c < W; c++) store(panel + c * W, v[c]);
   }
 }
 
-// Elements of `blocks` blocks in panels of P features.
-template <class T, int P>
+// Elements of `blocks` blocks in panels.
+template <class T>
 ODEBLOCK_INLINE int64_t packed_size(int64_t features, int64_t blocks) {
-  return (features + P - 1) / P * P * blocks * kLanes<T>;
+  return (features + kLanes<T> - 1) / kLanes<T> * kLanes<T> * blocks * kLanes<T>;
 }
 
-// out[i][j] (+)= scale Σ_rows x_i y_j for the features i of the panels [first, last) of x and all j;
-// out [features_x, features_y]. The sum runs over the blocks in their order, then over the lanes.
-template <class T>
-ODEBLOCK_NOINLINE void outer_product(const T* x, int64_t features_x, int64_t first, int64_t last, const T* y,
-                                     int64_t features_y, int64_t blocks, T scale, bool accumulate, T* out) {
+// Adds to M rows of out the sums over the rows [first, last) of the features of x from the i-th on and of N panels
+// of y from the j-th feature on.
+template <class T, int N, int M>
+ODEBLOCK_INLINE void outer_rows(const T* x, int64_t features_x, int64_t i, const T* y, int64_t features_y, int64_t j,
+                                int64_t blocks, int64_t first, int64_t last, T scale, bool accumulate, T* out) {
   constexpr int W = kLanes<T>;
-  for (int64_t j = 0; j < features_y; j += kPanelY)
-    for (int64_t panel = first; panel < last; panel++) {
-      const int64_t i = panel * kPanelX;
-      const T *px = x + i * blocks * W, *py = y + j * blocks * W;
-      Vec<T> sum[kPanelX][kPanelY] = {};
-      for (int64_t b = 0; b < blocks; b++, px += kPanelX * W, py += kPanelY * W) {
-        const Vec<T> x0 = load(px), x1 = load(px + W), x2 = load(px + 2 * W);
-#pragma GCC unroll 4
-        for (int c = 0; c < kPanelY; c++) {
-          const Vec<T> yc = load(py + c * W);
-          sum[0][c] = fma(x0, yc, sum[0][c]);
-          sum[1][c] = fma(x1, yc, sum[1][c]);
-          sum[2][c] = fma(x2, yc, sum[2][c]);
-        }
-      }
-      T total[kPanelX][kPanelY];
+  const int64_t panel = blocks * W * W;
+  const T* py = y + j * blocks * W;
+  Vec<T> sum[M][N] = {};
+  for (int64_t begin = first; begin < last; begin += W) {  // a block
+    const T* px = x + (begin * features_x + i * W);
+    const int rows = last - begin < W ? static_cast<int>(last - begin) : W;
+    for (int row = 0; row < rows; row++) {
+      Vec<T> yr[N];
 #pragma GCC unroll 3
-      for (int r = 0; r < kPanelX; r++) sum_lanes(sum[r][0], sum[r][1], sum[r][2], sum[r][3], total[r]);
-      for (int r = 0; r < kPanelX && i + r < features_x; r++) {
-        T* row = out + (i + r) * features_y + j;
-        for (int c = 0; c < kPanelY && j + c < features_y; c++)
-          row[c] = scale * total[r][c] + (accumulate ? row[c] : T(0));
+      for (int c = 0; c < N; c++) yr[c] = load(py + c * panel + (begin + row) * W);
+#pragma GCC unroll 8
+      for (int r = 0; r < M; r++) {
+        const Vec<T> xr = broadcast(px[r * W + row]);
+#pragma GCC unroll 3
+        for (int c = 0; c < N; c++) sum[r][c] = fma(xr, yr[c], sum[r][c]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < M; r++)
+#pragma GCC unroll 3
+    for (int c = 0; c < N; c++) {
+      T* to = out + (i + r) * features_y + j + c * W;
+      const int64_t left = features_y - j - c * W;
+      const Vec<T> part = broadcast(scale) * sum[r][c];
+      if (left >= W) {
+        store(to, accumulate ? part + load(to) : part);
+      } else {
+        for (int64_t lane = 0; lane < left; lane++) to[lane] = accumulate ? part[lane] + to[lane] : part[lane];
       }
     }
 }
 
-// out[i] (+)= scale Σ_rows x_i, for the features of the panels [first, last) of x.
+template <class T, int N>
+ODEBLOCK_NOINLINE void outer_panels(const T* x, int64_t features_x, Range range, const T* y, int64_t features_y,
+                                    int64_t j, int64_t blocks, int64_t first, int64_t last, T scale, bool accumulate,
+                                    T* out) {
+  constexpr int M = ODEBLOCK_SUM_REGISTERS / N < 8 ? ODEBLOCK_SUM_REGISTERS / N : 8;
+  const auto rows = [&](int64_t i, auto count) {
+    outer_rows<T, N, decltype(count)::value>(x, features_x, i, y, features_y, j, blocks, first, last, scale, accumulate,
+                                             out);
+  };
+  int64_t i = range.begin;
+  for (; i + M <= range.end; i += M) rows(i, Width<M>());
+  for (; i + 2 <= range.end; i += 2) rows(i, Width<2>());
+  for (; i < range.end; i++) rows(i, Width<1>());
+}
+
+// out[i][j] (+)= scale Σ x_i y_j over the first `rows` rows, for the features i in `range` and all j; x: blocks of
+// features_x, y: panels of features_y; out [features_x, features_y]. Every sum runs in the order of the rows.
 template <class T>
-void row_sum(const T* x, int64_t features, int64_t first, int64_t last, int64_t blocks, T scale, bool accumulate,
-             T* out) {
+void outer_product(const T* x, int64_t features_x, Range range, const T* y, int64_t features_y, int64_t blocks,
+                   int64_t rows, T scale, bool accumulate, T* out) {
   constexpr int W = kLanes<T>;
-  for (int64_t panel = first; panel < last; panel++) {
-    const T* px = x + panel * kPanelX * blocks * W;
-    Vec<T> sum[kPanelX] = {};
-    for (int64_t b = 0; b < blocks; b++, px += kPanelX * W)
-      for (int r = 0; r < kPanelX; r++) sum[r] += load(px + r * W);
-    T total[4];
-    sum_lanes(sum[0], sum[1], sum[2], Vec<T>{}, total);
-    for (int r = 0; r < kPanelX && panel * kPanelX + r < features; r++) {
-      T& value = out[panel * kPanelX + r];
-      value = scale * total[r] + (accumulate ? value : T(0));
+  for (int64_t first = 0; first < rows; first += kRowRun) {
+    const int64_t last = first + kRowRun < rows ? first + kRowRun : rows;
+    for (int64_t j = 0; j < features_y;) {
+      if (features_y - j > W) {
+        outer_panels<T, 2>(x, features_x, range, y, features_y, j, blocks, first, last, scale, accumulate || first > 0,
+                           out);
+        j += 2 * W;
+      } else {
+        outer_panels<T, 1>(x, features_x, range, y, features_y, j, blocks, first, last, scale, accumulate || first > 0,
+                           out);
+        j += W;
+      }
     }
+  }
+}
+
+// out[i] (+)= scale Σ x_i over the first `rows` rows, for the features i in `range`; x: blocks of `features`.
+template <class T>
+void row_sum(const T* x, int64_t features, Range range, int64_t rows, T scale, bool accumulate, T* out) {
+  constexpr int W = kLanes<T>;
+  for (int64_t i = range.begin; i < range.end; i++) {
+    Vec<T> sum{};
+    for (int64_t row = 0; row < rows; row += W) {
+      const Vec<T> part = load(x + row * features + i * W);
+      if (rows - row >= W)
+        sum += part;
+      else
+        for (int lane = 0; lane < rows - row; lane++) sum[lane] += part[lane];
+    }
+    T total = 0;
+    for (int lane = 0; lane < W; lane++) total += sum[lane];
+    out[i] = scale * total + (accumulate ? out[i] : T(0));
   }
 }
 
