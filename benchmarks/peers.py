@@ -1,5 +1,5 @@
-"""Other gradients of the same network, to compare with ours: eager autograd with a 16-bit state, the adjoint
-of 2022, and torchdiffeq.
+"""Other ways to run the same network, to compare with ours: the eager loop (plain, compiled step by step,
+with ``torch.utils.checkpoint``, with a 16-bit state), the adjoint of 2022, and torchdiffeq.
 
 Each is called like ``deep_residual`` (h [B, q], V [L, q, m], W [L, m, q], no biases) behind a ``record``, in
 which a backward leaves "evaluations", of f a step, and "states", the reconstructed h_{L-1}, ..., h_0.
@@ -7,11 +7,14 @@ which a backward leaves "evaluations", of f a step, and "states", the reconstruc
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchdiffeq import odeint_adjoint
 
 from odeblock.activations import Activation, get_activation
@@ -23,6 +26,46 @@ Record = dict[str, Any]
 def residual(h: Tensor, V_k: Tensor, W_k: Tensor, sigma: Activation) -> Tensor:
     """f_k(h) = V_k σ(W_k h): products in the weights' dtype, the result in that of the state h."""
     return F.linear(sigma.function(F.linear(h.to(W_k.dtype), W_k)), V_k).to(h.dtype)
+
+
+def eager(
+    record: Record, h: Tensor, V: Tensor, W: Tensor, *biases: None, activation: str, scale: float | None
+) -> Tensor:
+    """The loop as an expert writes it: weights unbound once, the step added in one operation."""
+    sigma, scale = get_activation(activation), 1 / len(V) if scale is None else scale
+    for V_k, W_k in zip(V.unbind(), W.unbind(), strict=True):
+        h = torch.add(h, residual(h, V_k, W_k, sigma), alpha=scale)
+    return h
+
+
+def compiled_step(
+    record: Record, h: Tensor, V: Tensor, W: Tensor, *biases: None, activation: str, scale: float | None
+) -> Tensor:
+    """``torch.compile`` of one step, called L times. Compiling the loop takes minutes and is no faster.
+
+    ``torch.compiler.reset()`` before other shapes, or the compiler gives up after some.
+    """
+    sigma, scale = get_activation(activation), 1 / len(V) if scale is None else scale
+    for V_k, W_k in zip(V.unbind(), W.unbind(), strict=True):
+        h = _compiled_step(h, V_k, W_k, scale, sigma.function)
+    return h
+
+
+@torch.compile
+def _compiled_step(h: Tensor, V_k: Tensor, W_k: Tensor, scale: float, sigma: Callable[..., Tensor]) -> Tensor:
+    # Not torch.add(h, f, alpha=scale): inductor 2.13 drops alpha on the CPU.
+    return h + scale * F.linear(sigma(F.linear(h, W_k)), V_k)
+
+
+def checkpointed(
+    record: Record, h: Tensor, V: Tensor, W: Tensor, *biases: None, activation: str, scale: float | None
+) -> Tensor:
+    """The eager loop in ⌈√L⌉ segments under ``torch.utils.checkpoint``."""
+    scale, size = 1 / len(V) if scale is None else scale, math.isqrt(len(V) - 1) + 1
+    for V_s, W_s in zip(V.split(size), W.split(size), strict=True):
+        arguments = ({}, h, V_s, W_s)
+        h = checkpoint(eager, *arguments, activation=activation, scale=scale, use_reentrant=False)
+    return h
 
 
 def eager_low_state(

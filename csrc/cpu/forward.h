@@ -11,6 +11,7 @@ static inline int omp_get_num_threads() { return 1; }
 
 #include <cmath>
 
+#include "barrier.h"
 #include "tiles.h"
 
 namespace odeblock {
@@ -29,19 +30,26 @@ int64_t forward_tile_blocks(int64_t dim) {
   return blocks < 3 ? 3 : blocks / 3 * 3;
 }
 
+// Of the one block of a batch that has so few, else 0.
+template <class T>
+ODEBLOCK_INLINE int64_t few_rows(const Problem& p) {
+  return p.batch <= kFewRows<T> ? p.batch : 0;
+}
+
+// Weights a thread and product, between two barriers, from which on few rows are split by features.
+constexpr int64_t kFewWork = 2048;
+
 template <class T>
 int forward_threads(const Problem& p) {
+  if (few_rows<T>(p)) {
+    const int64_t n = p.dim * p.hidden / kFewWork;
+    return n < 1 ? 1 : (n < p.threads ? static_cast<int>(n) : p.threads);
+  }
   const double work = 2.0 * p.batch * p.dim * p.hidden * p.depth / kWorkPerThread;
   int64_t n = block_count<T>(p.batch);
   if (n > p.threads) n = p.threads;
   if (n > work) n = static_cast<int64_t>(work);
   return n < 1 ? 1 : static_cast<int>(n);
-}
-
-// Of the one block of a batch that has so few, else 0.
-template <class T>
-ODEBLOCK_INLINE int64_t few_rows(const Problem& p) {
-  return p.batch <= kFewRows<T> ? p.batch : 0;
 }
 
 // The weights of one layer.
@@ -76,12 +84,16 @@ Layer<T> layer(const Problem& p, int64_t k, T* scratch) {
   return {{V, p.dim, p.hidden}, {W, p.hidden, p.dim}, hidden_bias, output_bias};
 }
 
+// The most bytes of weights that are fetched ahead: a layer that fills the L2 cache would only evict itself.
+constexpr int64_t kFetchedBytes = 512 << 10;
+
 // The same, and the layer k + direction is fetched into the cache by its first products: those of the first slab,
 // after which next is to be set to null.
 template <class S, class T = Compute<S>>
 Layer<T> layer(const Problem& p, int64_t k, int64_t direction, T* scratch) {
   Layer<T> weights = layer<S>(p, k, scratch);
-  if (!kWidened<S> && k + direction >= 0 && k + direction < p.depth)
+  const bool fits = 2 * p.dim * p.hidden * static_cast<int64_t>(sizeof(T)) <= kFetchedBytes;
+  if (!kWidened<S> && fits && k + direction >= 0 && k + direction < p.depth)
     for (Matrix<T>* A : {&weights.V, &weights.W}) A->next = A->data + direction * p.dim * p.hidden;
   return weights;
 }
@@ -171,7 +183,6 @@ void forward_tile(const ForwardProblem& p, Activate<T> sigma, const ForwardScrat
   T *states = static_cast<T*>(p.states), *checks = static_cast<T*>(p.checks);
   const Matrix<T> direction = {scratch.probe, 1, p.dim};
   load_blocks(static_cast<const S*>(p.h), p.batch, p.dim, first, count, scratch.h);
-  const int64_t few = few_rows<T>(p);
   int64_t saved = 0, checked = 0;
   for (int64_t k = 0; k < p.depth; k++) {
     Layer<T> weights = layer<S>(p, k, 1, scratch.weights);
@@ -187,7 +198,7 @@ void forward_tile(const ForwardProblem& p, Activate<T> sigma, const ForwardScrat
       if (save) copy(h, N * block, saved_state<T>(states, p, saved, first + b));
       if (check)
         product<T, false, N>(direction, h, nullptr, T(1), nullptr, saved_check<T>(checks, p, checked, first + b));
-      step<T, N>(weights, sigma, static_cast<T>(p.scale), h, scratch.z, h, few);
+      step<T, N>(weights, sigma, static_cast<T>(p.scale), h, scratch.z, h, 0);
       weights.V.next = weights.W.next = nullptr;
     });
     saved += save;
@@ -195,6 +206,38 @@ void forward_tile(const ForwardProblem& p, Activate<T> sigma, const ForwardScrat
   }
   if (p.reconstruct) copy(scratch.h, count * block, saved_state<T>(states, p, saved, first));
   store_blocks(scratch.h, p.batch, p.dim, first, count, static_cast<S*>(p.y));
+}
+
+// All steps for a batch of few rows, by thread t of n: each takes a share of the features of every product. `shared` is
+// the first thread's scratch; a layer that is widened, every thread widens for itself, to `widened`.
+template <class S, class T = Compute<S>>
+void forward_few(const ForwardProblem& p, Activate<T> sigma, const ForwardScratch<T>& shared, T* widened,
+                 Barrier& barrier, int t, int n) {
+  constexpr int W = kLanes<T>;
+  T *states = static_cast<T*>(p.states), *checks = static_cast<T*>(p.checks), *h = shared.h, *z = shared.z;
+  const Range output = vector_part<T>(p.dim, t, n), hidden = vector_part<T>(p.hidden, t, n);
+  if (t == 0) load_blocks(static_cast<const S*>(p.h), p.batch, p.dim, 0, 1, h);
+  barrier.wait(n);
+  int64_t saved = 0, checked = 0;
+  for (int64_t k = 0; k < p.depth; k++) {
+    const Layer<T> weights = layer<S>(p, k, 1, widened);
+    if (t == 0 && p.save_every && k % p.save_every == 0 && (k > 0 || !p.reconstruct))
+      copy(h, p.dim * W, saved_state<T>(states, p, saved++, 0));
+    if (t == 0 && p.reconstruct && k > 0 && k % check_every(p.depth) == 0) {
+      see(weights.W, shared.visible);
+      check_direction(static_cast<const T*>(p.probe), shared.visible, p.dim, shared.probe);
+      const Matrix<T> direction = {shared.probe, 1, p.dim};
+      product<T, false, 1>(direction, h, nullptr, T(1), nullptr, saved_check<T>(checks, p, checked++, 0));
+    }
+    product_of_few<T, false>(weights.W, h, weights.hidden_bias, T(1), nullptr, z, p.batch, hidden);
+    sigma(z + hidden.begin * W, (hidden.end - hidden.begin) * W, z + hidden.begin * W);
+    barrier.wait(n);
+    product_of_few<T, false>(weights.V, z, weights.output_bias, static_cast<T>(p.scale), h, h, p.batch, output);
+    barrier.wait(n);
+  }
+  if (t != 0) return;
+  if (p.reconstruct) copy(h, p.dim * W, saved_state<T>(states, p, saved, 0));
+  store_blocks(h, p.batch, p.dim, 0, 1, static_cast<S*>(p.y));
 }
 
 // What is saved has room for a multiple of kRowPadding rows: zeros where no block reaches.
@@ -220,13 +263,16 @@ void forward(const ForwardProblem& p) {
   clear_padding<T>(p);
   const int64_t tile = forward_tile_blocks<T>(p.dim);
   [[maybe_unused]] const int threads = forward_threads<T>(p);
+  Barrier barrier;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const int t = omp_get_thread_num();
     Arena arena(p.workspace);
-    ForwardScratch<T> scratch{};
-    for (int i = 0; i <= t; i++) scratch = forward_scratch<S>(p, arena);
-    const Range blocks = part(block_count<T>(p.batch), t, omp_get_num_threads());
+    const ForwardScratch<T> first = forward_scratch<S>(p, arena);
+    ForwardScratch<T> scratch = first;
+    for (int i = 0; i < t; i++) scratch = forward_scratch<S>(p, arena);
+    if (few_rows<T>(p)) forward_few<S>(p, sigma, first, scratch.weights, barrier, t, omp_get_num_threads());
+    const Range blocks = few_rows<T>(p) ? Range{0, 0} : part(block_count<T>(p.batch), t, omp_get_num_threads());
     for (int64_t b = blocks.begin; b < blocks.end; b += tile)
       forward_tile<S>(p, sigma, scratch, b, b + tile < blocks.end ? tile : blocks.end - b);
   }

@@ -51,6 +51,14 @@ struct Range {
 };
 ODEBLOCK_INLINE Range part(int64_t size, int64_t t, int64_t n) { return {size * t / n, size * (t + 1) / n}; }
 
+// The same in whole vectors of features.
+template <class T>
+ODEBLOCK_INLINE Range vector_part(int64_t size, int64_t t, int64_t n) {
+  const Range vectors = part((size + kLanes<T> - 1) / kLanes<T>, t, n);
+  const int64_t end = vectors.end * kLanes<T>;
+  return {vectors.begin * kLanes<T>, end < size ? end : size};
+}
+
 // rows [batch, features] -> blocks [first, first + count); rows beyond the batch become zero.
 template <class S, class T = Compute<S>>
 void load_blocks(const S* rows, int64_t batch, int64_t features, int64_t first, int64_t count, T* blocks) {
@@ -209,14 +217,26 @@ ODEBLOCK_INLINE void product_few_rows(const Matrix<T>& A, int64_t i, const T* x,
   }
 }
 
-// product() for one block of which R rows are real: the same operations in the same order for each of them. The other
-// rows of out become 0, or what they are in base.
+// product() for one block of which R rows are real, of the features in `range`, which begins at a multiple of W: the
+// same operations in the same order for each row. The other rows of out become 0, or what they are in base.
 template <class T, bool kTransposed, int R>
-ODEBLOCK_NOINLINE void product_few(Matrix<T> A, const T* x, const T* bias, T scale, const T* base, T* out) {
+ODEBLOCK_NOINLINE void product_few(const Matrix<T>& A, const T* x, const T* bias, T scale, const T* base, T* out,
+                                   Range range) {
   constexpr int W = kLanes<T>, G = 4 / R;
-  int64_t i = 0;
-  for (; i + G * W <= A.rows; i += G * W) product_few_rows<T, kTransposed, R, G>(A, i, x, bias, scale, base, out);
-  for (; i < A.rows; i += W) product_few_rows<T, kTransposed, R, 1>(A, i, x, bias, scale, base, out);
+  int64_t i = range.begin;
+  for (; i + G * W <= range.end; i += G * W) product_few_rows<T, kTransposed, R, G>(A, i, x, bias, scale, base, out);
+  for (; i < range.end; i += W) product_few_rows<T, kTransposed, R, 1>(A, i, x, bias, scale, base, out);
+}
+
+// The same for `few` rows, at most kFewRows<T>.
+template <class T, bool kTransposed>
+ODEBLOCK_INLINE void product_of_few(const Matrix<T>& A, const T* x, const T* bias, T scale, const T* base, T* out,
+                                    int64_t few, Range range) {
+  constexpr int most = kFewRows<T>;
+  if (few == 1) product_few<T, kTransposed, 1>(A, x, bias, scale, base, out, range);
+  if (few == 2) product_few < T, kTransposed, most<2 ? most : 2>(A, x, bias, scale, base, out, range);
+  if (few == 3) product_few < T, kTransposed, most<3 ? most : 3>(A, x, bias, scale, base, out, range);
+  if (few == 4) product_few < T, kTransposed, most<4 ? most : 4>(A, x, bias, scale, base, out, range);
 }
 
 // out = base + scale (bias + A x). x: N blocks of A.cols features; base and out: N blocks of A.rows features.
@@ -225,13 +245,7 @@ ODEBLOCK_NOINLINE void product_few(Matrix<T> A, const T* x, const T* bias, T sca
 template <class T, bool kTransposed, int N>
 ODEBLOCK_NOINLINE void product(Matrix<T> A, const T* x, const T* bias, T scale, const T* base, T* out,
                                int64_t few = 0) {
-  if constexpr (N == 1) {
-    constexpr int most = kFewRows<T>;
-    if (few == 1) return product_few<T, kTransposed, 1>(A, x, bias, scale, base, out);
-    if (few == 2) return product_few < T, kTransposed, most<2 ? most : 2>(A, x, bias, scale, base, out);
-    if (few == 3) return product_few < T, kTransposed, most<3 ? most : 3>(A, x, bias, scale, base, out);
-    if (few == 4) return product_few < T, kTransposed, most<4 ? most : 4>(A, x, bias, scale, base, out);
-  }
+  if (N == 1 && few > 0) return product_of_few<T, kTransposed>(A, x, bias, scale, base, out, few, {0, A.rows});
   constexpr int M = ODEBLOCK_SUM_REGISTERS / N < 8 ? ODEBLOCK_SUM_REGISTERS / N : 8;
   int64_t i = 0;
   for (; i + M <= A.rows; i += M) {

@@ -1,0 +1,81 @@
+"""Who is compared, and in what: our strategies and what a user would pick instead, by name.
+
+The peers are in ``peers.py``. Weights are smooth, activations gelu_tanh, everything is float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import peers
+import torch
+from torch import Tensor
+
+from odeblock import initializers
+from odeblock.functional import recorded
+
+ACTIVATION = "gelu_tanh"
+STRATEGIES = ("auto", "store", "checkpoint", "adjoint")
+
+Run = Callable[[str, tuple[Tensor, ...]], tuple[Tensor, ...]]
+
+
+def ours(record: dict[str, float], *tensors: Tensor | None, strategy: str, **options: Any) -> Tensor:
+    y: Tensor = recorded(record, *tensors, options["activation"], options["scale"], strategy, False, 0, None)
+    return y
+
+
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    **{strategy: partial(ours, strategy=strategy) for strategy in STRATEGIES},
+    "eager": peers.eager,
+    "compile": peers.compiled_step,
+    "torch.utils.checkpoint": peers.checkpointed,
+    "torchdiffeq": partial(peers.torchdiffeq_adjoint, perturb=True),
+    "2022 adjoint": peers.adjoint_2022,
+}
+
+# Error of a gradient, relative to its largest entry, that a peer is allowed: the last two are not exact.
+TOLERANCE = dict.fromkeys(FUNCTIONS, 1e-05) | {"torchdiffeq": 0.2, "2022 adjoint": 0.2}
+
+PEERS = {
+    "inference": ("eager", "compile"),
+    "forward": ("eager", "compile"),
+    "training": ("eager", "compile", "torch.utils.checkpoint", "torchdiffeq", "2022 adjoint"),
+}
+
+
+def make_inputs(batch: int, dim: int, hidden: int, depth: int) -> tuple[Tensor, Tensor, Tensor]:
+    """h [B, q], V [L, q, m], W [L, m, q]."""
+    V, W = torch.empty(depth, dim, hidden), torch.empty(depth, hidden, dim)
+    initializers.smooth_(V, W)
+    return torch.randn(batch, dim), V, W
+
+
+def apply(name: str, inputs: tuple[Tensor, ...]) -> Tensor:
+    return FUNCTIONS[name]({}, *inputs, None, None, activation=ACTIVATION, scale=None)
+
+
+def inference(name: str, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    with torch.inference_mode():
+        return (apply(name, inputs),)
+
+
+def forward(name: str, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """With all that a backward will need."""
+    return (apply(name, tuple(x.detach().requires_grad_() for x in inputs)).detach(),)
+
+
+def training(name: str, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """y, dh, dV, dW."""
+    inputs = tuple(x.detach().requires_grad_() for x in inputs)
+    y = apply(name, inputs)
+    return y.detach(), *torch.autograd.grad(y, inputs, torch.ones_like(y))
+
+
+WORKS: dict[str, Run] = {"inference": inference, "forward": forward, "training": training}
+
+# Operations per BqmL. A step is counted as 16, which one takes that keeps no state and evaluates f twice;
+# with all states stored it is 14 (z = W h is taken again), an eager step is 12.
+OPERATIONS = {"inference": 4, "forward": 4, "training": 16}

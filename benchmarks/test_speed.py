@@ -1,0 +1,134 @@
+"""Speed and memory of the block against what a user would pick instead; ``make bench``.
+
+One benchmark is one of our strategies at one shape. Its rounds are interleaved: the set-up of every round
+runs and times each peer once, and the processor's multiply-adds, so that all meet the same machine. Everyone
+is checked against float64 before. ``extra_info`` has the medians of the peers, the ratio to the fastest, the
+share of the peak and everyone's peak memory; only ratios mean anything on a shared machine. ``report.py``
+makes tables and figures of the results.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+
+import contenders
+import machine
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from odeblock import reference
+
+Shape = tuple[int, int, int, int]
+
+SHAPES: list[Shape] = [  # B, q, m, L
+    (1, 16, 16, 1024),
+    (1, 64, 64, 1024),
+    (1, 256, 256, 128),
+    (1, 512, 512, 64),
+    (32, 16, 32, 1024),
+    (32, 64, 64, 1024),
+    (32, 256, 256, 128),
+    (32, 512, 512, 64),
+    (64, 16, 32, 1024),
+    (256, 64, 64, 64),
+    (256, 64, 64, 256),
+    (256, 64, 64, 1024),
+    (256, 64, 64, 4096),
+    (1024, 64, 64, 256),
+    (1024, 64, 64, 1024),
+    (1024, 128, 128, 256),
+    (1024, 256, 256, 128),
+    (1024, 512, 512, 64),
+]
+QUICK: list[Shape] = [(3, 5, 7, 8)]
+ROUNDS = 3, 30  # at least, at most
+SECONDS = 8.0  # that the rounds of a benchmark may take, beyond the fewest
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    quick = metafunc.config.getoption("quick")
+    metafunc.parametrize("shape", QUICK if quick else SHAPES, ids=str)
+
+
+@functools.lru_cache(maxsize=1)
+def truth(work: str, shape: Shape) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """Inputs, and the results of ``work`` in float64."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    inputs = contenders.make_inputs(*shape)
+    h, V, W = (x.double().requires_grad_() for x in inputs)
+    y = reference.deep_residual(h, V, W, activation=contenders.ACTIVATION)
+    results = [y.detach()]
+    if work == "training":
+        results += torch.autograd.grad(y, (h, V, W), torch.ones_like(y))
+    return inputs, tuple(results)
+
+
+@functools.cache
+def memory(work: str, name: str, shape: Shape) -> int | None:
+    return machine.peak_bytes(work, name, shape)
+
+
+def compare(benchmark: BenchmarkFixture, work: str, strategy: str, shape: Shape, measure: bool) -> None:
+    run = contenders.WORKS[work]
+    inputs, expected = truth(work, shape)
+    others = list(contenders.PEERS[work])
+    if work == "training" and strategy != "store":
+        others.append("store")  # what not storing costs
+    seconds: dict[str, list[float]] = {name: [] for name in others}
+    peak: list[float] = []
+
+    def timed(name: str) -> float:
+        begin = time.perf_counter()
+        run(name, inputs)
+        return time.perf_counter() - begin
+
+    once = 0.0
+    errors = {}
+    for name in (*others, strategy):
+        found = run(name, inputs)
+        errors[name] = max(
+            float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)
+        )
+        assert errors[name] < contenders.TOLERANCE[name], (name, errors[name])
+        del found
+        once += timed(name)
+
+    def run_others() -> None:
+        peak.append(machine.fma_peak())
+        for name in others:
+            seconds[name].append(timed(name))
+
+    rounds = max(ROUNDS[0], min(ROUNDS[1], int(SECONDS / once))) if measure else 1
+    benchmark.pedantic(lambda: run(strategy, inputs), setup=run_others, rounds=rounds)
+    if benchmark.stats is None:  # under --benchmark-disable
+        return
+    ours = benchmark.stats.stats.median
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    peers = {name: medians[name] for name in contenders.PEERS[work]}
+    batch, dim, hidden, depth = shape
+    rate = contenders.OPERATIONS[work] * batch * dim * hidden * depth / ours
+    benchmark.extra_info.update(
+        work=work,
+        strategy=strategy,
+        shape=shape,
+        seconds={**medians, strategy: ours},
+        fastest_peer=min(peers, key=lambda name: peers[name]),
+        ratio=min(peers.values()) / ours,
+        share_of_peak=rate / statistics.median(peak) if peak[0] else None,
+        errors=errors,
+        peak_bytes={name: memory(work, name, shape) for name in (*others, strategy)},
+    )
+
+
+@pytest.mark.parametrize("work", ["inference", "forward"])
+def test_forward(benchmark: BenchmarkFixture, work: str, shape: Shape, measure: bool) -> None:
+    compare(benchmark, work, "auto", shape, measure)
+
+
+@pytest.mark.parametrize("strategy", contenders.STRATEGIES)
+def test_training_step(benchmark: BenchmarkFixture, strategy: str, shape: Shape, measure: bool) -> None:
+    compare(benchmark, "training", strategy, shape, measure)
