@@ -3,6 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include <sstream>
 #include <string>
 #include <vector>
@@ -105,6 +110,19 @@ void backward(int dtype, int activation, int64_t batch, int64_t dim, int64_t hid
   odeblock::cpu_kernels().backward(p);
 }
 
+// Before the first write to a large array: its pages may come 2 MiB at a time, where the system allows it. Only advice;
+// memory that the process already has is left as it is.
+void prefer_large_pages(uintptr_t data, size_t size) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = (data + page - 1) / page * page, end = (data + size) / page * page;
+  if (begin < end) madvise(pointer<void>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  static_cast<void>(data);
+  static_cast<void>(size);
+#endif
+}
+
 #ifdef ODEBLOCK_WITH_CUDA
 std::vector<std::string> split(const std::string& list) {
   std::vector<std::string> items;
@@ -145,5 +163,6 @@ PYBIND11_MODULE(_core, module) {
   module.def("forward", &forward);
   module.def("backward_workspace", &backward_workspace);
   module.def("backward", &backward);
+  module.def("prefer_large_pages", &prefer_large_pages);
   module.def("build_info", &build_info);
 }
