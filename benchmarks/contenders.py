@@ -36,14 +36,20 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "2022 adjoint": peers.adjoint_2022,
 }
 
-# Error of a gradient, relative to its largest entry, that a peer is allowed: the last two are not exact.
-TOLERANCE = dict.fromkeys(FUNCTIONS, 1e-05) | {"torchdiffeq": 0.2, "2022 adjoint": 0.2}
+# Error, relative to the largest entry, that is allowed: the last two are not exact, and a compiled step at
+# L = 1024 is off by 1.6e-5.
+TOLERANCE = dict.fromkeys(FUNCTIONS, 1e-5) | {"compile": 1e-4, "torchdiffeq": 0.2, "2022 adjoint": 0.2}
 
-PEERS = {
+_PEERS = {
     "inference": ("eager", "compile"),
     "forward": ("eager", "compile"),
     "training": ("eager", "compile", "torch.utils.checkpoint", "torchdiffeq", "2022 adjoint"),
 }
+
+
+def peers_of(work: str, depth: int) -> tuple[str, ...]:
+    """torchdiffeq up to L = 256: each of its steps makes gradients of all layers, half a minute at 1024."""
+    return tuple(name for name in _PEERS[work] if name != "torchdiffeq" or depth <= 256)
 
 
 def make_inputs(batch: int, dim: int, hidden: int, depth: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -90,8 +90,10 @@ def training_table(entries: dict[tuple[str, str], dict[Shape, Entry]]) -> str:
 
 def peers_table(cases: dict[Shape, Entry]) -> str:
     def row(shape: Shape, entry: Entry) -> list[str]:
-        ours = entry["seconds"]["store"]
-        return [", ".join(map(str, shape)), *(f"{entry['seconds'][name] / ours:.2f}" for name in PEERS)]
+        seconds = entry["seconds"]
+        ours = seconds["store"]
+        cells = [f"{seconds[name] / ours:.2f}" if name in seconds else "-" for name in PEERS]
+        return [", ".join(map(str, shape)), *cells]
 
     return table(["B, q, m, L", *PEERS], (row(*case) for case in sorted(cases.items())))
 

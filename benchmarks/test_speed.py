@@ -75,7 +75,7 @@ def memory(work: str, name: str, shape: Shape) -> int | None:
 def compare(benchmark: BenchmarkFixture, work: str, strategy: str, shape: Shape, measure: bool) -> None:
     run = contenders.WORKS[work]
     inputs, expected = truth(work, shape)
-    others = list(contenders.PEERS[work])
+    others = list(contenders.peers_of(work, shape[3]))
     if work == "training" and strategy != "store":
         others.append("store")  # what not storing costs
     seconds: dict[str, list[float]] = {name: [] for name in others}
@@ -108,7 +108,7 @@ def compare(benchmark: BenchmarkFixture, work: str, strategy: str, shape: Shape,
         return
     ours = benchmark.stats.stats.median
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    peers = {name: medians[name] for name in contenders.PEERS[work]}
+    peers = {name: medians[name] for name in contenders.peers_of(work, shape[3])}
     batch, dim, hidden, depth = shape
     rate = contenders.OPERATIONS[work] * batch * dim * hidden * depth / ours
     benchmark.extra_info.update(
