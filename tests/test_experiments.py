@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -266,6 +267,15 @@ def test_interruption_leaves_what_was_reached(
     assert "total variation of V" in out
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Children take Ctrl-C, which a background job of a shell ignores, and whatever it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c(tmp_path: Path) -> None:
     process = start("train", "--quick", "--epochs", "10", "--output", str(tmp_path))
     while not (tmp_path / RESULTS).exists():  # the smooth network is trained, the other is not
