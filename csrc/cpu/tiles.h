@@ -229,14 +229,11 @@ ODEBLOCK_NOINLINE void product_few(const Matrix<T>& A, const T* x, const T* bias
 }
 
 // The same for `few` rows, at most kFewRows<T>.
-template <class T, bool kTransposed>
+template <class T, bool kTransposed, int R = 1>
 ODEBLOCK_INLINE void product_of_few(const Matrix<T>& A, const T* x, const T* bias, T scale, const T* base, T* out,
                                     int64_t few, Range range) {
-  constexpr int most = kFewRows<T>;
-  if (few == 1) product_few<T, kTransposed, 1>(A, x, bias, scale, base, out, range);
-  if (few == 2) product_few < T, kTransposed, most<2 ? most : 2>(A, x, bias, scale, base, out, range);
-  if (few == 3) product_few < T, kTransposed, most<3 ? most : 3>(A, x, bias, scale, base, out, range);
-  if (few == 4) product_few < T, kTransposed, most<4 ? most : 4>(A, x, bias, scale, base, out, range);
+  if (few == R) return product_few<T, kTransposed, R>(A, x, bias, scale, base, out, range);
+  if constexpr (R < kFewRows<T>) product_of_few<T, kTransposed, R + 1>(A, x, bias, scale, base, out, few, range);
 }
 
 // out = base + scale (bias + A x). x: N blocks of A.cols features; base and out: N blocks of A.rows features.
