@@ -1,8 +1,8 @@
 // The elementary functions that activations.h is written on, for vectors of one instruction set.
 //
-// exp and expm1: x = n ln 2 + r with |r| <= ln(2)/2, n ln 2 subtracted in two parts (Cody & Waite 1980), the
-// Taylor polynomial of exp(r) - 1, and 2^n put together from its exponent bits. Arguments are clamped where
-// 2^n would leave the normal range; NaN passes through.
+// exp and expm1: x = n ln 2 + r with |r| <= ln(2)/2, n ln 2 subtracted in two parts (Cody & Waite 1980),
+// exp(r) - 1 = r + r² p(r) with a polynomial p, and 2^n put together from its exponent bits. Arguments are clamped
+// where 2^n would leave the normal range; NaN passes through. exp2: x = n + f, |f| <= 1/2, 2^f - 1 = f p(f).
 #pragma once
 
 #include "simd.h"
@@ -19,21 +19,33 @@ ODEBLOCK_INLINE V polynomial(V x, const double (&c)[N]) {
   return p;
 }
 
-// 1/k! from k = 2 on. Truncation: r^8/8! = 5e-9 for float, r^14/14! = 4e-18 for double.
-constexpr double kExpFloat[] = {1. / 2, 1. / 6, 1. / 24, 1. / 120, 1. / 720, 1. / 5040};
+// p(r). For float the polynomial of least relative error of exp(r) (Remez' algorithm, in 40 digits): 3e-9. For double
+// Taylor's, 1/k! from k = 2 on: r^14/14! = 4e-18.
+constexpr double kExpFloat[] = {0.499999934478, 0.166665206317, 0.0416683880453, 0.00836871687966, 0.0013814598649};
 constexpr double kExpDouble[] = {1. / 2,       1. / 6,         1. / 24,        1. / 120,
                                  1. / 720,     1. / 5040,      1. / 40320,     1. / 362880,
                                  1. / 3628800, 1. / 39916800., 1. / 479001600, 1. / 6227020800.};
 
+// The same for 2^f: 2e-9; Taylor's, ln(2)^k/k! from k = 1 on: (ln(2)/2)^14/14! = 4e-18.
+constexpr double kExp2Float[] = {0.693147202858,   0.240226479133,   0.055503324651,
+                                 0.00961843738326, 0.00133988769573, 0.0001535335971};
+constexpr double kExp2Double[] = {0.6931471805599453094,   0.2402265069591007123,   0.05550410866482157995,
+                                  0.009618129107628477162, 0.001333355814642844342, 0.0001540353039338160995,
+                                  0.00001525273380405984,  1.321548679014430949e-6, 1.017808600923969973e-7,
+                                  7.05491162080112333e-9,  4.445538271870811e-10,   2.567843599348820514e-11,
+                                  1.369148885390412888e-12};
+
+ODEBLOCK_INLINE VecF exp2_polynomial(VecF f) { return polynomial(f, kExp2Float); }
+ODEBLOCK_INLINE VecD exp2_polynomial(VecD f) { return polynomial(f, kExp2Double); }
 ODEBLOCK_INLINE VecF exp_polynomial(VecF r) { return polynomial(r, kExpFloat); }
 ODEBLOCK_INLINE VecD exp_polynomial(VecD r) { return polynomial(r, kExpDouble); }
 
-// 2^n from t = n + 1.5 * 2^23 (float) or 1.5 * 2^52 (double), whose low bits hold n.
-ODEBLOCK_INLINE VecF power_of_two(VecF t) { return (VecF)(((MaskF)t << 23) + (127 << 23)); }
-ODEBLOCK_INLINE VecD power_of_two(VecD t) { return (VecD)(((MaskD)t << 52) + (int64_t(1023) << 52)); }
+// 2^n from t = n + magic, whose low bits hold n and the bias of the exponent.
+ODEBLOCK_INLINE VecF power_of_two(VecF t) { return (VecF)((MaskF)t << 23); }
+ODEBLOCK_INLINE VecD power_of_two(VecD t) { return (VecD)((MaskD)t << 52); }
 
-constexpr double magic(VecF) { return 12582912.0; }
-constexpr double magic(VecD) { return 6755399441055744.0; }
+constexpr double magic(VecF) { return 12582912.0 + 127; }           // 1.5 * 2^23
+constexpr double magic(VecD) { return 6755399441055744.0 + 1023; }  // 1.5 * 2^52
 constexpr double largest_exponent(VecF) { return 88.0; }
 constexpr double largest_exponent(VecD) { return 709.0; }
 constexpr double smallest_exponent(VecF) { return -87.0; }
@@ -53,9 +65,7 @@ struct Exponential {
 
 template <class V>
 ODEBLOCK_INLINE Exponential<V> exponential(V x) {
-  const V low = constant(x, smallest_exponent(V{})), high = constant(x, largest_exponent(V{}));
-  x = select(x < low, low, x);
-  x = select(x > high, high, x);
+  x = minimum(constant(x, largest_exponent(V{})), maximum(constant(x, smallest_exponent(V{})), x));
   const V t = fma(x, constant(x, 1.4426950408889634), constant(x, magic(V{})));
   const V n = t - constant(x, magic(V{}));
   V r = fma(n, constant(x, -ln2_high(V{})), x);
@@ -67,6 +77,20 @@ template <class V>
 ODEBLOCK_INLINE V exp(V x) {
   const Exponential<V> y = exponential(x);
   return fma(y.power, y.e, y.power);
+}
+
+constexpr double smallest_power(VecF) { return -126.0; }
+constexpr double largest_power(VecF) { return 127.0; }
+constexpr double smallest_power(VecD) { return -1022.0; }
+constexpr double largest_power(VecD) { return 1023.0; }
+
+template <class V>
+ODEBLOCK_INLINE V exp2(V x) {
+  x = minimum(constant(x, largest_power(V{})), maximum(constant(x, smallest_power(V{})), x));
+  const V t = x + constant(x, magic(V{}));
+  const V f = x - (t - constant(x, magic(V{})));
+  const V power = power_of_two(t);
+  return fma(power, f * exp2_polynomial(f), power);
 }
 
 template <class V>

@@ -73,6 +73,22 @@ template <class T>
 ODEBLOCK_INLINE void store(T* p, Vec<T> v) {
   *reinterpret_cast<typename Unaligned<T>::type*>(p) = v;
 }
+// The same past the caches, to a multiple of the vector's size; finish_streams() before another thread reads it.
+#if ODEBLOCK_VECTOR_BYTES == 64
+ODEBLOCK_INLINE void stream(float* p, Vec<float> v) { _mm512_stream_ps(p, (__m512)v); }
+ODEBLOCK_INLINE void stream(double* p, Vec<double> v) { _mm512_stream_pd(p, (__m512d)v); }
+ODEBLOCK_INLINE void finish_streams() { _mm_sfence(); }
+#elif ODEBLOCK_VECTOR_BYTES == 32
+ODEBLOCK_INLINE void stream(float* p, Vec<float> v) { _mm256_stream_ps(p, (__m256)v); }
+ODEBLOCK_INLINE void stream(double* p, Vec<double> v) { _mm256_stream_pd(p, (__m256d)v); }
+ODEBLOCK_INLINE void finish_streams() { _mm_sfence(); }
+#else
+template <class T>
+ODEBLOCK_INLINE void stream(T* p, Vec<T> v) {
+  store(p, v);
+}
+ODEBLOCK_INLINE void finish_streams() {}
+#endif
 template <class T>
 ODEBLOCK_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};  // x - 0 is x for every x, and compiles to the broadcast alone
@@ -117,6 +133,25 @@ ODEBLOCK_INLINE V shuffle(V a, V b, M lanes) {
   return __builtin_shuffle(a, b, lanes);
 #endif
 }
+
+// The smaller and the larger of two; where either is NaN, b. (The masks are all ones: of the plain intrinsics GCC 12
+// warns that they use something undefined, its bug 105593.)
+#if ODEBLOCK_VECTOR_BYTES == 64
+ODEBLOCK_INLINE VecF minimum(VecF a, VecF b) { return (VecF)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b); }
+ODEBLOCK_INLINE VecD minimum(VecD a, VecD b) { return (VecD)_mm512_maskz_min_pd(0xff, (__m512d)a, (__m512d)b); }
+ODEBLOCK_INLINE VecF maximum(VecF a, VecF b) { return (VecF)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b); }
+ODEBLOCK_INLINE VecD maximum(VecD a, VecD b) { return (VecD)_mm512_maskz_max_pd(0xff, (__m512d)a, (__m512d)b); }
+#elif ODEBLOCK_VECTOR_BYTES == 32
+ODEBLOCK_INLINE VecF minimum(VecF a, VecF b) { return (VecF)_mm256_min_ps((__m256)a, (__m256)b); }
+ODEBLOCK_INLINE VecD minimum(VecD a, VecD b) { return (VecD)_mm256_min_pd((__m256d)a, (__m256d)b); }
+ODEBLOCK_INLINE VecF maximum(VecF a, VecF b) { return (VecF)_mm256_max_ps((__m256)a, (__m256)b); }
+ODEBLOCK_INLINE VecD maximum(VecD a, VecD b) { return (VecD)_mm256_max_pd((__m256d)a, (__m256d)b); }
+#else
+ODEBLOCK_INLINE VecF minimum(VecF a, VecF b) { return select(a < b, a, b); }
+ODEBLOCK_INLINE VecD minimum(VecD a, VecD b) { return select(a < b, a, b); }
+ODEBLOCK_INLINE VecF maximum(VecF a, VecF b) { return select(a > b, a, b); }
+ODEBLOCK_INLINE VecD maximum(VecD a, VecD b) { return select(a > b, a, b); }
+#endif
 
 ODEBLOCK_INLINE VecF abs(VecF x) { return (VecF)((MaskF)x & 0x7fffffff); }
 ODEBLOCK_INLINE VecD abs(VecD x) { return (VecD)((MaskD)x & 0x7fffffffffffffff); }
