@@ -17,9 +17,9 @@ static inline int omp_get_num_threads() { return 1; }
 namespace odeblock {
 namespace {
 
-// Rows' states that a thread carries through all steps: half a typical L2 cache. Fewer would stream the
-// weights of all layers through the cache more often.
-constexpr int64_t kForwardTileBytes = 128 << 10;
+// Rows' states that a thread carries through all steps: at most half an L2 cache. Fewer would stream the weights of all
+// layers through the cache more often.
+constexpr int64_t kForwardTileBytes = 256 << 10;
 
 // A parallel region costs some 5 microseconds; below this many multiply-adds a thread is not worth it.
 constexpr double kWorkPerThread = 1e5;
@@ -98,6 +98,10 @@ Layer<T> layer(const Problem& p, int64_t k, int64_t direction, T* scratch) {
   return weights;
 }
 
+// Saved states of more bytes will not be found in a cache when the backward comes to them: they are written past it, so
+// that their lines are not read first.
+constexpr int64_t kCachedStates = 8 << 20;
+
 // Saved state number n of block b: [q, W].
 template <class T, class Pointer>
 ODEBLOCK_INLINE Pointer saved_state(Pointer states, const Problem& p, int64_t n, int64_t b) {
@@ -119,6 +123,13 @@ ODEBLOCK_INLINE Pointer saved_check(Pointer checks, const Problem& p, int64_t n,
 template <class T>
 ODEBLOCK_INLINE void copy(const T* from, int64_t count, T* to) {
   for (int64_t i = 0; i < count; i += kLanes<T>) store(to + i, load(from + i));
+}
+
+// The same past the caches where that is possible.
+template <class T>
+ODEBLOCK_INLINE void copy_streaming(const T* from, int64_t count, T* to) {
+  if (reinterpret_cast<uintptr_t>(to) % ODEBLOCK_VECTOR_BYTES) return copy(from, count, to);
+  for (int64_t i = 0; i < count; i += kLanes<T>) stream(to + i, load(from + i));
 }
 
 // next = h + scale (V sigma(W h + hidden_bias) + output_bias) for a slab of N blocks; next may be h.
@@ -181,6 +192,7 @@ void forward_tile(const ForwardProblem& p, Activate<T> sigma, const ForwardScrat
                   int64_t count) {
   const int64_t block = p.dim * kLanes<T>;
   T *states = static_cast<T*>(p.states), *checks = static_cast<T*>(p.checks);
+  const bool streaming = saved_count(p) * p.batch * p.dim * static_cast<int64_t>(sizeof(T)) > kCachedStates;
   const Matrix<T> direction = {scratch.probe, 1, p.dim};
   load_blocks(static_cast<const S*>(p.h), p.batch, p.dim, first, count, scratch.h);
   int64_t saved = 0, checked = 0;
@@ -195,7 +207,10 @@ void forward_tile(const ForwardProblem& p, Activate<T> sigma, const ForwardScrat
     for_slabs(0, count, [&](int64_t b, auto width) {
       constexpr int N = decltype(width)::value;
       T* h = scratch.h + b * block;
-      if (save) copy(h, N * block, saved_state<T>(states, p, saved, first + b));
+      if (save) {
+        T* to = saved_state<T>(states, p, saved, first + b);
+        streaming ? copy_streaming(h, N * block, to) : copy(h, N * block, to);
+      }
       if (check)
         product<T, false, N>(direction, h, nullptr, T(1), nullptr, saved_check<T>(checks, p, checked, first + b));
       step<T, N>(weights, sigma, static_cast<T>(p.scale), h, scratch.z, h, 0);
@@ -206,6 +221,7 @@ void forward_tile(const ForwardProblem& p, Activate<T> sigma, const ForwardScrat
   }
   if (p.reconstruct) copy(scratch.h, count * block, saved_state<T>(states, p, saved, first));
   store_blocks(scratch.h, p.batch, p.dim, first, count, static_cast<S*>(p.y));
+  finish_streams();
 }
 
 // All steps for a batch of few rows, by thread t of n: each takes a share of the features of every product. `shared` is

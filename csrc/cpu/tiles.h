@@ -104,45 +104,73 @@ ODEBLOCK_INLINE void prefetch(const T* from, int64_t count) {
 // the square root of a run and of their number, not of the number of features, for one addition more in 32.
 constexpr int64_t kRun = 32;
 
-// Rows i .. i+M-1 of out = base + scale (bias + A x) for a slab of N blocks. M N accumulators.
+// sum = A x over the columns [begin, end) of A, for M rows of it from `a` on and a slab of N blocks.
+template <class T, int N, int M>
+ODEBLOCK_INLINE void product_run(const T* a, int64_t row_step, int64_t col_step, const T* x, int64_t x_block,
+                                 int64_t begin, int64_t end, Vec<T> (&sum)[M][N]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < M; r++)
+#pragma GCC unroll 3
+    for (int j = 0; j < N; j++) sum[r][j] = Vec<T>{};
+#pragma GCC unroll 4
+  for (int64_t k = begin; k < end; k++) {
+    Vec<T> xk[N];
+#pragma GCC unroll 3
+    for (int j = 0; j < N; j++) xk[j] = load(x + j * x_block + k * kLanes<T>);
+#pragma GCC unroll 8
+    for (int r = 0; r < M; r++) {
+      const Vec<T> w = broadcast(a[r * row_step + k * col_step]);
+#pragma GCC unroll 3
+      for (int j = 0; j < N; j++) sum[r][j] = fma(w, xk[j], sum[r][j]);
+    }
+  }
+}
+
+// Rows i .. i+M-1 of out = base + scale (bias + A x) for a slab of N blocks. The M N sums of a run fill the registers;
+// those of the runs before wait in memory, so that one run needs nothing but its own.
 template <class T, bool kTransposed, int N, int M>
 ODEBLOCK_INLINE void product_rows(const Matrix<T>& A, int64_t i, const T* x, const T* bias, T scale, const T* base,
                                   T* out) {
   constexpr int W = kLanes<T>;
   const T* a = kTransposed ? A.data + i : A.data + i * A.cols;
-  const int64_t row_step = kTransposed ? 1 : A.cols, col_step = kTransposed ? A.rows : 1;
-  const int64_t x_block = A.cols * W, out_block = A.rows * W;
-
-  Vec<T> total[M][N] = {};
-  for (int64_t begin = 0; begin < A.cols; begin += kRun) {
+  const int64_t row_step = kTransposed ? 1 : A.cols, col_step = kTransposed ? A.rows : 1, out_block = A.rows * W;
+  Vec<T> sum[M][N], total[M][N];
+  for (int64_t begin = 0;; begin += kRun) {
     const int64_t end = begin + kRun < A.cols ? begin + kRun : A.cols;
-    Vec<T> sum[M][N] = {};
-#pragma GCC unroll 4
-    for (int64_t k = begin; k < end; k++) {
-      Vec<T> xk[N];
-#pragma GCC unroll 3
-      for (int j = 0; j < N; j++) xk[j] = load(x + j * x_block + k * W);
+    product_run<T, N, M>(a, row_step, col_step, x, A.cols * W, begin, end, sum);
+    if (begin > 0) {
 #pragma GCC unroll 8
-      for (int r = 0; r < M; r++) {
-        const Vec<T> w = broadcast(a[r * row_step + k * col_step]);
+      for (int r = 0; r < M; r++)
 #pragma GCC unroll 3
-        for (int j = 0; j < N; j++) sum[r][j] = fma(w, xk[j], sum[r][j]);
-      }
+        for (int j = 0; j < N; j++) sum[r][j] = total[r][j] + sum[r][j];
     }
+    if (end == A.cols) break;
 #pragma GCC unroll 8
     for (int r = 0; r < M; r++)
 #pragma GCC unroll 3
-      for (int j = 0; j < N; j++) total[r][j] = begin == 0 ? sum[r][j] : total[r][j] + sum[r][j];
+      for (int j = 0; j < N; j++) total[r][j] = sum[r][j];
   }
 
+  if (bias) {
 #pragma GCC unroll 8
-  for (int r = 0; r < M; r++)
+    for (int r = 0; r < M; r++)
 #pragma GCC unroll 3
-    for (int j = 0; j < N; j++) {
-      const int64_t at = j * out_block + (i + r) * W;
-      const Vec<T> y = bias ? total[r][j] + broadcast(bias[i + r]) : total[r][j];
-      store(out + at, base ? fma(broadcast(scale), y, load(base + at)) : broadcast(scale) * y);
-    }
+      for (int j = 0; j < N; j++) sum[r][j] += broadcast(bias[i + r]);
+  }
+  if (base) {
+#pragma GCC unroll 8
+    for (int r = 0; r < M; r++)
+#pragma GCC unroll 3
+      for (int j = 0; j < N; j++) {
+        const int64_t at = j * out_block + (i + r) * W;
+        store(out + at, fma(broadcast(scale), sum[r][j], load(base + at)));
+      }
+  } else {
+#pragma GCC unroll 8
+    for (int r = 0; r < M; r++)
+#pragma GCC unroll 3
+      for (int j = 0; j < N; j++) store(out + j * out_block + (i + r) * W, broadcast(scale) * sum[r][j]);
+  }
 }
 
 // A batch of at most this many rows fills so little of a vector that products vectorise over features instead.
@@ -308,6 +336,13 @@ ODEBLOCK_INLINE void outer_rows(const T* x, int64_t features_x, int64_t i, const
   constexpr int W = kLanes<T>;
   const int64_t panel = blocks * W * W;
   const T* py = y + j * blocks * W;
+  if (accumulate) {  // may have been written on another core: ask before the sums are taken
+#pragma GCC unroll 8
+    for (int r = 0; r < M; r++)
+#pragma GCC unroll 2
+      for (int c = 0; c < N * W; c += 64 / static_cast<int>(sizeof(T)))
+        __builtin_prefetch(out + (i + r) * features_y + j + c, 1, 3);
+  }
   Vec<T> sum[M][N] = {};
   for (int64_t begin = first; begin < last; begin += W) {  // a block
     const T* px = x + (begin * features_x + i * W);
