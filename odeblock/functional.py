@@ -97,8 +97,11 @@ def recorded(record: Drift, *arguments: Any) -> Tensor:
 
 def _sizes(rows: Tensor) -> tuple[int, int]:
     """Bytes of a state of the whole batch, and of the rows that the CPU's kernels take through all layers
-    together (at most: kBackwardTileBytes and the least number of blocks in ``csrc/cpu/backward.h``)."""
+    at a time (at most: a tile of ``backward_tiles`` in ``csrc/cpu/backward.h`` for each thread)."""
     row = rows.shape[1] * torch.finfo(reference.state_dtype(rows.dtype)).bits // 8
     _, batch, _ = reference.states_shape(rows.shape[0], rows.shape[1], 1, 1, False)  # padded
-    tile = max(192, (256 << 10) // row)
-    return batch * row, min(batch, tile if ops.runs_natively(rows) else batch) * row
+    held = batch
+    if ops.runs_natively(rows) and not torch.compiler.is_compiling():  # which cannot ask for the threads
+        tile = max(64, min(batch // 8, (128 << 10) // row)) + reference.ROW_PADDING
+        held = min(batch, torch.get_num_threads() * tile)
+    return batch * row, held * row

@@ -56,8 +56,10 @@ def test_checkpoint_and_auto_grow_like_the_square_root() -> None:
 
 
 def test_a_step_keeps_its_memory_budget() -> None:
-    """Beyond the budget only what every step takes: y and gradients of it, and the workspace of a tile."""
+    """Beyond the budget only what every step takes: y and gradients of it, and the workspace of the tiles.
+    (That is measured where two states are stored; there the peak need not lie in the backward: up to a state
+    too much.)"""
     besides = step_bytes(2, "store") - 2 * STATE
     for states in (2, 8, 40):
         spent = step_bytes(1024, "checkpoint", states * STATE) - besides
-        assert 0.5 * states * STATE < spent < (states + 0.5) * STATE
+        assert (states - 1.5) * STATE < spent < (states + 0.5) * STATE

@@ -4,13 +4,19 @@
 //   dV = scale Σ_rows a sᵀ,  dW = Σ_rows g hᵀ,  dhidden_bias = Σ_rows g,  doutput_bias = scale Σ_rows a
 //   a <- a + Wᵀg
 //
-// for the rows of a tile before the next tile. Within a layer each thread first takes its rows through the
-// equations for u, g and a, and leaves s and h in panels; after a barrier it sums its share of dV and dW
-// over all rows of the tile. No sum is ever split between threads: the result does not depend on their number.
+// for the rows of a tile before the next tile. Teams of threads, mostly of one thread, take the tiles in turn. At each
+// layer a tile's share of dV and dW is summed over its rows, then added to what the tiles before it have left there: a
+// team waits until the one before it has passed that layer. No sum depends on the number of threads.
+//
+// Within a team of several threads, where there are fewer tiles than threads, each thread first takes its rows through
+// the equations for u, g and a, and leaves s and h in panels; after a barrier it sums its share of dV and dW over all
+// rows of the tile.
 //
 // States h_k come from segments of K layers, run forward again from the saved h_0, h_K, .. (K = 1: every one
 // was saved), or, for the adjoint, from the reconstruction in reconstruction.h.
 #pragma once
+
+#include <new>
 
 #include "barrier.h"
 #include "forward.h"
@@ -19,59 +25,81 @@
 namespace odeblock {
 namespace {
 
-// Rows of a tile: enough to amortise a barrier per layer and to keep sums long, few enough for the L2 caches.
-constexpr int64_t kBackwardTileBytes = 256 << 10;  // of states; the working set is about ten times that
+// Rows of a tile: so few that a batch makes several tiles, for as many threads, and that a tile and its layer stay in
+// the L2 cache; so many that reading and writing dV and dW once per tile costs little beside sums over its rows.
+constexpr int64_t kTiles = 8, kTileRows = 64;
+constexpr int64_t kBackwardTileBytes = 128 << 10;  // of states
 
 template <class T>
-int64_t backward_tile_blocks(const Problem& p) {
-  int64_t blocks = kBackwardTileBytes / (p.dim * kLanes<T> * static_cast<int64_t>(sizeof(T)));
-  blocks = blocks < 12 ? 12 : blocks / 3 * 3;
-  const int64_t all = block_count<T>(p.batch);
-  return blocks < all ? blocks : all;
+int64_t backward_tiles(const Problem& p) {
+  const int64_t most = kBackwardTileBytes / (p.dim * static_cast<int64_t>(sizeof(T)));
+  int64_t rows = p.batch / kTiles < most ? p.batch / kTiles : most;
+  if (rows < kTileRows) rows = (p.batch + 1) / 2 < kTileRows ? (p.batch + 1) / 2 : kTileRows;
+  const int64_t fewest = 2 * kLanes<T> < 16 ? 16 : 2 * kLanes<T>;  // two blocks share what they load of the weights
+  if (rows < fewest) rows = fewest;
+  return (p.batch + rows - 1) / rows;
 }
 
-// Multiply-adds a thread and layer, between two barriers, from which on a thread is worth it.
+// Blocks of the largest tile.
+template <class T>
+int64_t backward_tile_blocks(const Problem& p) {
+  const int64_t tiles = backward_tiles<T>(p);
+  return (block_count<T>(p.batch) + tiles - 1) / tiles;
+}
+
+// Multiply-adds a thread of a team and layer, between two barriers, from which on another thread is worth it.
 constexpr double kWorkPerLayer = 2.5e4;
+
+// `teams` teams of `size` threads.
+struct Teams {
+  int teams, size;
+};
+
+ODEBLOCK_INLINE Teams make_teams(int threads, int64_t tiles) {
+  const int teams = threads < tiles ? threads : static_cast<int>(tiles);
+  return {teams, threads / teams};
+}
 
 template <class T>
 int backward_threads(const Problem& p) {
-  const double work = 6.0 * p.batch * p.dim * p.hidden / kWorkPerLayer;
+  const double work = 6.0 * p.batch * p.dim * p.hidden;
   int n = p.threads;
-  if (n > work) n = static_cast<int>(work);
-  return n < 1 ? 1 : n;
+  if (n > work * p.depth / kWorkPerThread) n = static_cast<int>(work * p.depth / kWorkPerThread);
+  if (n <= 1) return 1;
+  const Teams crew = make_teams(n, backward_tiles<T>(p));
+  const double most = work / crew.teams / kWorkPerLayer;
+  return crew.teams * (crew.size > most ? (most < 1 ? 1 : static_cast<int>(most)) : crew.size);
 }
 
-// What a tile shares between threads. One barrier per layer is enough, because the next layer has other places for
-// what a slower thread still sums: layer k reads a at k % 3 and leaves the next at (k - 1) % 3, the rest is at k % 2.
+// What a team shares. One barrier per layer is enough, because the next layer has other places for what a slower thread
+// still sums: layer k reads a at k % 3 and leaves the next at (k - 1) % 3, the rest is at k % 2. A team of one thread
+// does with k % 2 and one.
 template <class T>
 struct BackwardTile {
-  T* a[3];                        // [blocks, q, W]
-  T* g[2];                        // [blocks, m, W]
-  T* s[2];                        // panels [m / W, blocks W, W]  where weights need gradients
-  T* h_panels[2];                 // panels [q / W, blocks W, W]
-  T* h;                           // [blocks, q, W]            adjoint
-  T* increments;                  // [kHistory, blocks, q, W]  adjoint
-  RowMemory<T>* rows;             // [blocks]                  adjoint
-  T* slots;                       // [slots, blocks, q, W]     checkpoint, K > 1
-  T* sums;                        // [1 or L, layer_size]      gradients of narrower types before they are rounded
-  ReconstructionReport* reports;  // [threads]
+  T* a[3];             // [blocks, q, W]
+  T* g[2];             // [blocks, m, W]
+  T* s[2];             // panels [m / W, blocks W, W]  where weights need gradients
+  T* h_panels[2];      // panels [q / W, blocks W, W]
+  T* h;                // [blocks, q, W]            adjoint
+  T* increments;       // [kHistory, blocks, q, W]  adjoint
+  RowMemory<T>* rows;  // [blocks]                  adjoint
+  T* slots;            // [slots, blocks, q, W]     checkpoint, K > 1
 };
 
-template <class S, class T = Compute<S>>
-BackwardTile<T> backward_tile(const Problem& p, Arena& arena) {
+template <class T>
+BackwardTile<T> backward_tile(const Problem& p, int size, Arena& arena) {
   const int64_t blocks = backward_tile_blocks<T>(p), rows = blocks * p.dim * kLanes<T>;
   BackwardTile<T> tile{};
-  for (T*& a : tile.a) a = arena.take<T>(rows);
-  for (T*& g : tile.g) g = arena.take<T>(blocks * p.hidden * kLanes<T>);
-  for (T*& s : tile.s) s = arena.take<T>(packed_size<T>(p.hidden, blocks));
-  for (T*& h : tile.h_panels) h = arena.take<T>(packed_size<T>(p.dim, blocks));
+  for (int i = 0; i < (size > 1 ? 3 : 2); i++) tile.a[i] = arena.take<T>(rows);
+  for (int i = 0; i < (size > 1 ? 2 : 1); i++) {
+    tile.g[i] = arena.take<T>(blocks * p.hidden * kLanes<T>);
+    tile.s[i] = arena.take<T>(packed_size<T>(p.hidden, blocks));
+    tile.h_panels[i] = arena.take<T>(packed_size<T>(p.dim, blocks));
+  }
   tile.h = arena.take<T>(p.reconstruct ? rows : 0);
   tile.increments = arena.take<T>(p.reconstruct ? kHistory * rows : 0);
   tile.rows = arena.take<RowMemory<T>>(p.reconstruct ? blocks : 0);
   tile.slots = arena.take<T>(!p.reconstruct && p.save_every > 1 ? p.slots * rows : 0);
-  const bool one_tile = blocks == block_count<T>(p.batch);
-  tile.sums = arena.take<T>(kWidened<S> ? (one_tile ? 1 : p.depth) * layer_size(p) : 0);
-  tile.reports = arena.take<ReconstructionReport>(backward_threads<T>(p));
   return tile;
 }
 
@@ -116,11 +144,33 @@ inline int64_t best_cut(int64_t length, int64_t s) {
   return cut < 1 ? 1 : cut;
 }
 
-template <class S>
+// What all threads share: the way they wait for each other, what each has seen, and the sums of gradients that are
+// stored in a narrower type.
+template <class T>
+struct BackwardShared {
+  Progress* progress;             // [threads] layers whose sums a thread has left
+  Barrier* barriers;              // [teams]
+  ReconstructionReport* reports;  // [threads]
+  T* sums;                        // [1 or L, layer_size]
+};
+
+template <class S, class T = Compute<S>>
+BackwardShared<T> backward_shared(const Problem& p, Arena& arena) {
+  const int threads = backward_threads<T>(p);
+  const bool one_tile = backward_tiles<T>(p) == 1;
+  return {arena.take<Progress>(threads), arena.take<Barrier>(threads), arena.take<ReconstructionReport>(threads),
+          arena.take<T>(kWidened<S> ? (one_tile ? 1 : p.depth) * layer_size(p) : 0)};
+}
+
+template <class S, class T = Compute<S>>
 size_t backward_workspace(const Problem& p) {
+  if (p.batch == 0) return 0;
   Arena arena(nullptr);
-  backward_tile<S>(p, arena);
-  for (int t = 0; t < backward_threads<Compute<S>>(p); t++) slab_scratch<S>(p, arena);
+  backward_shared<S>(p, arena);
+  const int threads = backward_threads<T>(p);
+  const Teams crew = make_teams(threads, backward_tiles<T>(p));
+  for (int i = 0; i < crew.teams; i++) backward_tile<T>(p, crew.size, arena);
+  for (int t = 0; t < threads; t++) slab_scratch<S>(p, arena);
   return arena.bytes();
 }
 
@@ -129,42 +179,54 @@ class Backward {
   typedef Compute<S> T;
 
  public:
-  Backward(const BackwardProblem& problem, Barrier& meeting, int thread, int threads)
+  // Thread t of those that form the teams.
+  Backward(const BackwardProblem& problem, const BackwardShared<T>& common, Arena arena, Teams crew, int thread)
       : p(problem),
-        barrier(meeting),
-        t(thread),
-        n(threads),
+        shared(common),
+        teams(crew.teams),
+        n(crew.size),
+        team(thread / crew.size),
+        t(thread % crew.size),
         scale(static_cast<T>(problem.scale)),
         few(few_rows<T>(problem)),
         block(p.dim * kLanes<T>) {
     sigma = with_activation(p.activation, [](auto a) -> Activate<T> { return activate<T, decltype(a)>; });
     sigma_slope =
         with_activation(p.activation, [](auto a) -> ActivateSlope<T> { return activate_slope<T, decltype(a)>; });
-    Arena arena(p.workspace);
-    tile = backward_tile<S>(p, arena);
-    for (int i = 0; i <= t; i++) scratch = slab_scratch<S>(p, arena);
+    for (int i = 0; i < teams; i++) {
+      const BackwardTile<T> next = backward_tile<T>(p, n, arena);
+      if (i == team) tile = next;
+    }
+    for (int i = 0; i <= thread; i++) scratch = slab_scratch<S>(p, arena);
   }
 
   void run() {
-    const int64_t all = block_count<T>(p.batch), size = backward_tile_blocks<T>(p);
-    for (first = 0; first < all; first += size) {
-      // Threads own other rows of the last, smaller tile, and the panels of its first layer may be in use.
-      if (first > 0) barrier.wait(n);
-      count = first + size < all ? size : all - first;
+    const int64_t all = block_count<T>(p.batch);
+    tiles = backward_tiles<T>(p);
+    for (number = team; number < tiles; number += teams) {
+      // Threads own other rows of a smaller tile, and the panels of its first layer may be in use.
+      if (number > team) shared.barriers[team].wait(n);
+      const Range blocks = part(all, number, tiles);
+      first = blocks.begin;
+      count = blocks.end - blocks.begin;
       mine = part(count, t, n);
       const int64_t begin = first + mine.begin, mine_count = mine.end - mine.begin, at = mine.begin * block;
-      T* a = tile.a[(p.depth - 1) % 3] + at;
-      load_blocks(static_cast<const S*>(p.grad), p.batch, p.dim, begin, mine_count, a);
+      load_blocks(static_cast<const S*>(p.grad), p.batch, p.dim, begin, mine_count, adjoint(p.depth - 1) + at);
       if (p.reconstruct)
         sweep_reconstructed();
       else
         sweep_saved();
-      store_blocks(tile.a[2] + at, p.batch, p.dim, begin, mine_count, static_cast<S*>(p.dh));
+      store_blocks(adjoint(-1) + at, p.batch, p.dim, begin, mine_count, static_cast<S*>(p.dh));
     }
-    if (p.reconstruct) merge_reports();
+    shared.reports[team * n + t] = report;
   }
 
  private:
+  // Where layer k finds a, and leaves it for the layer k - 1; k >= -1.
+  T* adjoint(int64_t k) const { return tile.a[n > 1 ? (k + 3) % 3 : (k + 2) % 2]; }
+  // Where layer k has the rest.
+  int64_t place(int64_t k) const { return n > 1 ? k % 2 : 0; }
+
   // store and checkpoint: segment after segment from the top.
   void sweep_saved() {
     const int64_t K = p.save_every;
@@ -279,13 +341,13 @@ class Backward {
   template <int N>
   void adjoint_step(const Layer<T>& weights, int64_t k, int64_t b, const T* h) {
     constexpr int W = kLanes<T>;
-    const T *a = tile.a[k % 3] + b * block, *s = scratch.s;
-    T *g = tile.g[k % 2] + b * p.hidden * W, *next = tile.a[(k + 2) % 3] + b * block;
+    const T *a = adjoint(k) + b * block, *s = scratch.s;
+    T *g = tile.g[place(k)] + b * p.hidden * W, *next = adjoint(k - 1) + b * block;
     product<T, true, N>(weights.V.transposed(), a, nullptr, scale, nullptr, g, few);
     for (int64_t i = 0; i < N * p.hidden * W; i += W) store(g + i, load(g + i) * load(scratch.slope + i));
     for (int j = 0; p.dV && j < N; j++) {
-      pack(s + j * p.hidden * W, p.hidden, b + j, count, tile.s[k % 2]);
-      pack(h + j * block, p.dim, b + j, count, tile.h_panels[k % 2]);
+      pack(s + j * p.hidden * W, p.hidden, b + j, count, tile.s[place(k)]);
+      pack(h + j * block, p.dim, b + j, count, tile.h_panels[place(k)]);
     }
     product<T, true, N>({weights.W.data, p.dim, p.hidden}, g, nullptr, T(1), a, next, few);
   }
@@ -293,12 +355,16 @@ class Backward {
   // This thread's share of the sums over the rows of the tile.
   void weight_gradients(int64_t k) {
     if (!p.dV) return;
-    barrier.wait(n);
-    const T *a = tile.a[k % 3], *g = tile.g[k % 2], *s = tile.s[k % 2], *h = tile.h_panels[k % 2];
-    const bool accumulate = first > 0, last = first + count == block_count<T>(p.batch);
+    shared.barriers[team].wait(n);
+    if (number > 0) {
+      const int64_t before = number - 1, rounds = before / teams;
+      shared.progress[before % teams * n + t].wait(rounds * p.depth + p.depth - k);
+    }
+    const T *a = adjoint(k), *g = tile.g[place(k)], *s = tile.s[place(k)], *h = tile.h_panels[place(k)];
+    const bool accumulate = number > 0, last = number == tiles - 1;
     const int64_t rows = last ? p.batch - first * kLanes<T> : count * kLanes<T>;
     const Range output = part(p.dim, t, n), hidden = part(p.hidden, t, n);
-    T* sums = tile.sums + (first == 0 && last ? 0 : k * layer_size(p));  // dV, dW and the biases', if narrowed
+    T* sums = shared.sums + (tiles == 1 ? 0 : k * layer_size(p));  // dV, dW and the biases', if narrowed
 
     // Calls sum(where to) for this thread's `range` of a gradient [size, cols] of layer k.
     const auto gradient = [&](void* array, Range range, int64_t size, int64_t cols, auto sum) {
@@ -321,23 +387,13 @@ class Backward {
              [&](T* out) { row_sum(g, p.hidden, hidden, rows, T(1), accumulate, out); });
     gradient(p.doutput_bias, output, p.dim, 1,
              [&](T* out) { row_sum(a, p.dim, output, rows, scale, accumulate, out); });
-  }
-
-  void merge_reports() {
-    tile.reports[t] = report;
-    barrier.wait(n);
-    if (t != 0) return;
-    for (int i = 1; i < n; i++) report.merge(tile.reports[i]);
-    const double steps = static_cast<double>(p.batch) * static_cast<double>(p.depth);
-    p.report[0] = report.estimate;
-    p.report[1] = report.drift;
-    p.report[2] = report.evaluations / steps;
-    p.report[3] = report.order / steps;
+    shared.progress[team * n + t].advance();
   }
 
   const BackwardProblem& p;
-  Barrier& barrier;
-  const int t, n;  // this thread, of how many
+  const BackwardShared<T>& shared;
+  const int teams, n;  // teams, and threads of each
+  const int team, t;   // this thread's, and its number in it
   const T scale;
   const int64_t few;    // see product
   const int64_t block;  // elements of a block of states
@@ -346,8 +402,9 @@ class Backward {
   BackwardTile<T> tile;
   SlabScratch<T> scratch;
   ReconstructionReport report;
-  int64_t first, count;  // blocks of the current tile
-  Range mine;            // those of them that this thread takes through the layers
+  int64_t tiles, number;  // of all tiles, the current one's
+  int64_t first, count;   // its blocks
+  Range mine;             // those of them that this thread takes through the layers
 };
 
 // Gradients of no rows at all.
@@ -365,10 +422,32 @@ void backward(const BackwardProblem& p) {
     clear<S>(p.doutput_bias, p.depth * p.dim);
     return;
   }
-  [[maybe_unused]] const int threads = backward_threads<Compute<S>>(p);
-  Barrier barrier;
+  typedef Compute<S> T;
+  const int threads = backward_threads<T>(p);
+  Arena arena(p.workspace);
+  const BackwardShared<T> shared = backward_shared<S>(p, arena);
+  for (int i = 0; i < threads; i++) {
+    new (&shared.progress[i]) Progress();
+    new (&shared.barriers[i]) Barrier();
+    shared.reports[i] = {};
+  }
 #pragma omp parallel num_threads(threads) if (threads > 1)
-  Backward<S>(p, barrier, omp_get_thread_num(), omp_get_num_threads()).run();
+  {
+    const Teams crew = make_teams(omp_get_num_threads(), backward_tiles<T>(p));  // there may be fewer than asked for
+    const int t = omp_get_thread_num();
+    if (t < crew.teams * crew.size) Backward<S>(p, shared, arena, crew, t).run();
+  }
+  for (int i = 0; i < threads; i++) {
+    if (i > 0) shared.reports[0].merge(shared.reports[i]);
+    shared.progress[i].~Progress();
+    shared.barriers[i].~Barrier();
+  }
+  if (!p.reconstruct) return;
+  const double steps = static_cast<double>(p.batch) * static_cast<double>(p.depth);
+  p.report[0] = shared.reports[0].estimate;
+  p.report[1] = shared.reports[0].drift;
+  p.report[2] = shared.reports[0].evaluations / steps;
+  p.report[3] = shared.reports[0].order / steps;
 }
 
 }  // namespace

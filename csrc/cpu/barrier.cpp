@@ -36,4 +36,24 @@ void Barrier::wait(int threads) {
   changed_.wait(lock, [&] { return round_.load(std::memory_order_acquire) != round; });
 }
 
+Progress::Progress() : count_(0) {}
+Progress::~Progress() = default;
+
+void Progress::advance() {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    count_.store(count_.load(std::memory_order_relaxed) + 1, std::memory_order_release);
+  }
+  changed_.notify_all();
+}
+
+void Progress::wait(int64_t target) {
+  for (int i = 0; i < kSpins; i++) {
+    if (count_.load(std::memory_order_acquire) >= target) return;
+    relax();
+  }
+  std::unique_lock<std::mutex> lock(mutex_);
+  changed_.wait(lock, [&] { return count_.load(std::memory_order_acquire) >= target; });
+}
+
 }  // namespace odeblock

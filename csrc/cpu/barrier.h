@@ -1,4 +1,5 @@
-// Where the threads of a backward meet once per layer.
+// How the threads of a backward wait for each other: where those of one tile meet once per layer, and how far others
+// have come.
 //
 // Waiting spins for some microseconds, then sleeps. OpenMP's own barrier spins for milliseconds: on a processor
 // that another program shares, a spinning thread spends its share of time doing nothing, and the one it waits
@@ -8,6 +9,7 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <cstdint>
 #include <mutex>
 
 namespace odeblock {
@@ -23,6 +25,21 @@ class Barrier {
  private:
   std::atomic<int> arrived_;
   std::atomic<unsigned> round_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+};
+
+// A count that one thread raises and another waits for. In a cache line of its own.
+class alignas(64) Progress {
+ public:
+  Progress();
+  ~Progress();
+  void advance();
+  // Returns once the count is at least `target`; what was written before it was reached can then be read.
+  void wait(int64_t target);
+
+ private:
+  std::atomic<int64_t> count_;
   std::mutex mutex_;
   std::condition_variable changed_;
 };
