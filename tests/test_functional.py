@@ -103,7 +103,7 @@ def test_leading_dimensions(strategy: str) -> None:
     assert torch.equal(y, rows.view(2, 3, 5, 4))
     single = functional.deep_residual(**{**tensors, "h": h[0, 0, 0]}, backward=strategy)
     assert single.shape == (4,)
-    assert torch.equal(single, y[0, 0, 0])
+    torch.testing.assert_close(single, y[0, 0, 0])  # one row goes another way: csrc/cpu/few.h
 
 
 def strided(tensor: Tensor, how: str) -> Tensor:

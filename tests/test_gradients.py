@@ -11,6 +11,7 @@ from torch import Tensor
 
 from odeblock import DeepResBlock, DriftError, DriftWarning, ops, reference
 from odeblock.activations import ACTIVATIONS
+from odeblock.build import build_info
 from odeblock.functional import deep_residual
 
 STRATEGIES = ("auto", "store", "checkpoint", "adjoint")
@@ -104,10 +105,27 @@ def test_the_number_of_threads_changes_no_bit(
 def test_a_row_does_not_feel_its_neighbours(strategy: str, dtype: torch.dtype) -> None:
     h, *weights = random_inputs(60, 24, 31, 12, dtype)
     y, dh, *_ = results([h, *weights], strategy)
-    for rows in (slice(0, 1), slice(5, 7), slice(8, 12), slice(3, 20), slice(37, 60), slice(59, 60)):
+    for rows in (slice(5, 13), slice(3, 20), slice(37, 60)):
         part_y, part_dh, *_ = results([h[rows], *weights], strategy)
         assert torch.equal(part_y, y[rows])
         assert torch.equal(part_dh, dh[rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("strategy", ["store", "adjoint"])
+def test_few_rows_agree_with_many(strategy: str, dtype: torch.dtype) -> None:
+    """At most four rows go another way (csrc/cpu/few.h): alike among themselves, else to rounding."""
+    h, *weights = random_inputs(60, 24, 71, 12, dtype)
+    y, dh, *_ = results([h, *weights], strategy)
+    vector = {"avx512": 64, "avx2": 32}.get(build_info()["cpu_features"], 16)  # bytes
+    few = min(4, vector // reference.state_dtype(dtype).itemsize // 2)
+    few_y, few_dh, *_ = results([h[8 : 8 + few], *weights], strategy)
+    for i in range(few):
+        one_y, one_dh, *_ = results([h[8 + i : 9 + i], *weights], strategy)
+        assert torch.equal(one_y, few_y[i : i + 1])
+        assert torch.equal(one_dh, few_dh[i : i + 1])
+    torch.testing.assert_close(few_y, y[8 : 8 + few])
+    torch.testing.assert_close(few_dh, dh[8 : 8 + few])
 
 
 def test_inference_and_training_give_the_same_bits() -> None:

@@ -71,6 +71,16 @@ int backward_threads(const Problem& p) {
   return crew.teams * (crew.size > most ? (most < 1 ? 1 : static_cast<int>(most)) : crew.size);
 }
 
+// Whether dV and dW are written past the caches where they are written once: they would not stay there anyway, and
+// their rows are whole lines.
+template <class S>
+bool gradients_pass_caches(const BackwardProblem& p) {
+  const int64_t bytes = 2 * p.depth * p.dim * p.hidden * static_cast<int64_t>(sizeof(S));
+  const uintptr_t ends = reinterpret_cast<uintptr_t>(p.dV) | reinterpret_cast<uintptr_t>(p.dW) |
+                         static_cast<uintptr_t>(p.dim) * sizeof(S) | static_cast<uintptr_t>(p.hidden) * sizeof(S);
+  return !kWidened<S> && bytes > kCachedBytes && ends % 64 == 0;
+}
+
 // What a team shares. One barrier per layer is enough, because the next layer has other places for what a slower thread
 // still sums: layer k reads a at k % 3 and leaves the next at (k - 1) % 3, the rest is at k % 2. A team of one thread
 // does with k % 2 and one.
@@ -144,6 +154,23 @@ inline int64_t best_cut(int64_t length, int64_t s) {
   return cut < 1 ? 1 : cut;
 }
 
+// The layers bottom .. top-1, from the top, backward(h_k, k) each, from the state h below them. The states between are
+// run forward again, forward(h_k, k, where h_{k+1} goes), at most `slots` of them held at a time, from slot(taken) on.
+// By the same operations as in the forward, so they have the same bits.
+template <class T, class Slot, class Run, class Sweep>
+void sweep_chain(const T* h, int64_t bottom, int64_t top, int64_t slots, Slot slot, Run forward, Sweep backward,
+                 int64_t taken = 0) {
+  while (top - bottom - 1 > slots - taken) {
+    const int64_t cut = bottom + best_cut(top - bottom, slots - taken);
+    for (int64_t k = bottom; k < cut; k++) forward(k == bottom ? h : slot(taken), k, slot(taken));
+    sweep_chain<T>(slot(taken), cut, top, slots, slot, forward, backward, taken + 1);
+    top = cut;
+  }
+  for (int64_t k = bottom; k < top - 1; k++)
+    forward(k == bottom ? h : slot(taken + k - bottom - 1), k, slot(taken + k - bottom));
+  for (int64_t k = top - 1; k >= bottom; k--) backward(k == bottom ? h : slot(taken + k - bottom - 1), k);
+}
+
 // What all threads share: the way they wait for each other, what each has seen, and the sums of gradients that are
 // stored in a narrower type.
 template <class T>
@@ -174,6 +201,36 @@ size_t backward_workspace(const Problem& p) {
   return arena.bytes();
 }
 
+inline void write_report(const BackwardProblem& p, const ReconstructionReport& report) {
+  const double steps = static_cast<double>(p.batch) * static_cast<double>(p.depth);
+  p.report[0] = report.estimate;
+  p.report[1] = report.drift;
+  p.report[2] = report.evaluations / steps;
+  p.report[3] = report.order / steps;
+}
+
+// Of the table in activations.h relu (1) and leaky_relu (2) have kinks.
+ODEBLOCK_INLINE bool is_smooth(const Problem& p) { return p.activation != 1 && p.activation != 2; }
+
+// A layer as the reconstruction of a slab of N blocks sees it; z, s, slope: [N, m, W].
+template <class T, int N>
+struct SlabField {
+  const Layer<T>& weights;
+  ActivateSlope<T> sigma;
+  T scale;
+  T *z, *s, *slope;
+
+  void evaluate(const T* x, T* f) {
+    product<T, false, N>(weights.W, x, weights.hidden_bias, T(1), nullptr, z);
+    sigma(z, N * weights.W.rows * kLanes<T>, s, slope);
+    product<T, false, N>(weights.V, s, weights.output_bias, scale, nullptr, f);
+  }
+  void correct(const T* change) {
+    product<T, false, N>(weights.W, change, nullptr, T(1), z, z);
+    sigma(z, N * weights.W.rows * kLanes<T>, s, slope);
+  }
+};
+
 template <class S>
 class Backward {
   typedef Compute<S> T;
@@ -188,7 +245,6 @@ class Backward {
         team(thread / crew.size),
         t(thread % crew.size),
         scale(static_cast<T>(problem.scale)),
-        few(few_rows<T>(problem)),
         block(p.dim * kLanes<T>) {
     sigma = with_activation(p.activation, [](auto a) -> Activate<T> { return activate<T, decltype(a)>; });
     sigma_slope =
@@ -203,6 +259,7 @@ class Backward {
   void run() {
     const int64_t all = block_count<T>(p.batch);
     tiles = backward_tiles<T>(p);
+    past_caches = tiles == 1 && gradients_pass_caches<S>(p);
     for (number = team; number < tiles; number += teams) {
       // Threads own other rows of a smaller tile, and the panels of its first layer may be in use.
       if (number > team) shared.barriers[team].wait(n);
@@ -218,6 +275,7 @@ class Backward {
         sweep_saved();
       store_blocks(adjoint(-1) + at, p.batch, p.dim, begin, mine_count, static_cast<S*>(p.dh));
     }
+    finish_streams();
     shared.reports[team * n + t] = report;
   }
 
@@ -232,43 +290,32 @@ class Backward {
     const int64_t K = p.save_every;
     for (int64_t n = (p.depth - 1) / K; n >= 0; n--) {
       const int64_t bottom = n * K, top = bottom + K < p.depth ? bottom + K : p.depth;
-      sweep_chain(saved_state<T>(static_cast<const T*>(p.states), p, n, first), bottom, top, 0);
-    }
-  }
-
-  // The layers bottom .. top-1 from the state below them, with the slots that are not `taken`. The states are run
-  // forward again by the same operations as in the forward, so they have the same bits.
-  void sweep_chain(const T* h, int64_t bottom, int64_t top, int64_t taken) {
-    const int64_t slots = p.slots - taken;
-    while (top - bottom - 1 > slots) {
-      const int64_t cut = bottom + best_cut(top - bottom, slots);
-      for (int64_t k = bottom; k < cut; k++) run_forward(k == bottom ? h : slot(taken), k, slot(taken));
-      sweep_chain(slot(taken), cut, top, taken + 1);
-      top = cut;
-    }
-    for (int64_t k = bottom; k < top - 1; k++)
-      run_forward(k == bottom ? h : slot(taken + k - bottom - 1), k, slot(taken + k - bottom));
-    for (int64_t k = top - 1; k >= bottom; k--) {
-      const T* state = k == bottom ? h : slot(taken + k - bottom - 1);
-      Layer<T> weights = layer<S>(p, k, -1, scratch.weights);
-      for_slabs(mine.begin, mine.end, [&](int64_t b, auto width) {
-        constexpr int N = decltype(width)::value;
-        product<T, false, N>(weights.W, state + b * block, weights.hidden_bias, T(1), nullptr, scratch.z, few);
-        sigma_slope(scratch.z, N * p.hidden * kLanes<T>, scratch.s, scratch.slope);
-        adjoint_step<N>(weights, k, b, state + b * block);
-        weights.V.next = weights.W.next = nullptr;
-      });
-      weight_gradients(k);
+      sweep_chain(
+          saved_state<T>(static_cast<const T*>(p.states), p, n, first), bottom, top, p.slots,
+          [&](int64_t i) { return slot(i); }, [&](const T* h, int64_t k, T* next) { run_forward(h, k, next); },
+          [&](const T* h, int64_t k) { run_backward(h, k); });
     }
   }
 
   T* slot(int64_t i) { return tile.slots + i * backward_tile_blocks<T>(p) * block; }
 
+  void run_backward(const T* h, int64_t k) {
+    Layer<T> weights = layer<S>(p, k, -1, scratch.weights);
+    for_slabs(mine.begin, mine.end, [&](int64_t b, auto width) {
+      constexpr int N = decltype(width)::value;
+      product<T, false, N>(weights.W, h + b * block, weights.hidden_bias, T(1), nullptr, scratch.z);
+      sigma_slope(scratch.z, N * p.hidden * kLanes<T>, scratch.s, scratch.slope);
+      adjoint_step<N>(weights, k, b, h + b * block);
+      weights.V.next = weights.W.next = nullptr;
+    });
+    weight_gradients(k);
+  }
+
   // Layer k of this thread's rows; next may be h.
   void run_forward(const T* h, int64_t k, T* next) {
     Layer<T> weights = layer<S>(p, k, 1, scratch.weights);
     for_slabs(mine.begin, mine.end, [&](int64_t b, auto width) {
-      step<T, decltype(width)::value>(weights, sigma, scale, h + b * block, scratch.z, next + b * block, few);
+      step<T, decltype(width)::value>(weights, sigma, scale, h + b * block, scratch.z, next + b * block);
       weights.V.next = weights.W.next = nullptr;
     });
   }
@@ -282,19 +329,13 @@ class Backward {
     T* h = tile.h + at;
     copy(top, blocks * block, h);
 
-    // Of the table in activations.h relu (1) and leaky_relu (2) have kinks.
-    const bool smooth = p.activation != 1 && p.activation != 2;
     Reconstruction<T> reconstruction = {tile.rows,
                                         tile.increments,
                                         backward_tile_blocks<T>(p) * block,
                                         scratch.x,
                                         scratch.f,
-                                        scratch.z,
-                                        scratch.s,
-                                        scratch.slope,
                                         scratch.visible[0],
                                         scratch.visible[1],
-                                        few,
                                         change_unit<T>(kUnit<S>, p.depth),
                                         state_limit<T>(kUnit<S>, p.depth),
                                         report};
@@ -308,8 +349,9 @@ class Backward {
       for_slabs(mine.begin, mine.end, [&](int64_t b, auto width) {
         constexpr int N = decltype(width)::value;
         T* state = tile.h + b * block;
-        reconstruction.template solve<N>(weights, sigma_slope, smooth, scale, p.batch - (first + b) * kLanes<T>,
-                                         p.depth - 1 - k, b, state);
+        SlabField<T, N> field = {weights, sigma_slope, scale, scratch.z, scratch.s, scratch.slope};
+        reconstruction.template solve<N>(field, is_smooth(p), p.dim, p.batch - (first + b) * kLanes<T>, p.depth - 1 - k,
+                                         b, state);
         weights.V.next = weights.W.next = nullptr;
         if (check) {
           product<T, false, N>(direction, state, nullptr, T(1), nullptr, scratch.x);
@@ -343,13 +385,13 @@ class Backward {
     constexpr int W = kLanes<T>;
     const T *a = adjoint(k) + b * block, *s = scratch.s;
     T *g = tile.g[place(k)] + b * p.hidden * W, *next = adjoint(k - 1) + b * block;
-    product<T, true, N>(weights.V.transposed(), a, nullptr, scale, nullptr, g, few);
+    product<T, true, N>(weights.V.transposed(), a, nullptr, scale, nullptr, g);
     for (int64_t i = 0; i < N * p.hidden * W; i += W) store(g + i, load(g + i) * load(scratch.slope + i));
     for (int j = 0; p.dV && j < N; j++) {
       pack(s + j * p.hidden * W, p.hidden, b + j, count, tile.s[place(k)]);
       pack(h + j * block, p.dim, b + j, count, tile.h_panels[place(k)]);
     }
-    product<T, true, N>({weights.W.data, p.dim, p.hidden}, g, nullptr, T(1), a, next, few);
+    product<T, true, N>({weights.W.data, p.dim, p.hidden}, g, nullptr, T(1), a, next);
   }
 
   // This thread's share of the sums over the rows of the tile.
@@ -379,10 +421,11 @@ class Backward {
         sum(stored);
       }
     };
+    const Write how = accumulate ? Write::add : (past_caches && rows <= kRowRun ? Write::past_caches : Write::store);
     gradient(p.dV, output, p.dim, p.hidden,
-             [&](T* out) { outer_product(a, p.dim, output, s, p.hidden, count, rows, scale, accumulate, out); });
+             [&](T* out) { outer_product(a, p.dim, output, s, p.hidden, count, rows, scale, how, out); });
     gradient(p.dW, hidden, p.hidden, p.dim,
-             [&](T* out) { outer_product(g, p.hidden, hidden, h, p.dim, count, rows, T(1), accumulate, out); });
+             [&](T* out) { outer_product(g, p.hidden, hidden, h, p.dim, count, rows, T(1), how, out); });
     gradient(p.dhidden_bias, hidden, p.hidden, 1,
              [&](T* out) { row_sum(g, p.hidden, hidden, rows, T(1), accumulate, out); });
     gradient(p.doutput_bias, output, p.dim, 1,
@@ -395,13 +438,13 @@ class Backward {
   const int teams, n;  // teams, and threads of each
   const int team, t;   // this thread's, and its number in it
   const T scale;
-  const int64_t few;    // see product
   const int64_t block;  // elements of a block of states
   Activate<T> sigma;
   ActivateSlope<T> sigma_slope;
   BackwardTile<T> tile;
   SlabScratch<T> scratch;
   ReconstructionReport report;
+  bool past_caches;       // gradients of weights are written past the caches
   int64_t tiles, number;  // of all tiles, the current one's
   int64_t first, count;   // its blocks
   Range mine;             // those of them that this thread takes through the layers
@@ -442,12 +485,7 @@ void backward(const BackwardProblem& p) {
     shared.progress[i].~Progress();
     shared.barriers[i].~Barrier();
   }
-  if (!p.reconstruct) return;
-  const double steps = static_cast<double>(p.batch) * static_cast<double>(p.depth);
-  p.report[0] = shared.reports[0].estimate;
-  p.report[1] = shared.reports[0].drift;
-  p.report[2] = shared.reports[0].evaluations / steps;
-  p.report[3] = shared.reports[0].order / steps;
+  if (p.reconstruct) write_report(p, shared.reports[0]);
 }
 
 }  // namespace

@@ -11,7 +11,6 @@ static inline int omp_get_num_threads() { return 1; }
 
 #include <cmath>
 
-#include "barrier.h"
 #include "tiles.h"
 
 namespace odeblock {
@@ -30,21 +29,8 @@ int64_t forward_tile_blocks(int64_t dim) {
   return blocks < 3 ? 3 : blocks / 3 * 3;
 }
 
-// Of the one block of a batch that has so few, else 0.
-template <class T>
-ODEBLOCK_INLINE int64_t few_rows(const Problem& p) {
-  return p.batch <= kFewRows<T> ? p.batch : 0;
-}
-
-// Weights a thread and product, between two barriers, from which on few rows are split by features.
-constexpr int64_t kFewWork = 2048;
-
 template <class T>
 int forward_threads(const Problem& p) {
-  if (few_rows<T>(p)) {
-    const int64_t n = p.dim * p.hidden / kFewWork;
-    return n < 1 ? 1 : (n < p.threads ? static_cast<int>(n) : p.threads);
-  }
   const double work = 2.0 * p.batch * p.dim * p.hidden * p.depth / kWorkPerThread;
   int64_t n = block_count<T>(p.batch);
   if (n > p.threads) n = p.threads;
@@ -98,9 +84,9 @@ Layer<T> layer(const Problem& p, int64_t k, int64_t direction, T* scratch) {
   return weights;
 }
 
-// Saved states of more bytes will not be found in a cache when the backward comes to them: they are written past it, so
-// that their lines are not read first.
-constexpr int64_t kCachedStates = 8 << 20;
+// What takes more bytes will not be found in a cache by who reads it next: saved states and gradients of this size are
+// written past the caches, so that their lines are not read first.
+constexpr int64_t kCachedBytes = 8 << 20;
 
 // Saved state number n of block b: [q, W].
 template <class T, class Pointer>
@@ -133,12 +119,12 @@ ODEBLOCK_INLINE void copy_streaming(const T* from, int64_t count, T* to) {
 }
 
 // next = h + scale (V sigma(W h + hidden_bias) + output_bias) for a slab of N blocks; next may be h.
-// z: scratch of N blocks of m features. few: see product.
+// z: scratch of N blocks of m features.
 template <class T, int N>
-ODEBLOCK_INLINE void step(const Layer<T>& layer, Activate<T> sigma, T scale, const T* h, T* z, T* next, int64_t few) {
-  product<T, false, N>(layer.W, h, layer.hidden_bias, T(1), nullptr, z, few);
+ODEBLOCK_INLINE void step(const Layer<T>& layer, Activate<T> sigma, T scale, const T* h, T* z, T* next) {
+  product<T, false, N>(layer.W, h, layer.hidden_bias, T(1), nullptr, z);
   sigma(z, N * layer.W.rows * kLanes<T>, z);
-  product<T, false, N>(layer.V, z, layer.output_bias, scale, h, next, few);
+  product<T, false, N>(layer.V, z, layer.output_bias, scale, h, next);
 }
 
 template <class T>
@@ -192,7 +178,7 @@ void forward_tile(const ForwardProblem& p, Activate<T> sigma, const ForwardScrat
                   int64_t count) {
   const int64_t block = p.dim * kLanes<T>;
   T *states = static_cast<T*>(p.states), *checks = static_cast<T*>(p.checks);
-  const bool streaming = saved_count(p) * p.batch * p.dim * static_cast<int64_t>(sizeof(T)) > kCachedStates;
+  const bool streaming = saved_count(p) * p.batch * p.dim * static_cast<int64_t>(sizeof(T)) > kCachedBytes;
   const Matrix<T> direction = {scratch.probe, 1, p.dim};
   load_blocks(static_cast<const S*>(p.h), p.batch, p.dim, first, count, scratch.h);
   int64_t saved = 0, checked = 0;
@@ -213,7 +199,7 @@ void forward_tile(const ForwardProblem& p, Activate<T> sigma, const ForwardScrat
       }
       if (check)
         product<T, false, N>(direction, h, nullptr, T(1), nullptr, saved_check<T>(checks, p, checked, first + b));
-      step<T, N>(weights, sigma, static_cast<T>(p.scale), h, scratch.z, h, 0);
+      step<T, N>(weights, sigma, static_cast<T>(p.scale), h, scratch.z, h);
       weights.V.next = weights.W.next = nullptr;
     });
     saved += save;
@@ -224,51 +210,24 @@ void forward_tile(const ForwardProblem& p, Activate<T> sigma, const ForwardScrat
   finish_streams();
 }
 
-// All steps for a batch of few rows, by thread t of n: each takes a share of the features of every product. `shared` is
-// the first thread's scratch; a layer that is widened, every thread widens for itself, to `widened`.
-template <class S, class T = Compute<S>>
-void forward_few(const ForwardProblem& p, Activate<T> sigma, const ForwardScratch<T>& shared, T* widened,
-                 Barrier& barrier, int t, int n) {
-  constexpr int W = kLanes<T>;
-  T *states = static_cast<T*>(p.states), *checks = static_cast<T*>(p.checks), *h = shared.h, *z = shared.z;
-  const Range output = vector_part<T>(p.dim, t, n), hidden = vector_part<T>(p.hidden, t, n);
-  if (t == 0) load_blocks(static_cast<const S*>(p.h), p.batch, p.dim, 0, 1, h);
-  barrier.wait(n);
-  int64_t saved = 0, checked = 0;
-  for (int64_t k = 0; k < p.depth; k++) {
-    const Layer<T> weights = layer<S>(p, k, 1, widened);
-    if (t == 0 && p.save_every && k % p.save_every == 0 && (k > 0 || !p.reconstruct))
-      copy(h, p.dim * W, saved_state<T>(states, p, saved++, 0));
-    if (t == 0 && p.reconstruct && k > 0 && k % check_every(p.depth) == 0) {
-      see(weights.W, shared.visible);
-      check_direction(static_cast<const T*>(p.probe), shared.visible, p.dim, shared.probe);
-      const Matrix<T> direction = {shared.probe, 1, p.dim};
-      product<T, false, 1>(direction, h, nullptr, T(1), nullptr, saved_check<T>(checks, p, checked++, 0));
-    }
-    product_of_few<T, false>(weights.W, h, weights.hidden_bias, T(1), nullptr, z, p.batch, hidden);
-    sigma(z + hidden.begin * W, (hidden.end - hidden.begin) * W, z + hidden.begin * W);
-    barrier.wait(n);
-    product_of_few<T, false>(weights.V, z, weights.output_bias, static_cast<T>(p.scale), h, h, p.batch, output);
-    barrier.wait(n);
-  }
-  if (t != 0) return;
-  if (p.reconstruct) copy(h, p.dim * W, saved_state<T>(states, p, saved, 0));
-  store_blocks(h, p.batch, p.dim, 0, 1, static_cast<S*>(p.y));
-}
-
 // What is saved has room for a multiple of kRowPadding rows: zeros where no block reaches.
 template <class T>
-void clear_padding(const ForwardProblem& p) {
-  T *states = static_cast<T*>(p.states), *checks = static_cast<T*>(p.checks);
-  const int64_t blocks = block_count<T>(p.batch);
-  for (int64_t n = 0; n < saved_count(p); n++) {
-    T* end = saved_state<T>(states, p, n + 1, 0);
-    for (T* x = saved_state<T>(states, p, n, blocks); x < end; x++) *x = T(0);
-  }
+void clear_checks(const ForwardProblem& p) {
+  T* checks = static_cast<T*>(p.checks);
   for (int64_t n = 0; p.reconstruct && n < (p.depth - 1) / check_every(p.depth); n++) {
     T* end = saved_check<T>(checks, p, n + 1, 0);
-    for (T* x = saved_check<T>(checks, p, n, blocks); x < end; x++) *x = T(0);
+    for (T* x = saved_check<T>(checks, p, n, block_count<T>(p.batch)); x < end; x++) *x = T(0);
   }
+}
+
+template <class T>
+void clear_padding(const ForwardProblem& p) {
+  T* states = static_cast<T*>(p.states);
+  for (int64_t n = 0; n < saved_count(p); n++) {
+    T* end = saved_state<T>(states, p, n + 1, 0);
+    for (T* x = saved_state<T>(states, p, n, block_count<T>(p.batch)); x < end; x++) *x = T(0);
+  }
+  clear_checks<T>(p);
 }
 
 template <class S, class T = Compute<S>>
@@ -279,16 +238,12 @@ void forward(const ForwardProblem& p) {
   clear_padding<T>(p);
   const int64_t tile = forward_tile_blocks<T>(p.dim);
   [[maybe_unused]] const int threads = forward_threads<T>(p);
-  Barrier barrier;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    const int t = omp_get_thread_num();
     Arena arena(p.workspace);
-    const ForwardScratch<T> first = forward_scratch<S>(p, arena);
-    ForwardScratch<T> scratch = first;
-    for (int i = 0; i < t; i++) scratch = forward_scratch<S>(p, arena);
-    if (few_rows<T>(p)) forward_few<S>(p, sigma, first, scratch.weights, barrier, t, omp_get_num_threads());
-    const Range blocks = few_rows<T>(p) ? Range{0, 0} : part(block_count<T>(p.batch), t, omp_get_num_threads());
+    ForwardScratch<T> scratch{};
+    for (int i = 0; i <= omp_get_thread_num(); i++) scratch = forward_scratch<S>(p, arena);
+    const Range blocks = part(block_count<T>(p.batch), omp_get_thread_num(), omp_get_num_threads());
     for (int64_t b = blocks.begin; b < blocks.end; b += tile)
       forward_tile<S>(p, sigma, scratch, b, b + tile < blocks.end ? tile : blocks.end - b);
   }

@@ -1,6 +1,7 @@
 // The CPU kernels for one instruction set: compiled once for each, see CMakeLists.txt.
 #include "../api.h"
 #include "backward.h"
+#include "few.h"
 #include "forward.h"
 
 namespace odeblock {
@@ -20,10 +21,30 @@ auto with_dtype(Dtype dtype, F f) {
 
 extern const CpuKernels ODEBLOCK_KERNELS = {
     ODEBLOCK_KERNELS_NAME,
-    [](const Problem& p) { return with_dtype(p.dtype, [&](auto t) { return forward_workspace<decltype(t)>(p); }); },
-    [](const ForwardProblem& p) { with_dtype(p.dtype, [&](auto t) { forward<decltype(t)>(p); }); },
-    [](const Problem& p) { return with_dtype(p.dtype, [&](auto t) { return backward_workspace<decltype(t)>(p); }); },
-    [](const BackwardProblem& p) { with_dtype(p.dtype, [&](auto t) { backward<decltype(t)>(p); }); },
+    [](const Problem& p) {
+      return with_dtype(p.dtype, [&](auto t) {
+        typedef decltype(t) S;
+        return is_few<S>(p) ? few_workspace<S>(p, false) : forward_workspace<S>(p);
+      });
+    },
+    [](const ForwardProblem& p) {
+      with_dtype(p.dtype, [&](auto t) {
+        typedef decltype(t) S;
+        is_few<S>(p) ? forward_few<S>(p) : forward<S>(p);
+      });
+    },
+    [](const Problem& p) {
+      return with_dtype(p.dtype, [&](auto t) {
+        typedef decltype(t) S;
+        return is_few<S>(p) ? few_workspace<S>(p, true) : backward_workspace<S>(p);
+      });
+    },
+    [](const BackwardProblem& p) {
+      with_dtype(p.dtype, [&](auto t) {
+        typedef decltype(t) S;
+        is_few<S>(p) ? backward_few<S>(p) : backward<S>(p);
+      });
+    },
 };
 
 }  // namespace odeblock

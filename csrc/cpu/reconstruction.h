@@ -124,9 +124,7 @@ struct Reconstruction {
   T* increments;               // [kHistory][blocks, q, W], a ring: step n writes number n % kHistory
   int64_t ring_stride;         // between two of them
   T *x, *f;                    // a slab's [N, q, W]
-  T *z, *s, *slope;            // a slab's [N, m, W]
   T *visible, *visible_here;   // visibility [q]: to this layer and those above it, and to this layer alone
-  int64_t few;                 // see product
   T change_unit, state_limit;  // (9) and (10) at this depth, relative
   ReconstructionReport report;
 
@@ -143,12 +141,13 @@ struct Reconstruction {
   }
 
   // h, N blocks of a tile from the b-th on: h_{k+1} on entry, h_k on return, of which the first `real` rows are
-  // not padding; z, s = σ(z) and slope = σ'(z) at h_k are left behind. `step` counts from 0 at the top.
-  template <int N>
-  void solve(const Layer<T>& weights, ActivateSlope<T> sigma, bool smooth, T scale, int64_t real, int64_t step,
-             int64_t b, T* h) {
+  // not padding. `step` counts from 0 at the top. The layer is behind `field`: field.evaluate(x, f), f = Δ_k at x, and
+  // field.correct(d), which adds W d to the z of the last evaluation; both leave σ(z) and σ'(z) where the caller finds
+  // them, those at h_k in the end.
+  template <int N, class Field>
+  void solve(Field& field, bool smooth, int64_t dim, int64_t real, int64_t step, int64_t b, T* h) {
     constexpr int W = kLanes<T>;
-    const int64_t dim = weights.V.rows, hidden = weights.W.rows, size = dim * W;
+    const int64_t size = dim * W;
     T* delta = increments + step % kHistory * ring_stride + b * size;
     RowMemory<T>* memory = rows + b;
     Vec<T> norm[N], change[N], error[N];
@@ -172,9 +171,7 @@ struct Reconstruction {
           const Vec<T> next = load(h + i) - load(delta + i);
           store(x + i, evaluation == 0 ? next : select(active[j], next, load(x + i)));
         }
-      product<T, false, N>(weights.W, x, weights.hidden_bias, T(1), nullptr, z, few);
-      sigma(z, N * hidden * W, s, slope);
-      product<T, false, N>(weights.V, s, weights.output_bias, scale, nullptr, f, few);
+      field.evaluate(x, f);
       unsettled = false;
       for (int j = 0; j < N; j++) {
         memory[j].evaluations += select(active[j], broadcast(T(1)), Vec<T>{});
@@ -192,10 +189,7 @@ struct Reconstruction {
         store(f + i, select(correct[j], state - load(x + i), Vec<T>{}));
         store(h + i, state);
       }
-    if (corrections) {  // (8): z + W (h_k - x); rows that are not corrected add zero
-      product<T, false, N>(weights.W, f, nullptr, T(1), z, z, few);
-      sigma(z, N * hidden * W, s, slope);
-    }
+    if (corrections) field.correct(f);  // (8): z + W (h_k - x); rows that are not corrected add zero
     for (int j = 0; j < N; j++) {
       memory[j].squares += error[j] * error[j];
       memory[j].age += broadcast(T(1));

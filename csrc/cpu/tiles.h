@@ -51,14 +51,6 @@ struct Range {
 };
 ODEBLOCK_INLINE Range part(int64_t size, int64_t t, int64_t n) { return {size * t / n, size * (t + 1) / n}; }
 
-// The same in whole vectors of features.
-template <class T>
-ODEBLOCK_INLINE Range vector_part(int64_t size, int64_t t, int64_t n) {
-  const Range vectors = part((size + kLanes<T> - 1) / kLanes<T>, t, n);
-  const int64_t end = vectors.end * kLanes<T>;
-  return {vectors.begin * kLanes<T>, end < size ? end : size};
-}
-
 // rows [batch, features] -> blocks [first, first + count); rows beyond the batch become zero.
 template <class S, class T = Compute<S>>
 void load_blocks(const S* rows, int64_t batch, int64_t features, int64_t first, int64_t count, T* blocks) {
@@ -173,104 +165,10 @@ ODEBLOCK_INLINE void product_rows(const Matrix<T>& A, int64_t i, const T* x, con
   }
 }
 
-// A batch of at most this many rows fills so little of a vector that products vectorise over features instead.
-template <class T>
-constexpr int kFewRows = kLanes<T> / 2 < 4 ? kLanes<T> / 2 : 4;
-
-// Of the vector at p the first `count` entries, at most W; the others are 0.
-template <class T>
-ODEBLOCK_INLINE Vec<T> load_part(const T* p, int64_t count) {
-  if (count == kLanes<T>) return load(p);
-  Vec<T> v{};
-  for (int lane = 0; lane < count; lane++) v[lane] = p[lane];
-  return v;
-}
-
-// Columns begin .. begin+W-1 of the rows i .. i+W-1 of A, one vector each; what lies beyond A is 0.
-template <class T, bool kTransposed>
-ODEBLOCK_INLINE void load_columns(const Matrix<T>& A, int64_t i, int64_t begin, Vec<T> (&columns)[kLanes<T>]) {
-  constexpr int W = kLanes<T>;
-  const int64_t rows = A.rows - i, cols = A.cols - begin;
-  const int64_t step = kTransposed ? A.rows : A.cols;  // between the vectors that lie in memory
-  const T* a = kTransposed ? A.data + begin * step + i : A.data + i * step + begin;
-  if (rows >= W && cols >= W) {
-#pragma GCC unroll 16
-    for (int c = 0; c < W; c++) columns[c] = load(a + c * step);
-  } else {
-    const int64_t vectors = kTransposed ? cols : rows, entries = kTransposed ? rows : cols;
-    for (int c = 0; c < W; c++)
-      columns[c] = c < vectors ? load_part(a + c * step, entries < W ? entries : W) : Vec<T>{};
-  }
-  if (!kTransposed) transpose<T>(columns);
-}
-
-// Features i .. i+GW-1 of product_few. Several vectors of them, so that their sums do not wait for each other.
-template <class T, bool kTransposed, int R, int G>
-ODEBLOCK_INLINE void product_few_rows(const Matrix<T>& A, int64_t i, const T* x, const T* bias, T scale, const T* base,
-                                      T* out) {
-  constexpr int W = kLanes<T>;
-  Vec<T> total[G][R] = {};
-  for (int64_t begin = 0; begin < A.cols; begin += kRun) {
-    const int64_t end = begin + kRun < A.cols ? begin + kRun : A.cols;
-    Vec<T> sum[G][R] = {};
-    for (int64_t k = begin; k < end; k += W) {
-      const int count = end - k < W ? static_cast<int>(end - k) : W;
-      if (A.next) prefetch(A.next + i * A.cols + k * G * W, G * W * count);
-#pragma GCC unroll 4
-      for (int g = 0; g < G; g++) {
-        Vec<T> columns[W];
-        load_columns<T, kTransposed>(A, i + g * W, k, columns);
-#pragma GCC unroll 16
-        for (int c = 0; c < W; c++) {
-          if (c == count) break;
-#pragma GCC unroll 4
-          for (int r = 0; r < R; r++) sum[g][r] = fma(columns[c], broadcast(x[(k + c) * W + r]), sum[g][r]);
-        }
-      }
-    }
-    for (int g = 0; g < G; g++)
-      for (int r = 0; r < R; r++) total[g][r] = begin == 0 ? sum[g][r] : total[g][r] + sum[g][r];
-  }
-#pragma GCC unroll 4
-  for (int g = 0; g < G; g++) {
-    const int64_t first = i + g * W, left = A.rows - first < W ? A.rows - first : W;
-    for (int r = 0; bias && r < R; r++) total[g][r] += load_part(bias + first, left);
-    for (int64_t c = 0; c < left; c++) {
-      Vec<T> y{};
-#pragma GCC unroll 4
-      for (int r = 0; r < R; r++) y[r] = total[g][r][c];
-      const int64_t at = (first + c) * W;
-      store(out + at, base ? fma(broadcast(scale), y, load(base + at)) : broadcast(scale) * y);
-    }
-  }
-}
-
-// product() for one block of which R rows are real, of the features in `range`, which begins at a multiple of W: the
-// same operations in the same order for each row. The other rows of out become 0, or what they are in base.
-template <class T, bool kTransposed, int R>
-ODEBLOCK_NOINLINE void product_few(const Matrix<T>& A, const T* x, const T* bias, T scale, const T* base, T* out,
-                                   Range range) {
-  constexpr int W = kLanes<T>, G = 4 / R;
-  int64_t i = range.begin;
-  for (; i + G * W <= range.end; i += G * W) product_few_rows<T, kTransposed, R, G>(A, i, x, bias, scale, base, out);
-  for (; i < range.end; i += W) product_few_rows<T, kTransposed, R, 1>(A, i, x, bias, scale, base, out);
-}
-
-// The same for `few` rows, at most kFewRows<T>.
-template <class T, bool kTransposed, int R = 1>
-ODEBLOCK_INLINE void product_of_few(const Matrix<T>& A, const T* x, const T* bias, T scale, const T* base, T* out,
-                                    int64_t few, Range range) {
-  if (few == R) return product_few<T, kTransposed, R>(A, x, bias, scale, base, out, range);
-  if constexpr (R < kFewRows<T>) product_of_few<T, kTransposed, R + 1>(A, x, bias, scale, base, out, few, range);
-}
-
 // out = base + scale (bias + A x). x: N blocks of A.cols features; base and out: N blocks of A.rows features.
-// base may be null (0) or out itself; bias [A.rows] may be null. few: 0, or the rows of the one block that are
-// real, where that is at most kFewRows<T>.
+// base may be null (0) or out itself; bias [A.rows] may be null.
 template <class T, bool kTransposed, int N>
-ODEBLOCK_NOINLINE void product(Matrix<T> A, const T* x, const T* bias, T scale, const T* base, T* out,
-                               int64_t few = 0) {
-  if (N == 1 && few > 0) return product_of_few<T, kTransposed>(A, x, bias, scale, base, out, few, {0, A.rows});
+ODEBLOCK_NOINLINE void product(Matrix<T> A, const T* x, const T* bias, T scale, const T* base, T* out) {
   constexpr int M = ODEBLOCK_SUM_REGISTERS / N < 8 ? ODEBLOCK_SUM_REGISTERS / N : 8;
   int64_t i = 0;
   for (; i + M <= A.rows; i += M) {
@@ -328,15 +226,19 @@ ODEBLOCK_INLINE int64_t packed_size(int64_t features, int64_t blocks) {
   return (features + kLanes<T> - 1) / kLanes<T> * kLanes<T> * blocks * kLanes<T>;
 }
 
-// Adds to M rows of out the sums over the rows [first, last) of the features of x from the i-th on and of N panels
+// How sums reach memory. Past the caches: where they would not stay, as whole vectors at whole vectors' addresses, for
+// sums over at most kRowRun rows.
+enum class Write { store, add, past_caches };
+
+// Leaves in M rows of out the sums over the rows [first, last) of the features of x from the i-th on and of N panels
 // of y from the j-th feature on.
 template <class T, int N, int M>
 ODEBLOCK_INLINE void outer_rows(const T* x, int64_t features_x, int64_t i, const T* y, int64_t features_y, int64_t j,
-                                int64_t blocks, int64_t first, int64_t last, T scale, bool accumulate, T* out) {
+                                int64_t blocks, int64_t first, int64_t last, T scale, Write how, T* out) {
   constexpr int W = kLanes<T>;
   const int64_t panel = blocks * W * W;
   const T* py = y + j * blocks * W;
-  if (accumulate) {  // may have been written on another core: ask before the sums are taken
+  if (how == Write::add) {  // may have been written on another core: ask before the sums are taken
 #pragma GCC unroll 8
     for (int r = 0; r < M; r++)
 #pragma GCC unroll 2
@@ -366,22 +268,23 @@ ODEBLOCK_INLINE void outer_rows(const T* x, int64_t features_x, int64_t i, const
       T* to = out + (i + r) * features_y + j + c * W;
       const int64_t left = features_y - j - c * W;
       const Vec<T> part = broadcast(scale) * sum[r][c];
-      if (left >= W) {
-        store(to, accumulate ? part + load(to) : part);
+      if (how == Write::past_caches) {
+        stream(to, part);
+      } else if (left >= W) {
+        store(to, how == Write::add ? part + load(to) : part);
       } else {
-        for (int64_t lane = 0; lane < left; lane++) to[lane] = accumulate ? part[lane] + to[lane] : part[lane];
+        for (int64_t lane = 0; lane < left; lane++) to[lane] = how == Write::add ? part[lane] + to[lane] : part[lane];
       }
     }
 }
 
 template <class T, int N>
 ODEBLOCK_NOINLINE void outer_panels(const T* x, int64_t features_x, Range range, const T* y, int64_t features_y,
-                                    int64_t j, int64_t blocks, int64_t first, int64_t last, T scale, bool accumulate,
+                                    int64_t j, int64_t blocks, int64_t first, int64_t last, T scale, Write how,
                                     T* out) {
   constexpr int M = ODEBLOCK_SUM_REGISTERS / N < 8 ? ODEBLOCK_SUM_REGISTERS / N : 8;
   const auto rows = [&](int64_t i, auto count) {
-    outer_rows<T, N, decltype(count)::value>(x, features_x, i, y, features_y, j, blocks, first, last, scale, accumulate,
-                                             out);
+    outer_rows<T, N, decltype(count)::value>(x, features_x, i, y, features_y, j, blocks, first, last, scale, how, out);
   };
   int64_t i = range.begin;
   for (; i + M <= range.end; i += M) rows(i, Width<M>());
@@ -389,22 +292,22 @@ ODEBLOCK_NOINLINE void outer_panels(const T* x, int64_t features_x, Range range,
   for (; i < range.end; i++) rows(i, Width<1>());
 }
 
-// out[i][j] (+)= scale Σ x_i y_j over the first `rows` rows, for the features i in `range` and all j; x: blocks of
+// out[i][j] = or += scale Σ x_i y_j over the first `rows` rows, for the features i in `range` and all j; x: blocks of
 // features_x, y: panels of features_y; out [features_x, features_y]. Every sum runs in the order of the rows.
 template <class T>
 void outer_product(const T* x, int64_t features_x, Range range, const T* y, int64_t features_y, int64_t blocks,
-                   int64_t rows, T scale, bool accumulate, T* out) {
+                   int64_t rows, T scale, Write how, T* out) {
   constexpr int W = kLanes<T>;
   for (int64_t first = 0; first < rows; first += kRowRun) {
     const int64_t last = first + kRowRun < rows ? first + kRowRun : rows;
     for (int64_t j = 0; j < features_y;) {
       if (features_y - j > W) {
-        outer_panels<T, 2>(x, features_x, range, y, features_y, j, blocks, first, last, scale, accumulate || first > 0,
-                           out);
+        outer_panels<T, 2>(x, features_x, range, y, features_y, j, blocks, first, last, scale,
+                           first > 0 ? Write::add : how, out);
         j += 2 * W;
       } else {
-        outer_panels<T, 1>(x, features_x, range, y, features_y, j, blocks, first, last, scale, accumulate || first > 0,
-                           out);
+        outer_panels<T, 1>(x, features_x, range, y, features_y, j, blocks, first, last, scale,
+                           first > 0 ? Write::add : how, out);
         j += W;
       }
     }

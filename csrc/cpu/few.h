@@ -1,0 +1,565 @@
+// Batches of at most kFewRows rows, which would fill so little of a vector of rows: everything vectorises over
+// features, rows lie as the user has them, [R, q], and a weight is read once. Memory bounds it: 2qm weights a layer
+// serve few multiply-adds.
+//
+// Threads share the hidden units, in chunks that do not depend on their number. Each takes its rows of W and columns of
+// V through z, sigma and all that belongs to them; what is summed over hidden units, V s in the forward and Wᵀg in the
+// backward, every thread adds up from the chunks' sums in the same order. So threads wait for each other once a layer
+// (once an evaluation, for the adjoint), and no bit depends on their number. Against batches of more rows results agree
+// to rounding.
+#pragma once
+
+#include <new>
+
+#include "backward.h"
+
+namespace odeblock {
+namespace {
+
+template <class T>
+constexpr int kFewRows = kLanes<T> / 2 < 4 ? kLanes<T> / 2 : 4;
+
+template <class S>
+bool is_few(const Problem& p) {
+  return p.batch > 0 && p.batch <= kFewRows<Compute<S>>;
+}
+
+// A sum over lanes costs as much as some columns do: chunks have at least 32 units. And every thread adds up the
+// sums of all chunks: there are at most 16.
+constexpr int64_t kChunkUnits = 32, kChunks = 16, kUnitMultiple = 16;
+
+ODEBLOCK_INLINE int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
+
+ODEBLOCK_INLINE int64_t chunk_units(const Problem& p) {
+  const int64_t units = round_up((p.hidden + kChunks - 1) / kChunks, kUnitMultiple);
+  return units < kChunkUnits ? kChunkUnits : units;
+}
+ODEBLOCK_INLINE int64_t chunk_count(const Problem& p) { return (p.hidden + chunk_units(p) - 1) / chunk_units(p); }
+
+// Weights of one matrix that are worth a thread, between two meetings.
+constexpr int64_t kFewWork = 2048;
+
+ODEBLOCK_INLINE int few_threads(const Problem& p) {
+  int64_t n = p.dim * p.hidden / kFewWork;
+  if (n > p.threads) n = p.threads;
+  if (n > chunk_count(p)) n = chunk_count(p);
+  return n < 1 ? 1 : static_cast<int>(n);
+}
+
+// Of the vector at p the first `count` entries, at most W; the others are 0.
+template <class T>
+ODEBLOCK_INLINE Vec<T> load_part(const T* p, int64_t count) {
+  if (count >= kLanes<T>) return load(p);
+  Vec<T> v{};
+  for (int lane = 0; lane < count; lane++) v[lane] = p[lane];
+  return v;
+}
+template <class T>
+ODEBLOCK_INLINE void store_part(T* p, Vec<T> v, int64_t count) {
+  if (count >= kLanes<T>) return store(p, v);
+  for (int lane = 0; lane < count; lane++) p[lane] = v[lane];
+}
+
+// Lane i of the result is the sum of the lanes of v[i], by halves. v is overwritten.
+template <class T>
+ODEBLOCK_INLINE Vec<T> sum_lanes(Vec<T> (&v)[kLanes<T>]) {
+  constexpr int W = kLanes<T>;
+#pragma GCC unroll 4
+  for (int d = 1; d < W; d *= 2) {
+    Mask<T> own{}, other{};
+#pragma GCC unroll 16
+    for (int lane = 0; lane < W; lane++) {
+      own[lane] = lane & d ? W + lane : lane;
+      other[lane] = lane & d ? W + lane - d : lane + d;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i += 2 * d) v[i] = shuffle(v[i], v[i + d], own) + shuffle(v[i], v[i + d], other);
+  }
+  return v[0];
+}
+
+// Arrays of R rows of features are [R][stride], a whole number of vectors, zero beyond the features.
+
+// out[r][i] = Σ_k A[i][k] x[r][k] + bias[i] for i < rows, k < cols; A has `step` entries a row. bias may be null.
+// ahead: how far from here the entries are that are needed later, to be fetched meanwhile; or 0.
+template <class T, int R>
+ODEBLOCK_NOINLINE void dots(const T* A, int64_t step, int64_t rows, int64_t cols, int64_t ahead, const T* x,
+                            int64_t x_stride, const T* bias, T* out, int64_t out_stride) {
+  constexpr int W = kLanes<T>, G = 8 / R < W ? 8 / R : W;  // rows of A at a time, for as many sums that do not wait
+  for (int64_t i = 0; i < rows; i += W) {
+    Vec<T> sums[R][W];
+    for (int first = 0; first < W; first += G) {
+      Vec<T> sum[G][R] = {};
+      const T* a[G];
+#pragma GCC unroll 8
+      for (int g = 0; g < G; g++) {  // beyond the matrix its last row, for nothing
+        const int64_t row = i + first + g < rows ? i + first + g : rows - 1;
+        a[g] = A + row * step;
+        if (ahead) prefetch(a[g] + ahead, cols);
+      }
+      int64_t k = 0;
+      for (; k + W <= cols; k += W) {
+        Vec<T> xk[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) xk[r] = load(x + r * x_stride + k);
+#pragma GCC unroll 8
+        for (int g = 0; g < G; g++) {
+          const Vec<T> weights = load(a[g] + k);
+#pragma GCC unroll 4
+          for (int r = 0; r < R; r++) sum[g][r] = fma(weights, xk[r], sum[g][r]);
+        }
+      }
+      if (k < cols)
+        for (int g = 0; g < G; g++) {
+          const Vec<T> weights = load_part(a[g] + k, cols - k);
+          for (int r = 0; r < R; r++) sum[g][r] = fma(weights, load(x + r * x_stride + k), sum[g][r]);
+        }
+#pragma GCC unroll 8
+      for (int g = 0; g < G; g++)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) sums[r][first + g] = sum[g][r];
+    }
+    for (int r = 0; r < R; r++) {
+      Vec<T> y = sum_lanes<T>(sums[r]);
+      if (bias) y += load_part(bias + i, rows - i);
+      for (int64_t lane = rows - i; lane < W; lane++) y[lane] = T(0);
+      store(out + r * out_stride + i, y);
+    }
+  }
+}
+
+// out[r][j .. j+GW) = Σ_i x[r][i] A[i][j ..] for i < rows, of which `left` columns exist.
+template <class T, int R, int G>
+ODEBLOCK_INLINE void combine_columns(const T* A, int64_t step, int64_t rows, int64_t left, int64_t ahead, const T* x,
+                                     int64_t x_stride, T* out, int64_t out_stride) {
+  constexpr int W = kLanes<T>;
+  Vec<T> total[G][R] = {};
+  for (int64_t begin = 0; begin < rows; begin += kRun) {
+    const int64_t end = begin + kRun < rows ? begin + kRun : rows;
+    Vec<T> sum[G][R] = {};
+    for (int64_t i = begin; i < end; i++) {
+      const T* a = A + i * step;
+      if (ahead) prefetch(a + ahead, left < G * W ? left : G * W);
+#pragma GCC unroll 8
+      for (int g = 0; g < G; g++) {
+        const Vec<T> weights = G > 1 ? load(a + g * W) : load_part(a, left);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) sum[g][r] = fma(weights, broadcast(x[r * x_stride + i]), sum[g][r]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int g = 0; g < G; g++)
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) total[g][r] += sum[g][r];
+  }
+#pragma GCC unroll 8
+  for (int g = 0; g < G; g++)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) store(out + r * out_stride + g * W, total[g][r]);
+}
+
+// out[r][j] = Σ_i x[r][i] A[i][j] for j < cols, i < rows.
+template <class T, int R>
+ODEBLOCK_NOINLINE void combine(const T* A, int64_t step, int64_t rows, int64_t cols, int64_t ahead, const T* x,
+                               int64_t x_stride, T* out, int64_t out_stride) {
+  constexpr int W = kLanes<T>, G = 8 / R;
+  int64_t j = 0;
+  for (; j + G * W <= cols; j += G * W)
+    combine_columns<T, R, G>(A + j, step, rows, G * W, ahead, x, x_stride, out + j, out_stride);
+  for (; j < cols; j += W)
+    combine_columns<T, R, 1>(A + j, step, rows, cols - j, ahead, x, x_stride, out + j, out_stride);
+}
+
+// What the threads of a batch of few rows share.
+template <class T>
+struct FewShared {
+  Progress* progress;  // [threads] sums that a thread has left
+  T* sums[2];          // [chunks][R][q padded], in turn
+};
+
+// And what each has for itself. R = batch; q, m, u are padded sizes, u of its hidden units.
+template <class T>
+struct FewScratch {
+  T *h, *f, *a;            // [R, q]
+  T *z, *s, *slope, *g;    // [R, u]
+  T* row;                  // [q or u] a row of a gradient
+  T* weights;              // a layer's, where they are widened
+  T* slots;                // [slots, R, q]      checkpoint, K > 1
+  T *x, *delta;            // [q, W]             adjoint: as a block, like the three below
+  T *state, *top, *found;  // [q, W], [q, W], [W]
+  T* increments;           // [kHistory, q, W]
+  RowMemory<T>* memory;    // [1]
+  T *visible[2], *probe;   // [q]
+};
+
+template <class S, class T = Compute<S>>
+FewShared<T> few_shared(const Problem& p, Arena& arena) {
+  const int64_t sums = chunk_count(p) * p.batch * round_up(p.dim, kLanes<T>);
+  return {arena.take<Progress>(few_threads(p)), {arena.take<T>(sums), arena.take<T>(sums)}};
+}
+
+// In the forward `slots` and `reconstruct` of the problem are not known when the workspace is sized: `backward` says
+// whether they count.
+template <class S, class T = Compute<S>>
+FewScratch<T> few_scratch(const Problem& p, bool backward, Arena& arena) {
+  constexpr int W = kLanes<T>;
+  const int64_t q = p.batch * round_up(p.dim, W), u = p.batch * round_up(p.hidden, kUnitMultiple);
+  const int64_t widest = p.dim > p.hidden ? p.dim : p.hidden;
+  FewScratch<T> scratch{};
+  for (T** array : {&scratch.h, &scratch.f, &scratch.a}) *array = arena.take<T>(q);
+  for (T** array : {&scratch.z, &scratch.s, &scratch.slope, &scratch.g}) *array = arena.take<T>(u);
+  scratch.row = arena.take<T>(kWidened<S> ? round_up(widest, W) : 0);
+  scratch.weights = arena.take<T>(kWidened<S> ? layer_size(p) : 0);
+  for (T** array : {&scratch.visible[0], &scratch.visible[1], &scratch.probe}) *array = arena.take<T>(p.dim);
+  scratch.slots = arena.take<T>(backward && !p.reconstruct && p.save_every > 1 ? p.slots * q : 0);
+  const bool reconstruct = backward && p.reconstruct;
+  const int64_t block = reconstruct ? p.dim * W : 0;
+  for (T** array : {&scratch.x, &scratch.delta, &scratch.state, &scratch.top}) *array = arena.take<T>(block);
+  scratch.found = arena.take<T>(reconstruct ? W : 0);
+  scratch.increments = arena.take<T>(kHistory * block);
+  scratch.memory = arena.take<RowMemory<T>>(reconstruct ? 1 : 0);
+  return scratch;
+}
+
+template <class S>
+size_t few_workspace(const Problem& p, bool backward) {
+  Arena arena(nullptr);
+  few_shared<S>(p, arena);
+  for (int t = 0; t < few_threads(p); t++) few_scratch<S>(p, backward, arena);
+  return arena.bytes();
+}
+
+// Thread t of n, for R rows.
+template <class S, int R>
+class Few {
+  typedef Compute<S> T;
+  static constexpr int W = kLanes<T>;
+
+ public:
+  Few(const Problem& problem, bool backward, const FewShared<T>& common, Arena arena, int thread, int threads)
+      : p(problem),
+        shared(common),
+        t(thread),
+        n(threads),
+        scale(static_cast<T>(problem.scale)),
+        q(round_up(problem.dim, W)),
+        size(chunk_units(problem)),
+        chunks(part(chunk_count(problem), thread, threads)),
+        first(chunks.begin * size),
+        units((chunks.end * size < problem.hidden ? chunks.end * size : problem.hidden) - first),
+        u(round_up(units, kUnitMultiple)) {
+    sigma = with_activation(p.activation, [](auto a) -> Activate<T> { return activate<T, decltype(a)>; });
+    sigma_slope =
+        with_activation(p.activation, [](auto a) -> ActivateSlope<T> { return activate_slope<T, decltype(a)>; });
+    for (int i = 0; i <= t; i++) scratch = few_scratch<S>(p, backward, arena);
+    // The vectors' ends, which stay zero.
+    for (T* array : {scratch.h, scratch.f, scratch.a})
+      for (int64_t i = 0; i < R * q; i++) array[i] = T(0);
+  }
+
+  void forward(const ForwardProblem& f) {
+    T *states = static_cast<T*>(f.states), *checks = static_cast<T*>(f.checks), *h = scratch.h;
+    load_rows(static_cast<const S*>(f.h), h);
+    int64_t saved = 0, checked = 0;
+    for (int64_t k = 0; k < p.depth; k++) {
+      const Layer<T> weights = layer<S>(p, k, scratch.weights);
+      if (t == 0 && p.save_every && k % p.save_every == 0 && (k > 0 || !p.reconstruct))
+        store_rows(h, saved_state<T>(states, p, saved++, 0));
+      if (t == 0 && p.reconstruct && k > 0 && k % check_every(p.depth) == 0) {
+        see(weights.W, scratch.visible[1]);
+        check_direction(static_cast<const T*>(f.probe), scratch.visible[1], p.dim, scratch.probe);
+        T* found = saved_check<T>(checks, p, checked++, 0);
+        for (int r = 0; r < W; r++) found[r] = T(0);
+        for (int r = 0; r < R; r++) found[r] = project(h + r * q);
+      }
+      run_forward(weights, h, k, h);
+    }
+    if (t != 0) return;
+    if (p.reconstruct) store_rows(h, saved_state<T>(states, p, saved, 0));
+    store_rows(h, static_cast<S*>(f.y));
+  }
+
+  void backward(const BackwardProblem& b) {
+    load_rows(static_cast<const S*>(b.grad), scratch.a);
+    if (p.reconstruct)
+      sweep_reconstructed(b);
+    else
+      sweep_saved(b);
+    finish_streams();
+    if (t == 0) store_rows(scratch.a, static_cast<S*>(b.dh));
+  }
+
+  // A layer as the reconstruction sees it: blocks in and out, rows between.
+  struct Field {
+    Few& few;
+    const Layer<T>& weights;
+    int64_t k;
+
+    void evaluate(const T* x, T* f) {
+      few.load_block(x, few.scratch.h);
+      few.hidden(weights, few.scratch.h, k, -1);
+      few.increment(weights, few.scratch.s, k, -1, few.scratch.f);
+      few.store_block(few.scratch.f, f);
+    }
+    void correct(const T* change) {
+      few.load_block(change, few.scratch.f);
+      dots<T, R>(weights.W.data + few.first * few.p.dim, few.p.dim, few.units, few.p.dim, 0, few.scratch.f, few.q,
+                 nullptr, few.scratch.g, few.u);
+      for (int64_t i = 0; i < R * few.u; i += W)
+        store(few.scratch.z + i, load(few.scratch.z + i) + load(few.scratch.g + i));
+      few.sigma_slope(few.scratch.z, R * few.u, few.scratch.s, few.scratch.slope);
+    }
+  };
+
+ private:
+  // Rows as they lie with the user or where states are saved, [R, q]; entries beyond q stay as they are.
+  template <class From>
+  void load_rows(const From* rows, T* to) const {
+    for (int r = 0; r < R; r++) widen(rows + r * p.dim, p.dim, to + r * q);
+  }
+  template <class To>
+  void store_rows(const T* from, To* rows) const {
+    for (int r = 0; r < R; r++) narrow(from + r * q, p.dim, rows + r * p.dim);
+  }
+  void load_block(const T* block, T* to) const {
+    for (int r = 0; r < R; r++)
+      for (int64_t i = 0; i < p.dim; i++) to[r * q + i] = block[i * W + r];
+  }
+  void store_block(const T* from, T* block) const {
+    for (int64_t i = 0; i < p.dim; i++) {
+      Vec<T> v{};
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) v[r] = from[r * q + i];
+      store(block + i * W, v);
+    }
+  }
+  T project(const T* row) const {
+    T sum = 0;
+    for (int64_t i = 0; i < p.dim; i++) sum += scratch.probe[i] * row[i];
+    return sum;
+  }
+
+  // What is fetched while layer k is read: the next layer in this direction; where layers are too large for that, what
+  // is read `later` from where a product is.
+  int64_t ahead(int64_t k, int64_t direction, int64_t later) const {
+    if (kWidened<S> || 2 * p.dim * p.hidden * static_cast<int64_t>(sizeof(T)) > kFetchedBytes * n) return later;
+    return k + direction >= 0 && k + direction < p.depth ? direction * p.dim * p.hidden : 0;
+  }
+
+  // z, sigma(z) and sigma'(z) of this thread's units at h.
+  void hidden(const Layer<T>& weights, const T* h, int64_t k, int64_t direction) {
+    dots<T, R>(weights.W.data + first * p.dim, p.dim, units, p.dim, ahead(k, direction, W * p.dim), h, q,
+               weights.hidden_bias ? weights.hidden_bias + first : nullptr, scratch.z, u);
+    sigma_slope(scratch.z, R * u, scratch.s, scratch.slope);
+  }
+
+  // f = scale (V s + output_bias), s of this thread's units.
+  void increment(const Layer<T>& weights, const T* s, int64_t k, int64_t direction, T* f) {
+    const int64_t fetch = ahead(k, direction, W * p.hidden);
+    for (int64_t c = chunks.begin; c < chunks.end; c++)
+      dots<T, R>(weights.V.data + c * size, p.hidden, p.dim, units_of(c), fetch, s + c * size - first, u, nullptr,
+                 sums(c), q);
+    meet();
+    for (int r = 0; r < R; r++)
+      for (int64_t i = 0; i < q; i += W) {
+        Vec<T> sum = total(r, i);
+        if (weights.output_bias && i < p.dim) sum += load_part(weights.output_bias + i, p.dim - i);
+        store(f + r * q + i, broadcast(scale) * sum);
+      }
+  }
+
+  void run_forward(const Layer<T>& weights, const T* h, int64_t k, T* next) {
+    dots<T, R>(weights.W.data + first * p.dim, p.dim, units, p.dim, ahead(k, 1, W * p.dim), h, q,
+               weights.hidden_bias ? weights.hidden_bias + first : nullptr, scratch.z, u);
+    sigma(scratch.z, R * u, scratch.s);
+    increment(weights, scratch.s, k, 1, scratch.f);
+    for (int64_t i = 0; i < R * q; i += W) store(next + i, load(h + i) + load(scratch.f + i));
+  }
+
+  void sweep_saved(const BackwardProblem& b) {
+    const int64_t K = p.save_every;
+    const T* states = static_cast<const T*>(b.states);
+    for (int64_t i = (p.depth - 1) / K; i >= 0; i--) {
+      const int64_t bottom = i * K, top = bottom + K < p.depth ? bottom + K : p.depth;
+      load_rows(saved_state<T>(states, p, i, 0), scratch.h);
+      sweep_chain<T>(
+          scratch.h, bottom, top, p.slots, [&](int64_t j) { return scratch.slots + j * R * q; },
+          [&](const T* h, int64_t k, T* next) { run_forward(layer<S>(p, k, scratch.weights), h, k, next); },
+          [&](const T* h, int64_t k) {
+            const Layer<T> weights = layer<S>(p, k, scratch.weights);
+            hidden(weights, h, k, -1);
+            adjoint_step(b, weights, k, h);
+          });
+    }
+  }
+
+  // Every thread does the same for the one block, from the same bits.
+  void sweep_reconstructed(const BackwardProblem& b) {
+    const T *states = static_cast<const T*>(b.states), *checks = static_cast<const T*>(b.checks);
+    T *h = scratch.state, *top = scratch.top;
+    load_rows(saved_state<T>(states, p, saved_count(p) - 1, 0), scratch.h);
+    store_block(scratch.h, h);
+    store_block(scratch.h, top);
+    Reconstruction<T> reconstruction = {scratch.memory,
+                                        scratch.increments,
+                                        p.dim * W,
+                                        scratch.x,
+                                        scratch.delta,
+                                        scratch.visible[0],
+                                        scratch.visible[1],
+                                        change_unit<T>(kUnit<S>, p.depth),
+                                        state_limit<T>(kUnit<S>, p.depth),
+                                        {}};
+    reconstruction.reset(0, 1, p.dim);
+    for (int64_t k = p.depth - 1; k >= 0; k--) {
+      const Layer<T> weights = layer<S>(p, k, scratch.weights);
+      reconstruction.enter(weights.W);
+      Field field = {*this, weights, k};
+      reconstruction.template solve<1>(field, is_smooth(p), p.dim, R, p.depth - 1 - k, 0, h);
+      load_block(h, scratch.h);
+      if (k > 0 && k % check_every(p.depth) == 0) {
+        check_direction(static_cast<const T*>(b.probe), scratch.visible[1], p.dim, scratch.probe);
+        for (int r = 0; r < R; r++) scratch.found[r] = project(scratch.h + r * q);
+        const T* seen = saved_check<T>(checks, p, k / check_every(p.depth) - 1, 0);
+        measure_projection(seen, scratch.found, scratch.visible[1], R, 1, p.dim, h, reconstruction.report);
+        scratch.memory->peak = Vec<T>{};
+      }
+      adjoint_step(b, weights, k, scratch.h);
+      if (p.save_every && k > 0 && k % p.save_every == 0) {
+        const T* anchor = saved_state<T>(states, p, k / p.save_every - 1, 0);
+        measure_drift(R, p.dim, 1, p.depth, scratch.visible[0], Rows<T>{anchor, p.dim}, h, top, scratch.memory,
+                      reconstruction.report);
+        load_rows(anchor, scratch.h);
+        store_block(scratch.h, h);
+      }
+    }
+    reconstruction.finish(0, R, p.depth);
+    measure_drift(R, p.dim, 1, p.depth, scratch.visible[0], Rows<S>{static_cast<const S*>(b.h), p.dim}, h, top,
+                  scratch.memory, reconstruction.report);
+    if (t == 0) write_report(b, reconstruction.report);
+  }
+
+  // The equations of backward.h for this thread's units, at the state h, with s and sigma'(z) in the scratch.
+  void adjoint_step(const BackwardProblem& b, const Layer<T>& weights, int64_t k, const T* h) {
+    T *a = scratch.a, *g = scratch.g;
+    combine<T, R>(weights.V.data + first, p.hidden, p.dim, units, ahead(k, -1, 8 * p.hidden), a, q, g, u);
+    for (int r = 0; r < R; r++)
+      for (int64_t i = 0; i < units; i += W) {
+        const int64_t at = r * u + i;
+        store(g + at, broadcast(scale) * load(g + at) * load(scratch.slope + at));
+      }
+    if (b.dV) {
+      const int64_t matrix = k * p.dim * p.hidden;
+      const bool past = gradients_pass_caches<S>(b);
+      for (int64_t i = 0; i < p.dim; i++) {
+        T x[R];
+        for (int r = 0; r < R; r++) x[r] = scale * a[r * q + i];
+        gradient_row(x, scratch.s, u, units, static_cast<S*>(b.dV) + matrix + i * p.hidden + first, past);
+      }
+      for (int64_t i = 0; i < units; i++) {
+        T x[R];
+        for (int r = 0; r < R; r++) x[r] = g[r * u + i];
+        gradient_row(x, h, q, p.dim, static_cast<S*>(b.dW) + matrix + (first + i) * p.dim, past);
+      }
+      T one[R], scales[R];
+      for (int r = 0; r < R; r++) one[r] = T(1), scales[r] = scale;
+      if (b.dhidden_bias) gradient_row(one, g, u, units, static_cast<S*>(b.dhidden_bias) + k * p.hidden + first);
+      if (b.doutput_bias && t == 0) gradient_row(scales, a, q, p.dim, static_cast<S*>(b.doutput_bias) + k * p.dim);
+    }
+    for (int64_t c = chunks.begin; c < chunks.end; c++)
+      combine<T, R>(weights.W.data + c * size * p.dim, p.dim, units_of(c), p.dim, 0, g + c * size - first, u, sums(c),
+                    q);
+    meet();
+    for (int r = 0; r < R; r++)
+      for (int64_t i = 0; i < q; i += W) store(a + r * q + i, load(a + r * q + i) + total(r, i));
+  }
+
+  // out[j] = Σ_r x[r] y[r][j], j < count.
+  void gradient_row(const T (&x)[R], const T* y, int64_t stride, int64_t count, S* out, bool past = false) const {
+    T* to;
+    if constexpr (kWidened<S>)
+      to = scratch.row;
+    else
+      to = out;
+    for (int64_t j = 0; j < count; j += W) {
+      Vec<T> sum{};
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) sum = fma(broadcast(x[r]), load(y + r * stride + j), sum);
+      past ? stream(to + j, sum) : store_part(to + j, sum, count - j);
+    }
+    if constexpr (kWidened<S>) narrow(to, count, out);
+  }
+
+  int64_t units_of(int64_t chunk) const {
+    const int64_t end = (chunk + 1) * size;
+    return (end < p.hidden ? end : p.hidden) - chunk * size;
+  }
+  T* sums(int64_t chunk) const { return shared.sums[meetings % 2] + chunk * R * q; }
+
+  // Returns once every thread has left the sums of its chunks. The other array of sums is free then: what it held,
+  // every thread has added up before it came here.
+  void meet() {
+    meetings++;
+    if (n == 1) return;
+    shared.progress[t].advance();
+    for (int i = 0; i < n; i++)
+      if (i != t) shared.progress[i].wait(meetings);
+  }
+  Vec<T> total(int r, int64_t i) const {
+    const T* sum = shared.sums[(meetings - 1) % 2] + r * q + i;
+    Vec<T> y = load(sum);
+    for (int64_t c = 1; c < chunk_count(p); c++) y += load(sum + c * R * q);
+    return y;
+  }
+
+  const Problem& p;
+  const FewShared<T>& shared;
+  const int t, n;
+  const T scale;
+  const int64_t q;             // features of a row, padded
+  const int64_t size;          // units of a chunk
+  const Range chunks;          // this thread's
+  const int64_t first, units;  // their units
+  const int64_t u;             // padded
+  int64_t meetings = 0;
+  Activate<T> sigma;
+  ActivateSlope<T> sigma_slope;
+  FewScratch<T> scratch;
+};
+
+// Calls run(Few<S, R>&) on each thread, R = batch.
+template <class S, int R = 1, class Run>
+void with_few(const Problem& p, bool backward, Run run) {
+  typedef Compute<S> T;
+  if constexpr (R < kFewRows<T>)
+    if (p.batch > R) return with_few<S, R + 1>(p, backward, run);
+  const int threads = few_threads(p);
+  Arena arena(p.workspace);
+  const FewShared<T> shared = few_shared<S>(p, arena);
+  for (int i = 0; i < threads; i++) new (&shared.progress[i]) Progress();
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Few<S, R> few(p, backward, shared, arena, omp_get_thread_num(), omp_get_num_threads());
+    run(few);
+  }
+  for (int i = 0; i < threads; i++) shared.progress[i].~Progress();
+}
+
+template <class S>
+void forward_few(const ForwardProblem& p) {
+  typedef Compute<S> T;
+  T* states = static_cast<T*>(p.states);
+  for (int64_t i = 0; i < saved_count(p); i++)
+    for (T* x = saved_state<T>(states, p, i, 0) + p.batch * p.dim; x < saved_state<T>(states, p, i + 1, 0); x++)
+      *x = T(0);
+  clear_checks<T>(p);
+  with_few<S>(p, false, [&](auto& few) { few.forward(p); });
+}
+
+template <class S>
+void backward_few(const BackwardProblem& p) {
+  with_few<S>(p, true, [&](auto& few) { few.backward(p); });
+}
+
+}  // namespace
+}  // namespace odeblock
