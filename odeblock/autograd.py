@@ -118,6 +118,26 @@ class DualDeepResidual(DeepResidual):
         return moving, None, None
 
 
+class EagerDeepResidual(DualDeepResidual):
+    """The same where nothing transforms the call: without ``setup_context``, which takes PyTorch longer to
+    prepare (it binds the arguments to the signature of ``forward``) than all the rest of a call."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = DeepResidual.forward(*inputs)
+        DualDeepResidual.setup_context(ctx, inputs, output)
+        return output
+
+    setup_context = torch.autograd.Function.setup_context
+
+
+def choose_function() -> type[torch.autograd.Function]:
+    """The one for how it is called: compiled, under a transform of ``torch.func``, or as usual."""
+    if torch.compiler.is_compiling():
+        return DeepResidual
+    return DualDeepResidual if torch._C._are_functorch_transforms_active() else EagerDeepResidual
+
+
 def _differentiable_gradients(ctx: Any, grad: Tensor, inputs: list[Any]) -> list[Tensor | None]:
     """Under ``create_graph=True``: gradients that can be differentiated again, through the reference.
 

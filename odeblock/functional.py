@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import checkpointing, ops, reference
-from .autograd import DeepResidual, Drift, DualDeepResidual
+from .autograd import Drift, choose_function
 from .scan import residual_scan
 from .validation import check_arguments
 
@@ -87,10 +87,7 @@ def recorded(record: Drift, *arguments: Any) -> Tensor:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         state_bytes, slot_bytes = _sizes(rows)
         plan = checkpointing.plan(backward, V.shape[0], anchors, memory_budget, state_bytes, slot_bytes)
-    function = DeepResidual if torch.compiler.is_compiling() else DualDeepResidual
-    y, *_ = function.apply(  # type: ignore[no-untyped-call]
-        *tensors, activation, scale, *plan, strict, record
-    )
+    y, *_ = choose_function().apply(*tensors, activation, scale, *plan, strict, record)
     result: Tensor = y.view(h.shape)
     return result
 
