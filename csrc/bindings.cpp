@@ -5,9 +5,10 @@
 
 #ifdef __linux__
 #include <sys/mman.h>
-#include <unistd.h>
 #endif
 
+#include <memory>
+#include <new>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -55,13 +56,14 @@ size_t forward_workspace(int dtype, int activation, int64_t batch, int64_t dim, 
 void forward(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth, double scale,
              uintptr_t h, uintptr_t V, uintptr_t W, uintptr_t hidden_bias, uintptr_t output_bias, uintptr_t y,
              uintptr_t states, uintptr_t probe, uintptr_t checks, int64_t save_every, bool reconstruct,
-             uintptr_t workspace, int threads) {
+             bool keep_hidden, uintptr_t workspace, int threads) {
   ForwardProblem p{};
   set_sizes(p, dtype, activation, batch, dim, hidden, depth, threads);
   set_weights(p, V, W, hidden_bias, output_bias);
   p.scale = scale;
   p.save_every = save_every;
   p.reconstruct = reconstruct;
+  p.keep_hidden = keep_hidden;
   p.probe = pointer<const void>(probe);
   p.checks = pointer<void>(checks);
   p.h = pointer<const void>(h);
@@ -73,12 +75,13 @@ void forward(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidd
 }
 
 size_t backward_workspace(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth,
-                          int64_t save_every, bool reconstruct, int64_t slots, int threads) {
+                          int64_t save_every, bool reconstruct, int64_t slots, bool keep_hidden, int threads) {
   Problem p{};
   set_sizes(p, dtype, activation, batch, dim, hidden, depth, threads);
   p.save_every = save_every;
   p.reconstruct = reconstruct;
   p.slots = slots;
+  p.keep_hidden = keep_hidden;
   return odeblock::cpu_kernels().backward_workspace(p);
 }
 
@@ -86,7 +89,7 @@ void backward(int dtype, int activation, int64_t batch, int64_t dim, int64_t hid
               uintptr_t grad, uintptr_t h, uintptr_t V, uintptr_t W, uintptr_t hidden_bias, uintptr_t output_bias,
               uintptr_t states, uintptr_t probe, uintptr_t checks, uintptr_t dh, uintptr_t dV, uintptr_t dW,
               uintptr_t dhidden_bias, uintptr_t doutput_bias, uintptr_t report, int64_t save_every, bool reconstruct,
-              int64_t slots, uintptr_t workspace, int threads) {
+              int64_t slots, bool keep_hidden, uintptr_t workspace, int threads) {
   BackwardProblem p{};
   set_sizes(p, dtype, activation, batch, dim, hidden, depth, threads);
   set_weights(p, V, W, hidden_bias, output_bias);
@@ -94,6 +97,7 @@ void backward(int dtype, int activation, int64_t batch, int64_t dim, int64_t hid
   p.save_every = save_every;
   p.reconstruct = reconstruct;
   p.slots = slots;
+  p.keep_hidden = keep_hidden;
   p.probe = pointer<const void>(probe);
   p.checks = pointer<const void>(checks);
   p.grad = pointer<const void>(grad);
@@ -110,18 +114,58 @@ void backward(int dtype, int activation, int64_t batch, int64_t dim, int64_t hid
   odeblock::cpu_kernels().backward(p);
 }
 
-// Before the first write to a large array: its pages may come 2 MiB at a time, where the system allows it. Only advice;
-// memory that the process already has is left as it is.
-void prefer_large_pages(uintptr_t data, size_t size) {
+// Memory of large arrays, kept for the next ones: from the system it comes as pages of zeros, one by one, and goes back
+// there (a sixth of a step that stores its states). Python holds it by the buffer protocol; when the last array in it
+// is gone, it is kept, of what has come back lately at most kMostBytes in kMostBlocks. All under the GIL.
+class Memory {
+ public:
+  explicit Memory(size_t size) : block_{nullptr, size} {
+    std::vector<Block>& kept = kept_blocks();
+    auto best = kept.end();
+    for (auto block = kept.begin(); block != kept.end(); ++block)
+      if (block->size >= size && block->size / 2 <= size && (best == kept.end() || block->size < best->size))
+        best = block;
+    if (best != kept.end()) {
+      block_ = *best;
+      kept.erase(best);
+      return;
+    }
+    block_.data = ::operator new(size, alignment(size));
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const uintptr_t begin = (data + page - 1) / page * page, end = (data + size) / page * page;
-  if (begin < end) madvise(pointer<void>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  static_cast<void>(data);
-  static_cast<void>(size);
+    if (size >= kHugePage) madvise(block_.data, size, MADV_HUGEPAGE);
 #endif
-}
+  }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  ~Memory() {
+    std::vector<Block>& kept = kept_blocks();
+    kept.push_back(block_);
+    size_t bytes = 0;
+    for (const Block& block : kept) bytes += block.size;
+    while (bytes > kMostBytes || kept.size() > kMostBlocks) {
+      const Block oldest = kept.front();
+      bytes -= oldest.size;
+      ::operator delete(oldest.data, alignment(oldest.size));
+      kept.erase(kept.begin());
+    }
+  }
+  void* data() const { return block_.data; }
+  size_t size() const { return block_.size; }
+
+ private:
+  struct Block {
+    void* data;
+    size_t size;
+  };
+  static constexpr size_t kHugePage = 2 << 20, kLine = 64, kMostBytes = 512 << 20, kMostBlocks = 32;
+  static std::align_val_t alignment(size_t size) { return std::align_val_t(size < kHugePage ? kLine : kHugePage); }
+  // Never destroyed: tensors may outlive the module.
+  static std::vector<Block>& kept_blocks() {
+    static auto* blocks = new std::vector<Block>();
+    return *blocks;
+  }
+  Block block_;
+};
 
 #ifdef ODEBLOCK_WITH_CUDA
 std::vector<std::string> split(const std::string& list) {
@@ -163,6 +207,9 @@ PYBIND11_MODULE(_core, module) {
   module.def("forward", &forward);
   module.def("backward_workspace", &backward_workspace);
   module.def("backward", &backward);
-  module.def("prefer_large_pages", &prefer_large_pages);
+  py::class_<Memory>(module, "_Memory", py::buffer_protocol()).def_buffer([](Memory& memory) {
+    return py::buffer_info(memory.data(), 1, "B", 1, {memory.size()}, {static_cast<size_t>(1)});
+  });
+  module.def("memory", [](size_t size) { return std::make_unique<Memory>(size); });
   module.def("build_info", &build_info);
 }

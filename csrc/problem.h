@@ -20,8 +20,13 @@ namespace odeblock {
 // adjoint never round to them, sums are taken in float.
 enum class Dtype : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
 
-// Saved states hold the batch rounded up to this many rows, so that whole vectors of any instruction set fit.
+// Saved states hold the batch rounded up, so that whole vectors of any instruction set fit. (At most four rows are one
+// vector of the narrower sets; the wider lay such states out row by row.)
 constexpr int64_t kRowPadding = 16;
+ODEBLOCK_INLINE int64_t padded_rows(int64_t batch) {
+  if (batch <= 4) return batch == 3 ? 4 : batch;
+  return (batch + kRowPadding - 1) / kRowPadding * kRowPadding;
+}
 
 struct Problem {
   Dtype dtype;
@@ -40,6 +45,9 @@ struct Problem {
   int64_t save_every;
   bool reconstruct;
   int64_t slots;  // backward, not reconstructing, K > 1: states of a tile that it may hold besides, >= 1
+  // Where states are stored or held, and not reconstructed: whether z = W h + hidden_bias is too. For K = 1 it follows
+  // each saved state, [rows / W, m, W]; for K > 1 a slot holds it with a state.
+  bool keep_hidden;
 
   const void* V;            // [L, q, m]  read
   const void* W;            // [L, m, q]  read
@@ -57,17 +65,17 @@ ODEBLOCK_INLINE int64_t check_every(int64_t depth) { return (depth + kChecks) / 
 struct ForwardProblem : Problem {
   const void* h;      // [B, q]  read
   void* y;            // [B, q]  written
-  void* states;       // [n, B padded, q]  written, as computed
+  void* states;       // [n, padded_rows(B), q or q + m]  written, as computed
   const void* probe;  // [q]  read where reconstruct, as computed
-  void* checks;       // [(L - 1) / c, B padded]  written where reconstruct, as computed
+  void* checks;       // [(L - 1) / c, B up to a multiple of 16]  written where reconstruct, as computed
 };
 
 struct BackwardProblem : Problem {
   const void* grad;    // [B, q]  read: d loss / d y
   const void* h;       // [B, q]  read where reconstruct, to measure the drift; else null
-  const void* states;  // [n, B padded, q]  read, as computed
+  const void* states;  // [n, padded_rows(B), q or q + m]  read, as computed
   const void* probe;   // [q]  as in the forward
-  const void* checks;  // [(L - 1) / c, B padded]  read where reconstruct
+  const void* checks;  // [(L - 1) / c, B up to a multiple of 16]  read where reconstruct
   void* dh;            // [B, q]     written
   void* dV;            // [L, q, m]  written; null, with the three below, where no weight needs a gradient
   void* dW;            // [L, m, q]  written, or null

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from typing_extensions import Buffer
+
 def forward_workspace(
     dtype: int, activation: int, batch: int, dim: int, hidden: int, depth: int, threads: int, /
 ) -> int: ...
@@ -24,6 +26,7 @@ def forward(
     checks: int,
     save_every: int,
     reconstruct: bool,
+    keep_hidden: bool,
     workspace: int,
     threads: int,
     /,
@@ -38,6 +41,7 @@ def backward_workspace(
     save_every: int,
     reconstruct: bool,
     slots: int,
+    keep_hidden: bool,
     threads: int,
     /,
 ) -> int: ...
@@ -67,9 +71,10 @@ def backward(
     save_every: int,
     reconstruct: bool,
     slots: int,
+    keep_hidden: bool,
     workspace: int,
     threads: int,
     /,
 ) -> None: ...
-def prefer_large_pages(data: int, size: int, /) -> None: ...
+def memory(size: int, /) -> Buffer: ...
 def build_info() -> dict[str, Any]: ...

@@ -54,18 +54,19 @@ class DeepResidual(torch.autograd.Function):
         save_every: int,
         reconstruct: bool,
         slots: int,
+        keep_hidden: bool,
         strict: bool,
         record: Drift,
     ) -> tuple[Tensor, Tensor, Tensor]:
         y, states, checks = ops.forward(
-            h, V, W, hidden_bias, output_bias, activation, scale, save_every, reconstruct
+            h, V, W, hidden_bias, output_bias, activation, scale, save_every, reconstruct, keep_hidden
         )
         return y, states, checks
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        *tensors, ctx.activation, ctx.scale, ctx.save_every, ctx.reconstruct, ctx.slots = inputs[:10]
-        ctx.strict, ctx.record = inputs[10:]
+        *tensors, ctx.activation, ctx.scale = inputs[:7]
+        ctx.save_every, ctx.reconstruct, ctx.slots, ctx.keep_hidden, ctx.strict, ctx.record = inputs[7:]
         _, states, checks = output
         ctx.mark_non_differentiable(states, checks)
         ctx.save_for_backward(*tensors, states, checks)
@@ -74,7 +75,7 @@ class DeepResidual(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
         if grad is None:
-            return (None,) * 12
+            return (None,) * 13
         *inputs, states, checks = ctx.saved_tensors
         if torch.is_grad_enabled():
             gradients = _differentiable_gradients(ctx, grad, inputs)
@@ -92,12 +93,13 @@ class DeepResidual(torch.autograd.Function):
                 ctx.save_every,
                 ctx.reconstruct,
                 ctx.slots,
+                ctx.keep_hidden,
                 need_weights,
             )
             if ctx.reconstruct:
                 judge_drift(report, grad.dtype, ctx.strict, ctx.record, not ops.runs_natively(grad))
         needed = (g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False))
-        return (*needed, *(None,) * 7)
+        return (*needed, *(None,) * 8)
 
 
 class DualDeepResidual(DeepResidual):

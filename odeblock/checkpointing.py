@@ -21,11 +21,14 @@ class Plan(NamedTuple):
     reconstruct: whether the states between are reconstructed from above (``adjoint``: h_K, h_2K, ... and h_L
         are stored), instead of run forward again from below (h_0, h_K, ...).
     slots: states that the backward may hold besides, where it runs segments again.
+    keep_hidden: whether z = W_k h_k + b_k is kept with each stored state (K = 1) or in each slot (K > 1),
+        instead of computed twice.
     """
 
     save_every: int
     reconstruct: bool
     slots: int
+    keep_hidden: bool = False
 
 
 NOTHING = Plan(0, False, 0)  # inference
@@ -84,12 +87,19 @@ def sweep(
 
 @functools.lru_cache(maxsize=256)
 def plan(
-    backward: str, depth: int, anchors: int, memory_budget: int | None, state_bytes: int, slot_bytes: int
+    backward: str,
+    depth: int,
+    anchors: int,
+    memory_budget: int | None,
+    state_bytes: int,
+    slot_bytes: int,
+    hidden_bytes: tuple[int, int] | None = None,
 ) -> Plan:
     """The plan of a strategy.
 
     state_bytes: of one state of the whole batch, as the forward stores it. slot_bytes: of one that the
-    backward holds (of the rows that it takes through all layers together, at most the batch).
+    backward holds (of the rows that it takes through all layers together, at most the batch). hidden_bytes:
+    of the hidden values that can be kept with either, or None.
 
     Raises ValueError where the budget holds less than two states.
     """
@@ -99,20 +109,30 @@ def plan(
         root = math.isqrt(depth - 1) + 1  # ⌈√L⌉
         if backward == "store" or (backward == "auto" and depth <= 2 * root):
             # 2√L states are what checkpointing holds at its peak: √L stored, √L run again.
-            return Plan(1, False, 0)
-        return Plan(root, False, root - 1)
+            return Plan(1, False, 0, hidden_bytes is not None)
+        return Plan(root, False, root - 1, hidden_bytes is not None)
     if backward == "auto" and depth * state_bytes <= memory_budget:
-        return Plan(1, False, 0)
+        keep = hidden_bytes is not None and depth * (state_bytes + hidden_bytes[0]) <= memory_budget
+        return Plan(1, False, 0, keep)
     if depth > 1 and memory_budget < state_bytes + slot_bytes:
         raise ValueError(
             f"memory_budget: expected at least {state_bytes + slot_bytes} bytes, what a stored state of this "
             f"batch and one that the backward holds take; got {memory_budget}"
         )
-    return _cheapest(depth, memory_budget, state_bytes, slot_bytes)
+    plan, steps = _cheapest(depth, memory_budget, state_bytes, slot_bytes)
+    if hidden_bytes is not None and memory_budget >= state_bytes + slot_bytes + hidden_bytes[1]:
+        keeping, more = _cheapest(depth, memory_budget, state_bytes, slot_bytes + hidden_bytes[1])
+        # A step takes two products, z of a layer one: what fewer slots cost against what they save. (All but
+        # the top layer of a segment have theirs, unless the segment is cut again.)
+        if keeping.slots == keeping.save_every - 1 and 2 * (more - steps) < depth - -(
+            -depth // keeping.save_every
+        ):
+            return keeping._replace(keep_hidden=True)
+    return plan
 
 
-def _cheapest(depth: int, budget: int, state_bytes: int, slot_bytes: int) -> Plan:
-    """The K and slots within the budget that run the fewest steps again."""
+def _cheapest(depth: int, budget: int, state_bytes: int, slot_bytes: int) -> tuple[Plan, float]:
+    """The K and slots within the budget that run the fewest steps again, and their number."""
     best, fewest = Plan(depth, False, 1), math.inf
     candidate = 0
     while candidate < depth:
@@ -127,4 +147,4 @@ def _cheapest(depth: int, budget: int, state_bytes: int, slot_bytes: int) -> Pla
         steps = (stored - 1) * steps_again(every, slots) + steps_again(last, min(slots, last - 1))
         if steps < fewest:
             best, fewest = Plan(every, False, slots), steps
-    return best
+    return best, fewest

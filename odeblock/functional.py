@@ -45,7 +45,7 @@ def deep_residual(
         backward: where the activations of the backward come from. All give the gradients of the discrete
             network; they differ in memory (B rows of q numbers a state) and in arithmetic.
 
-            - ``"store"``: every state is kept. Least arithmetic, memory O(L).
+            - ``"store"``: every state is kept, and its hidden values. Least arithmetic, memory O(L).
             - ``"checkpoint"``: every √L-th state is kept, or what ``memory_budget`` allows, the others run
               again. Exact.
             - ``"adjoint"``: only the last state is kept, the others are reconstructed from it by solving
@@ -85,20 +85,20 @@ def recorded(record: Drift, *arguments: Any) -> Tensor:
     tensors = (rows, V, W, hidden_bias, output_bias)
     plan = checkpointing.NOTHING
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        state_bytes, slot_bytes = _sizes(rows)
-        plan = checkpointing.plan(backward, V.shape[0], anchors, memory_budget, state_bytes, slot_bytes)
+        plan = checkpointing.plan(backward, V.shape[0], anchors, memory_budget, *_sizes(rows, V.shape[2]))
     y, *_ = choose_function().apply(*tensors, activation, scale, *plan, strict, record)
     result: Tensor = y.view(h.shape)
     return result
 
 
-def _sizes(rows: Tensor) -> tuple[int, int]:
+def _sizes(rows: Tensor, hidden: int) -> tuple[int, int, tuple[int, int]]:
     """Bytes of a state of the whole batch, and of the rows that the CPU's kernels take through all layers
-    at a time (at most: a tile of ``backward_tiles`` in ``csrc/cpu/backward.h`` for each thread)."""
-    row = rows.shape[1] * torch.finfo(reference.state_dtype(rows.dtype)).bits // 8
-    _, batch, _ = reference.states_shape(rows.shape[0], rows.shape[1], 1, 1, False)  # padded
-    held = batch
+    at a time (at most: a tile of ``backward_tiles`` in ``csrc/cpu/backward.h`` for each thread); then of the
+    hidden values of either."""
+    number = torch.finfo(reference.state_dtype(rows.dtype)).bits // 8
+    row, z = rows.shape[1] * number, hidden * number
+    held = batch = reference.padded_rows(rows.shape[0])
     if ops.runs_natively(rows) and not torch.compiler.is_compiling():  # which cannot ask for the threads
         tile = max(64, min(batch // 8, (128 << 10) // row)) + reference.ROW_PADDING
         held = min(batch, torch.get_num_threads() * tile)
-    return batch * row, held * row
+    return batch * row, held * row, (batch * z, held * z)

@@ -7,8 +7,10 @@ The low-level ``torch.library`` interface is used because its calls cost a few m
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,18 +45,20 @@ else:
 
 _NATIVE_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
-LARGE = 4 << 20  # bytes
+LARGE = 64 << 10
+"""Bytes from which on memory is kept for the next tensor; the system's allocator would give it back."""
 
 _library = torch.library.Library("odeblock", "DEF")
 _library.define(
     "deep_residual(Tensor h, Tensor V, Tensor W, Tensor? hidden_bias, Tensor? output_bias, str activation, "
-    "float scale, int save_every, bool reconstruct) -> (Tensor y, Tensor states, Tensor checks)"
+    "float scale, int save_every, bool reconstruct, bool keep_hidden) -> "
+    "(Tensor y, Tensor states, Tensor checks)"
 )
 _library.define(
     "deep_residual_backward(Tensor grad, Tensor? h, Tensor V, Tensor W, Tensor? hidden_bias, "
     "Tensor? output_bias, Tensor states, Tensor checks, str activation, float scale, int save_every, "
-    "bool reconstruct, int slots, bool weight_gradients) -> (Tensor dh, Tensor dV, Tensor dW, "
-    "Tensor dhidden_bias, Tensor doutput_bias, Tensor report)"
+    "bool reconstruct, int slots, bool keep_hidden, bool weight_gradients) -> "
+    "(Tensor dh, Tensor dV, Tensor dW, Tensor dhidden_bias, Tensor doutput_bias, Tensor report)"
 )
 
 
@@ -73,12 +77,12 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _large(tensor: Tensor) -> Tensor:
-    """A new tensor that the core will fill; a large one in large pages, a tenth of a step faster."""
-    size = tensor.nbytes
-    if size >= LARGE:
-        _core.prefer_large_pages(tensor.data_ptr(), size)
-    return tensor
+def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A new tensor on the CPU, for the core to fill. If it is large, the core keeps its memory for others."""
+    size = math.prod(shape) * dtype.itemsize
+    if size < LARGE:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(_core.memory(size), dtype=dtype, count=size // dtype.itemsize).view(shape)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -95,10 +99,11 @@ def _forward(
     scale: float,
     save_every: int,
     reconstruct: bool,
+    keep_hidden: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not runs_natively(h):
         return reference.forward(
-            h, V, W, hidden_bias, output_bias, activation, scale, save_every, reconstruct
+            h, V, W, hidden_bias, output_bias, activation, scale, save_every, reconstruct, keep_hidden
         )
     h, V, W = h.contiguous(), V.contiguous(), W.contiguous()
     hidden_bias, output_bias = _contiguous(hidden_bias), _contiguous(output_bias)
@@ -108,9 +113,10 @@ def _forward(
     sizes = (_NATIVE_DTYPES[h.dtype], ACTIVATIONS[activation].native_id, batch, dim, hidden, depth)
     y = torch.empty_like(h)
     computed = state_dtype(h.dtype)
-    states = _large(h.new_empty(states_shape(batch, dim, depth, save_every, reconstruct), dtype=computed))
-    checks = h.new_empty(checks_shape(batch, depth, reconstruct), dtype=computed)
-    workspace = torch.empty(_core.forward_workspace(*sizes, threads), dtype=torch.uint8)
+    shape = states_shape(batch, dim, hidden, depth, save_every, reconstruct, keep_hidden)
+    states = _empty(shape, computed)
+    checks = _empty(checks_shape(batch, depth, reconstruct), computed)
+    workspace = _empty((_core.forward_workspace(*sizes, threads),), torch.uint8)
     _core.forward(
         *sizes,
         scale,
@@ -125,6 +131,7 @@ def _forward(
         _pointer(checks),
         save_every,
         reconstruct,
+        keep_hidden,
         _pointer(workspace),
         threads,
     )
@@ -145,6 +152,7 @@ def _backward(
     save_every: int,
     reconstruct: bool,
     slots: int,
+    keep_hidden: bool,
     weight_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if not runs_natively(grad):
@@ -162,6 +170,7 @@ def _backward(
             save_every,
             reconstruct,
             slots,
+            keep_hidden,
             weight_gradients,
         )
     grad, V, W = grad.contiguous(), V.contiguous(), W.contiguous()
@@ -170,7 +179,7 @@ def _backward(
     depth, hidden = W.shape[:2]
     # Saved-tensor hooks may have brought these back in another form.
     for name, tensor, shape in (
-        ("states", states, states_shape(batch, dim, depth, save_every, reconstruct)),
+        ("states", states, states_shape(batch, dim, hidden, depth, save_every, reconstruct, keep_hidden)),
         ("checks", checks, checks_shape(batch, depth, reconstruct)),
     ):
         if tensor.shape != shape or tensor.dtype != state_dtype(grad.dtype) or tensor.device != grad.device:
@@ -182,13 +191,12 @@ def _backward(
     sizes = (_NATIVE_DTYPES[grad.dtype], ACTIVATIONS[activation].native_id, batch, dim, hidden, depth)
     dh = torch.empty_like(grad)
     dV, dW, dhidden, doutput = (
-        _large(torch.empty_like(p)) if weight_gradients and p is not None else grad.new_empty(0)
+        _empty(p.shape if weight_gradients and p is not None else (0,), grad.dtype)
         for p in (V, W, hidden_bias, output_bias)
     )
     report = torch.zeros(REPORT_SIZE, dtype=torch.float64)
-    workspace = torch.empty(
-        _core.backward_workspace(*sizes, save_every, reconstruct, slots, threads), dtype=torch.uint8
-    )
+    size = _core.backward_workspace(*sizes, save_every, reconstruct, slots, keep_hidden, threads)
+    workspace = _empty((size,), torch.uint8)
     _core.backward(
         *sizes,
         scale,
@@ -210,6 +218,7 @@ def _backward(
         save_every,
         reconstruct,
         slots,
+        keep_hidden,
         _pointer(workspace),
         threads,
     )
@@ -232,10 +241,12 @@ def _forward_fake(
     scale: float,
     save_every: int,
     reconstruct: bool,
+    keep_hidden: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, dim, depth = *h.shape, V.shape[0]
+    batch, (depth, dim, hidden) = h.shape[0], V.shape
     computed = state_dtype(h.dtype)
-    states = h.new_empty(states_shape(batch, dim, depth, save_every, reconstruct), dtype=computed)
+    shape = states_shape(batch, dim, hidden, depth, save_every, reconstruct, keep_hidden)
+    states = h.new_empty(shape, dtype=computed)
     checks = h.new_empty(checks_shape(batch, depth, reconstruct), dtype=computed)
     return h.new_empty(h.shape), states, checks
 
@@ -255,6 +266,7 @@ def _backward_fake(
     save_every: int,
     reconstruct: bool,
     slots: int,
+    keep_hidden: bool,
     weight_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dV, dW, dhidden, doutput = (

@@ -31,7 +31,8 @@ from .reconstruction import (
 from .validation import check_arguments
 
 ROW_PADDING = 16
-"""Saved states hold B rounded up to this many rows, so that vectors of any instruction set fit."""
+"""Saved states hold B rounded up to this many rows, so that vectors of any instruction set fit; 4 of 3, and
+no other than they have where they are 1, 2 or 4."""
 
 
 def deep_residual(
@@ -83,9 +84,10 @@ def _residual(
 
 
 def states_shape(
-    batch: int, dim: int, depth: int, save_every: int, reconstruct: bool
+    batch: int, dim: int, hidden: int, depth: int, save_every: int, reconstruct: bool, keep_hidden: bool
 ) -> tuple[int, int, int]:
-    """Shape of the saved states: [n, B rounded up to ROW_PADDING, q].
+    """Shape of the saved states: [n, padded rows, q], or [n, padded rows, q + m] where all states are stored
+    and hidden values with them.
 
     save_every = K > 0 keeps h_0, h_K, h_2K, ... below L. With ``reconstruct`` it is h_K, h_2K, ... below L
     (none for K = 0) and, behind them, h_L.
@@ -94,15 +96,23 @@ def states_shape(
         saved = ((depth - 1) // save_every if save_every else 0) + 1
     else:
         saved = (depth - 1) // save_every + 1 if save_every else 0
-    return saved, _padded(batch), dim
+    saves_hidden = keep_hidden and save_every == 1 and not reconstruct
+    return saved, padded_rows(batch), dim + hidden if saves_hidden else dim
+
+
+def padded_rows(batch: int) -> int:
+    """Rows of the saved states of a batch."""
+    if batch <= 4:
+        return 4 if batch == 3 else batch
+    return _round_up(batch)
 
 
 def checks_shape(batch: int, depth: int, reconstruct: bool) -> tuple[int, int]:
-    """Shape of the projections of states that the forward leaves for the adjoint: [n, B padded]."""
-    return check_count(depth) if reconstruct else 0, _padded(batch)
+    """Shape of the projections of states that the forward leaves for the adjoint: [n, B rounded up]."""
+    return check_count(depth) if reconstruct else 0, _round_up(batch)
 
 
-def _padded(batch: int) -> int:
+def _round_up(batch: int) -> int:
     return -(-batch // ROW_PADDING) * ROW_PADDING
 
 
@@ -116,20 +126,27 @@ def forward(
     scale: float,
     save_every: int,
     reconstruct: bool,
+    keep_hidden: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y = h_L, and what the backward strategy asked for: states and checks (see ``*_shape``)."""
+    """y = h_L, and what the backward strategy asked for: states and checks (see ``*_shape``).
+
+    keep_hidden, where all states are stored: with every h_k, behind it, z = W_k h_k + b_k.
+    """
     sigma = get_activation(activation)
-    (batch, dim), depth = h.shape, V.shape[0]
+    batch, (depth, dim, hidden) = h.shape[0], V.shape
     state = h.to(state_dtype(h.dtype))
-    states = state.new_zeros(states_shape(batch, dim, depth, save_every, reconstruct))
+    states = state.new_zeros(states_shape(batch, dim, hidden, depth, save_every, reconstruct, keep_hidden))
+    saves_hidden = states.shape[2] > dim
     checks = state.new_zeros(checks_shape(batch, depth, reconstruct))
     for k in range(depth):
         if save_every and k % save_every == 0 and (k > 0 or not reconstruct):
-            states[k // save_every - int(reconstruct), :batch] = state
+            states[k // save_every - int(reconstruct), :batch, :dim] = state
         if reconstruct and k > 0 and k % check_every(depth) == 0:
             direction = probe(dim, state.dtype).to(state.device) * visibility(W[k])
             checks[k // check_every(depth) - 1, :batch] = state @ direction
-        _, _, f = _residual(state, V[k], W[k], _layer(hidden_bias, k), _layer(output_bias, k), sigma)
+        z, _, f = _residual(state, V[k], W[k], _layer(hidden_bias, k), _layer(output_bias, k), sigma)
+        if saves_hidden:
+            states[k, :batch, dim:] = z
         state = state + scale * f
     if reconstruct:
         states[-1, :batch] = state
@@ -150,6 +167,7 @@ def backward(
     save_every: int,
     reconstruct: bool,
     slots: int,
+    keep_hidden: bool,
     weight_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dh, dV, dW, dhidden_bias, doutput_bias (empty where not asked for), and the adjoint's report.
@@ -195,7 +213,11 @@ def backward(
         a = a + (low_g @ W[k]).to(dtype)
 
     def visit(state: Tensor, k: int) -> None:
-        adjoint_step(state, k, F.linear(state.to(W.dtype), W[k], _layer(hidden_bias, k)))
+        if states.shape[2] > dim:
+            z = states[k, :batch, dim:].to(W.dtype).contiguous()
+        else:
+            z = F.linear(state.to(W.dtype), W[k], _layer(hidden_bias, k))
+        adjoint_step(state, k, z)
 
     def solver(k: int) -> tuple[Any, Any, Any]:
         """evaluate, keep and correct of ``Reconstruction.step`` for layer k; hidden values are z."""
@@ -233,7 +255,9 @@ def backward(
         for n in reversed(range(states.shape[0])):
             bottom = n * save_every
             top_layer = min(bottom + save_every, depth)
-            checkpointing.sweep(states[n, :batch], bottom, top_layer, slots, advance, visit)
+            checkpointing.sweep(
+                states[n, :batch, :dim].contiguous(), bottom, top_layer, slots, advance, visit
+            )
     low = V.dtype
     return a.to(grad.dtype, copy=True), dV.to(low), dW.to(low), dhidden.to(low), doutput.to(low), report
 

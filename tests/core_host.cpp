@@ -12,7 +12,7 @@
 namespace {
 
 struct Header {
-  int64_t dtype, activation, batch, dim, hidden, depth, save_every, reconstruct, slots, threads, biases;
+  int64_t dtype, activation, batch, dim, hidden, depth, save_every, reconstruct, slots, keep_hidden, threads, biases;
   double scale;
 };
 
@@ -36,14 +36,16 @@ int main() {
   const size_t stored = x.dtype == 1 ? 8 : x.dtype == 0 ? 4 : 2, computed = stored < 4 ? 4 : stored;
   const size_t rows = x.batch * x.dim * stored, weights = x.depth * x.dim * x.hidden * stored;
   const size_t hidden = x.biases ? x.depth * x.hidden * stored : 0, output = x.biases ? x.depth * x.dim * stored : 0;
-  const int64_t padded = (x.batch + odeblock::kRowPadding - 1) / odeblock::kRowPadding * odeblock::kRowPadding;
+  const int64_t padded = odeblock::padded_rows(x.batch),
+                width = x.dim + (x.keep_hidden && x.save_every == 1 ? x.hidden : 0);
+  const int64_t check_rows = (x.batch + odeblock::kRowPadding - 1) / odeblock::kRowPadding * odeblock::kRowPadding;
   int64_t saved = x.save_every ? (x.depth - 1) / x.save_every + 1 : 0;  // h_0, h_K, ..
   if (x.reconstruct) saved = x.save_every ? saved : 1;                  // h_K, .., h_L
   const int64_t checked = x.reconstruct ? (x.depth - 1) / odeblock::check_every(x.depth) : 0;
   const Bytes h = read(rows), V = read(weights), W = read(weights), b = read(hidden), c = read(output);
   const Bytes grad = read(rows), probe = read(x.dim * computed);
-  const Bytes states = allocate(saved * padded * x.dim * computed), y = allocate(rows);
-  const Bytes checks = allocate(checked * padded * computed);
+  const Bytes states = allocate(saved * padded * width * computed), y = allocate(rows);
+  const Bytes checks = allocate(checked * check_rows * computed);
   const odeblock::CpuKernels& kernels = odeblock::cpu_kernels();
 
   odeblock::ForwardProblem f{};
@@ -52,6 +54,7 @@ int main() {
   f.batch = x.batch, f.dim = x.dim, f.hidden = x.hidden, f.depth = x.depth;
   f.scale = x.scale;
   f.save_every = x.save_every, f.reconstruct = x.reconstruct != 0, f.slots = x.slots;
+  f.keep_hidden = x.keep_hidden != 0;
   f.V = V.get(), f.W = W.get();
   f.hidden_bias = x.biases ? b.get() : nullptr, f.output_bias = x.biases ? c.get() : nullptr;
   f.threads = static_cast<int>(x.threads);

@@ -49,7 +49,7 @@ def compile_host(folder: Path, compiler: str, *flags: str, builds: dict[str, lis
         command = [compiler, *FLAGS, *flags, *target, *defines, *define, "-c", source, "-o", str(objects[-1])]
         subprocess.run(command, check=True)
     program = folder / "core_host"
-    sources = [CSRC / "cpu" / "dispatch.cpp", CSRC / "cpu" / "barrier.cpp", ROOT / "tests" / "core_host.cpp"]
+    sources = [CSRC / "cpu" / "dispatch.cpp", CSRC / "cpu" / "threads.cpp", ROOT / "tests" / "core_host.cpp"]
     command = [
         compiler,
         *FLAGS,
@@ -80,7 +80,7 @@ def run_host(
     ]
     scale = 1 / depth if case.scale is None else case.scale
     biases = tensors[3] is not None
-    header = struct.pack("11qd", *sizes, *plan, threads, biases, scale)
+    header = struct.pack("12qd", *sizes, *plan, threads, biases, scale)
     given = [t for t in (*tensors, case.grad) if t is not None]
     arrays = [*(t.to(dtype) for t in given), probe(dim, state_dtype(dtype))]
     data = [t.contiguous().view(torch.uint8).numpy().tobytes() for t in arrays]
@@ -95,11 +95,13 @@ def run_host(
     return results
 
 
-# B, q, m, L: several tiles, tails of every kind, one row, one feature; deep enough for the adjoint.
-SHAPES = [(1, 1, 1, 24), (37, 17, 23, 9), (50, 64, 5, 10), (300, 310, 3, 12)]
+# B, q, m, L: several tiles, tails of every kind, one row, one feature, few rows for several threads; deep
+# enough for the adjoint.
+SHAPES = [(1, 1, 1, 24), (37, 17, 23, 9), (50, 64, 5, 10), (300, 310, 3, 12), (3, 70, 130, 11)]
 PLANS = (
-    lambda depth: checkpointing.Plan(1, False, 0),  # store
-    lambda depth: checkpointing.Plan(4, False, 3),  # checkpoint
+    lambda depth: checkpointing.Plan(1, False, 0, True),  # store
+    lambda depth: checkpointing.Plan(1, False, 0),  # and only states
+    lambda depth: checkpointing.Plan(4, False, 3, True),  # checkpoint
     lambda depth: checkpointing.Plan(depth, False, 2),  # recursive checkpoints
     lambda depth: checkpointing.Plan(0, True, 0),  # adjoint
     lambda depth: checkpointing.Plan(3, True, 0),  # with anchors
@@ -126,6 +128,19 @@ def check_program(command: list[str], activations: list[str]) -> None:
 def test_aarch64_under_emulation(tmp_path: Path) -> None:
     program = compile_host(tmp_path, CROSS, "-O2", "-static", "-fopenmp", builds={"baseline": []})
     check_program([str(EMULATOR), str(program)], list(ACTIVATIONS))
+
+
+def test_threads_do_not_race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without OpenMP, whose own synchronisation the sanitizer does not know."""
+    flags = ["-fsanitize=thread", "-O1", "-pthread", "-Wno-maybe-uninitialized"]  # of a sum's first run
+    program = compile_host(tmp_path, os.environ.get("CXX", "g++"), *flags, builds={"baseline": []})
+    monkeypatch.setenv("TSAN_OPTIONS", "halt_on_error=1")
+    for shape in ((2, 70, 130, 11), (37, 64, 66, 9), (150, 20, 24, 9)):
+        case = rounded(make_case(*shape, hidden_bias=True, output_bias=True), torch.float32)
+        for make_plan in PLANS:
+            plan = make_plan(shape[3])
+            results = run_host([str(program)], case, torch.float32, plan, threads=4)
+            check_results(results, case, torch.float32, rebuilt=plan.reconstruct)
 
 
 @pytest.mark.parametrize("build", ["baseline", *BUILDS])

@@ -171,26 +171,35 @@ def test_the_scale_is_one_over_the_depth_by_default() -> None:
 
 def test_auto_keeps_at_most_the_square_root_of_the_depth() -> None:
     for depth in range(1, 3000):
-        every, reconstruct, slots = checkpointing.plan("auto", depth, 0, None, 1, 1)
+        every, reconstruct, slots, _ = checkpointing.plan("auto", depth, 0, None, 1, 1)
         assert not reconstruct
-        saved = reference.states_shape(1, 1, depth, every, reconstruct)[0]
+        saved = reference.states_shape(1, 1, 1, depth, every, reconstruct, True)[0]
         assert saved + slots <= 2 * depth**0.5 + 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("save_every", "reconstruct", "slots"),
-    [(0, False, 0), (1, False, 0), (3, False, 2), (7, False, 2), (0, True, 0), (3, True, 0)],
+    "plan",
+    [
+        checkpointing.NOTHING,
+        checkpointing.Plan(1, False, 0),
+        checkpointing.Plan(1, False, 0, keep_hidden=True),
+        checkpointing.Plan(3, False, 2),
+        checkpointing.Plan(7, False, 2, keep_hidden=True),
+        checkpointing.Plan(0, True, 0),
+        checkpointing.Plan(3, True, 0),
+    ],
+    ids=str,
 )
-def test_opcheck(dtype: torch.dtype, save_every: int, reconstruct: bool, slots: int) -> None:
+def test_opcheck(dtype: torch.dtype, plan: checkpointing.Plan) -> None:
     case = make_case(3, 4, 5, 7, smooth=True)
     h, V, W, b, c = (case.tensors[name].to(dtype) for name in NAMES)
-    forward = (h, V, W, b, c, "tanh", 0.1, save_every, reconstruct)
+    forward = (h, V, W, b, c, "tanh", 0.1, plan.save_every, plan.reconstruct, plan.keep_hidden)
     torch.library.opcheck(torch.ops.odeblock.deep_residual, forward)
     torch.library.opcheck(torch.ops.odeblock.deep_residual, (h, V, W, None, None, *forward[5:]))
-    if save_every or reconstruct:
+    if plan != checkpointing.NOTHING:
         _, states, checks = ops.forward(*forward)
-        grad, plan = case.grad.to(dtype), (save_every, reconstruct, slots)
+        grad = case.grad.to(dtype)
         for weight_gradients in (True, False):
             backward = (grad, h, V, W, b, c, states, checks, "tanh", 0.1, *plan, weight_gradients)
             torch.library.opcheck(torch.ops.odeblock.deep_residual_backward, backward)

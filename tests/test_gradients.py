@@ -9,7 +9,7 @@ import torch
 from oracle import NAMES, make_case, run
 from torch import Tensor
 
-from odeblock import DeepResBlock, DriftError, DriftWarning, ops, reference
+from odeblock import DeepResBlock, DriftError, DriftWarning, checkpointing, ops, reference
 from odeblock.activations import ACTIVATIONS
 from odeblock.build import build_info
 from odeblock.functional import deep_residual
@@ -35,8 +35,16 @@ def test_gradcheck_of_the_reference_ops(activation: str) -> None:
     case = make_case(5, 4, 6, 10, activation=activation)
     truth = run(reference.deep_residual, case, torch.float64)
     tensors = [case.tensors[name] for name in NAMES]
-    for plan in ((1, False, 0), (4, False, 3), (10, False, 2), (0, True, 0), (4, True, 0)):
-        y, *saved = reference.forward(*tensors, activation, 0.1, *plan[:2])
+    for plan in (
+        checkpointing.Plan(1, False, 0),
+        checkpointing.Plan(1, False, 0, keep_hidden=True),
+        checkpointing.Plan(4, False, 3),
+        checkpointing.Plan(10, False, 2),
+        checkpointing.Plan(0, True, 0),
+        checkpointing.Plan(4, True, 0),
+    ):
+        options = (plan.save_every, plan.reconstruct, plan.keep_hidden)
+        y, *saved = reference.forward(*tensors, activation, 0.1, *options)
         torch.testing.assert_close(y, truth["y"], rtol=1e-13, atol=1e-13)
         gradients = reference.backward(
             case.grad, tensors[0], *tensors[1:], *saved, activation, 0.1, *plan, True

@@ -133,6 +133,33 @@ def test_the_scale_may_be_negative_or_zero(dtype: torch.dtype) -> None:
         check_rule(deep_residual, make_case(4, 5, 6, 7, scale=scale), dtype)
 
 
+# Rows and increments are subnormal, or nearly: with some threads that flush them to zero and some that do
+# not, rows have other bits, and the threads of a batch of few rows other opinions of how often to evaluate f.
+FLUSHING = """
+import torch
+from odeblock.functional import deep_residual
+
+def gradients(batch, size, threads):
+    torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    h, V, W = torch.randn(batch, 128), torch.randn(12, 128, 128) * size, torch.randn(12, 128, 128) / 12
+    tensors = [x.requires_grad_() for x in (h * 1e-39 if batch > 1 else h, V, W)]
+    y = deep_residual(*tensors, activation="tanh", backward="adjoint")
+    return [y, *torch.autograd.grad(y.sum(), tensors)]
+
+for batch, size in ((1, 1e-39), (200, 0.1)):
+    gradients(batch, 0.1, 2)  # starts the threads
+    torch.set_flush_denormal(True)
+    found = [gradients(batch, size, threads) for threads in (1, 2)]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)), batch
+    torch.set_flush_denormal(False)
+"""
+
+
+def test_all_threads_flush_subnormals_like_the_caller() -> None:
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FLUSHING], check=True, timeout=100)
+
+
 def other_builds() -> list[str]:
     info = build_info()
     return [name for name in info["cpu_builds"] if name != info["cpu_features"]]

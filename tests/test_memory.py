@@ -46,7 +46,8 @@ def test_the_adjoint_is_flat_in_depth() -> None:
 
 def test_store_grows_linearly() -> None:
     shallow, deep = step_bytes(64, "store"), step_bytes(512, "store")
-    assert 0.9 * (512 - 64) * STATE < deep - shallow < 1.1 * (512 - 64) * STATE
+    stored = 2 * STATE  # with the hidden values, of which there are as many
+    assert 0.9 * (512 - 64) * stored < deep - shallow < 1.1 * (512 - 64) * stored
 
 
 def test_checkpoint_and_auto_grow_like_the_square_root() -> None:
@@ -59,7 +60,7 @@ def test_a_step_keeps_its_memory_budget() -> None:
     """Beyond the budget only what every step takes: y and gradients of it, and the workspace of the tiles.
     (That is measured where two states are stored; there the peak need not lie in the backward: up to a state
     too much.)"""
-    besides = step_bytes(2, "store") - 2 * STATE
+    besides = step_bytes(2, "store") - 4 * STATE
     for states in (2, 8, 40):
         spent = step_bytes(1024, "checkpoint", states * STATE) - besides
         assert (states - 1.5) * STATE < spent < (states + 0.5) * STATE

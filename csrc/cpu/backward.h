@@ -18,7 +18,6 @@
 
 #include <new>
 
-#include "barrier.h"
 #include "forward.h"
 #include "reconstruction.h"
 
@@ -93,7 +92,8 @@ struct BackwardTile {
   T* h;                // [blocks, q, W]            adjoint
   T* increments;       // [kHistory, blocks, q, W]  adjoint
   RowMemory<T>* rows;  // [blocks]                  adjoint
-  T* slots;            // [slots, blocks, q, W]     checkpoint, K > 1
+  T* slots;            // [slots] of [blocks, q, W] and, if kept, [blocks, m, W]: a state, z of the layer below it
+                       // checkpoint, K > 1
 };
 
 template <class T>
@@ -109,7 +109,8 @@ BackwardTile<T> backward_tile(const Problem& p, int size, Arena& arena) {
   tile.h = arena.take<T>(p.reconstruct ? rows : 0);
   tile.increments = arena.take<T>(p.reconstruct ? kHistory * rows : 0);
   tile.rows = arena.take<RowMemory<T>>(p.reconstruct ? blocks : 0);
-  tile.slots = arena.take<T>(!p.reconstruct && p.save_every > 1 ? p.slots * rows : 0);
+  const int64_t slot = blocks * slot_width(p) * kLanes<T>;
+  tile.slots = arena.take<T>(!p.reconstruct && p.save_every > 1 ? p.slots * slot : 0);
   return tile;
 }
 
@@ -154,9 +155,10 @@ inline int64_t best_cut(int64_t length, int64_t s) {
   return cut < 1 ? 1 : cut;
 }
 
-// The layers bottom .. top-1, from the top, backward(h_k, k) each, from the state h below them. The states between are
-// run forward again, forward(h_k, k, where h_{k+1} goes), at most `slots` of them held at a time, from slot(taken) on.
-// By the same operations as in the forward, so they have the same bits.
+// The layers bottom .. top-1, from the top, from the state h below them. The states between are run forward again,
+// forward(h_k, k, slot of h_{k+1}), at most `slots` of them held at a time, from slot(taken) on. By the same operations
+// as in the forward, so they have the same bits. Each layer then has its backward(h_k, k, slot of h_{k+1}); the slot is
+// null where h_{k+1} is not held.
 template <class T, class Slot, class Run, class Sweep>
 void sweep_chain(const T* h, int64_t bottom, int64_t top, int64_t slots, Slot slot, Run forward, Sweep backward,
                  int64_t taken = 0) {
@@ -168,7 +170,8 @@ void sweep_chain(const T* h, int64_t bottom, int64_t top, int64_t slots, Slot sl
   }
   for (int64_t k = bottom; k < top - 1; k++)
     forward(k == bottom ? h : slot(taken + k - bottom - 1), k, slot(taken + k - bottom));
-  for (int64_t k = top - 1; k >= bottom; k--) backward(k == bottom ? h : slot(taken + k - bottom - 1), k);
+  for (int64_t k = top - 1; k >= bottom; k--)
+    backward(k == bottom ? h : slot(taken + k - bottom - 1), k, k == top - 1 ? nullptr : slot(taken + k - bottom));
 }
 
 // What all threads share: the way they wait for each other, what each has seen, and the sums of gradients that are
@@ -176,7 +179,7 @@ void sweep_chain(const T* h, int64_t bottom, int64_t top, int64_t slots, Slot sl
 template <class T>
 struct BackwardShared {
   Progress* progress;             // [threads] layers whose sums a thread has left
-  Barrier* barriers;              // [teams]
+  Barrier* barriers;              // [threads], one a team
   ReconstructionReport* reports;  // [threads]
   T* sums;                        // [1 or L, layer_size]
 };
@@ -287,35 +290,52 @@ class Backward {
 
   // store and checkpoint: segment after segment from the top.
   void sweep_saved() {
-    const int64_t K = p.save_every;
-    for (int64_t n = (p.depth - 1) / K; n >= 0; n--) {
-      const int64_t bottom = n * K, top = bottom + K < p.depth ? bottom + K : p.depth;
+    const int64_t K = p.save_every, blocks = backward_tile_blocks<T>(p), slot_size = blocks * slot_width(p) * kLanes<T>;
+    const T* states = static_cast<const T*>(p.states);
+    for (int64_t i = (p.depth - 1) / K; i >= 0; i--) {
+      const int64_t bottom = i * K, top = bottom + K < p.depth ? bottom + K : p.depth;
       sweep_chain(
-          saved_state<T>(static_cast<const T*>(p.states), p, n, first), bottom, top, p.slots,
-          [&](int64_t i) { return slot(i); }, [&](const T* h, int64_t k, T* next) { run_forward(h, k, next); },
-          [&](const T* h, int64_t k) { run_backward(h, k); });
+          saved_state<T>(states, p, i, first), bottom, top, p.slots,
+          [&](int64_t j) { return tile.slots + j * slot_size; },
+          [&](const T* h, int64_t k, T* slot) {
+            run_forward(h, k, slot, p.keep_hidden ? slot + blocks * block : nullptr);
+          },
+          [&](const T* h, int64_t k, const T* slot) {
+            const T* z = nullptr;
+            if (p.keep_hidden && slot) z = slot + blocks * block;
+            if (saves_hidden(p)) z = saved_hidden<T>(states, p, i, first);
+            run_backward(h, k, z);
+          });
     }
   }
 
-  T* slot(int64_t i) { return tile.slots + i * backward_tile_blocks<T>(p) * block; }
-
-  void run_backward(const T* h, int64_t k) {
+  // Layer k at h; z [blocks, m, W] as it was kept, or null.
+  void run_backward(const T* h, int64_t k, const T* z) {
+    const int64_t hidden = p.hidden * kLanes<T>;
     Layer<T> weights = layer<S>(p, k, -1, scratch.weights);
     for_slabs(mine.begin, mine.end, [&](int64_t b, auto width) {
       constexpr int N = decltype(width)::value;
-      product<T, false, N>(weights.W, h + b * block, weights.hidden_bias, T(1), nullptr, scratch.z);
-      sigma_slope(scratch.z, N * p.hidden * kLanes<T>, scratch.s, scratch.slope);
+      if (!z) {
+        product<T, false, N>(weights.W, h + b * block, weights.hidden_bias, T(1), nullptr, scratch.z);
+        weights.W.next = nullptr;
+      }
+      sigma_slope(z ? z + b * hidden : scratch.z, N * hidden, scratch.s, scratch.slope);
       adjoint_step<N>(weights, k, b, h + b * block);
       weights.V.next = weights.W.next = nullptr;
     });
     weight_gradients(k);
   }
 
-  // Layer k of this thread's rows; next may be h.
-  void run_forward(const T* h, int64_t k, T* next) {
+  // Layer k of this thread's rows; leaves z too, if it has a place.
+  void run_forward(const T* h, int64_t k, T* next, T* z) {
+    const int64_t hidden = p.hidden * kLanes<T>;
     Layer<T> weights = layer<S>(p, k, 1, scratch.weights);
     for_slabs(mine.begin, mine.end, [&](int64_t b, auto width) {
-      step<T, decltype(width)::value>(weights, sigma, scale, h + b * block, scratch.z, next + b * block);
+      constexpr int N = decltype(width)::value;
+      const auto keep = [&](const T* slab) {
+        if (z) copy(slab, N * hidden, z + b * hidden);
+      };
+      step<T, N>(weights, sigma, scale, h + b * block, scratch.z, keep, next + b * block);
       weights.V.next = weights.W.next = nullptr;
     });
   }
@@ -344,7 +364,8 @@ class Backward {
     for (int64_t k = p.depth - 1; k >= 0; k--) {
       Layer<T> weights = layer<S>(p, k, -1, scratch.weights);
       const bool check = k > 0 && k % check_every(p.depth) == 0;
-      reconstruction.enter(weights.W);
+      see(weights.W, scratch.visible[1]);
+      reconstruction.enter(p.dim);
       if (check) check_direction(static_cast<const T*>(p.probe), scratch.visible[1], p.dim, scratch.probe);
       for_slabs(mine.begin, mine.end, [&](int64_t b, auto width) {
         constexpr int N = decltype(width)::value;
@@ -391,7 +412,7 @@ class Backward {
       pack(s + j * p.hidden * W, p.hidden, b + j, count, tile.s[place(k)]);
       pack(h + j * block, p.dim, b + j, count, tile.h_panels[place(k)]);
     }
-    product<T, true, N>({weights.W.data, p.dim, p.hidden}, g, nullptr, T(1), a, next);
+    product<T, true, N>(weights.W.transposed(), g, nullptr, T(1), a, next);
   }
 
   // This thread's share of the sums over the rows of the tile.
@@ -474,12 +495,10 @@ void backward(const BackwardProblem& p) {
     new (&shared.barriers[i]) Barrier();
     shared.reports[i] = {};
   }
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    const Teams crew = make_teams(omp_get_num_threads(), backward_tiles<T>(p));  // there may be fewer than asked for
-    const int t = omp_get_thread_num();
-    if (t < crew.teams * crew.size) Backward<S>(p, shared, arena, crew, t).run();
-  }
+  on_threads(threads, [&](int thread, int count) {  // there may be fewer than asked for
+    const Teams crew = make_teams(count, backward_tiles<T>(p));
+    if (thread < crew.teams * crew.size) Backward<S>(p, shared, arena, crew, thread).run();
+  });
   for (int i = 0; i < threads; i++) {
     if (i > 0) shared.reports[0].merge(shared.reports[i]);
     shared.progress[i].~Progress();

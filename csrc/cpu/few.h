@@ -41,6 +41,8 @@ constexpr int64_t kFewWork = 2048;
 
 ODEBLOCK_INLINE int few_threads(const Problem& p) {
   int64_t n = p.dim * p.hidden / kFewWork;
+  const double work = 2.0 * p.batch * p.dim * p.hidden * p.depth / kWorkPerThread;
+  if (n > work) n = static_cast<int64_t>(work);
   if (n > p.threads) n = p.threads;
   if (n > chunk_count(p)) n = chunk_count(p);
   return n < 1 ? 1 : static_cast<int>(n);
@@ -175,6 +177,7 @@ template <class T>
 struct FewShared {
   Progress* progress;  // [threads] sums that a thread has left
   T* sums[2];          // [chunks][R][q padded], in turn
+  T* seen;             // [threads][q padded]  adjoint: what see_rows leaves of a thread's rows of W
 };
 
 // And what each has for itself. R = batch; q, m, u are padded sizes, u of its hidden units.
@@ -184,7 +187,7 @@ struct FewScratch {
   T *z, *s, *slope, *g;    // [R, u]
   T* row;                  // [q or u] a row of a gradient
   T* weights;              // a layer's, where they are widened
-  T* slots;                // [slots, R, q]      checkpoint, K > 1
+  T* slots;                // [slots, R, q + u]  checkpoint, K > 1: a state and z of the layer below it
   T *x, *delta;            // [q, W]             adjoint: as a block, like the three below
   T *state, *top, *found;  // [q, W], [q, W], [W]
   T* increments;           // [kHistory, q, W]
@@ -192,18 +195,20 @@ struct FewScratch {
   T *visible[2], *probe;   // [q]
 };
 
-template <class S, class T = Compute<S>>
-FewShared<T> few_shared(const Problem& p, Arena& arena) {
-  const int64_t sums = chunk_count(p) * p.batch * round_up(p.dim, kLanes<T>);
-  return {arena.take<Progress>(few_threads(p)), {arena.take<T>(sums), arena.take<T>(sums)}};
-}
-
 // In the forward `slots` and `reconstruct` of the problem are not known when the workspace is sized: `backward` says
 // whether they count.
 template <class S, class T = Compute<S>>
+FewShared<T> few_shared(const Problem& p, bool backward, Arena& arena) {
+  const int64_t q = round_up(p.dim, kLanes<T>), sums = chunk_count(p) * p.batch * q;
+  return {arena.take<Progress>(few_threads(p)),
+          {arena.take<T>(sums), arena.take<T>(sums)},
+          arena.take<T>(backward && p.reconstruct ? few_threads(p) * q : 0)};
+}
+
+template <class S, class T = Compute<S>>
 FewScratch<T> few_scratch(const Problem& p, bool backward, Arena& arena) {
   constexpr int W = kLanes<T>;
-  const int64_t q = p.batch * round_up(p.dim, W), u = p.batch * round_up(p.hidden, kUnitMultiple);
+  const int64_t q = p.batch * round_up(p.dim, W), u = p.batch * round_up(p.hidden, W);
   const int64_t widest = p.dim > p.hidden ? p.dim : p.hidden;
   FewScratch<T> scratch{};
   for (T** array : {&scratch.h, &scratch.f, &scratch.a}) *array = arena.take<T>(q);
@@ -211,7 +216,7 @@ FewScratch<T> few_scratch(const Problem& p, bool backward, Arena& arena) {
   scratch.row = arena.take<T>(kWidened<S> ? round_up(widest, W) : 0);
   scratch.weights = arena.take<T>(kWidened<S> ? layer_size(p) : 0);
   for (T** array : {&scratch.visible[0], &scratch.visible[1], &scratch.probe}) *array = arena.take<T>(p.dim);
-  scratch.slots = arena.take<T>(backward && !p.reconstruct && p.save_every > 1 ? p.slots * q : 0);
+  scratch.slots = arena.take<T>(backward && !p.reconstruct && p.save_every > 1 ? p.slots * (q + u) : 0);
   const bool reconstruct = backward && p.reconstruct;
   const int64_t block = reconstruct ? p.dim * W : 0;
   for (T** array : {&scratch.x, &scratch.delta, &scratch.state, &scratch.top}) *array = arena.take<T>(block);
@@ -224,7 +229,7 @@ FewScratch<T> few_scratch(const Problem& p, bool backward, Arena& arena) {
 template <class S>
 size_t few_workspace(const Problem& p, bool backward) {
   Arena arena(nullptr);
-  few_shared<S>(p, arena);
+  few_shared<S>(p, backward, arena);
   for (int t = 0; t < few_threads(p); t++) few_scratch<S>(p, backward, arena);
   return arena.bytes();
 }
@@ -247,14 +252,14 @@ class Few {
         chunks(part(chunk_count(problem), thread, threads)),
         first(chunks.begin * size),
         units((chunks.end * size < problem.hidden ? chunks.end * size : problem.hidden) - first),
-        u(round_up(units, kUnitMultiple)) {
+        u(round_up(units, W)) {
     sigma = with_activation(p.activation, [](auto a) -> Activate<T> { return activate<T, decltype(a)>; });
     sigma_slope =
         with_activation(p.activation, [](auto a) -> ActivateSlope<T> { return activate_slope<T, decltype(a)>; });
     for (int i = 0; i <= t; i++) scratch = few_scratch<S>(p, backward, arena);
     // The vectors' ends, which stay zero.
-    for (T* array : {scratch.h, scratch.f, scratch.a})
-      for (int64_t i = 0; i < R * q; i++) array[i] = T(0);
+    for (T* array : {scratch.h, scratch.f, scratch.a}) fill_zeros(array, R * q);
+    fill_zeros(scratch.z, R * u);
   }
 
   void forward(const ForwardProblem& f) {
@@ -262,17 +267,21 @@ class Few {
     load_rows(static_cast<const S*>(f.h), h);
     int64_t saved = 0, checked = 0;
     for (int64_t k = 0; k < p.depth; k++) {
-      const Layer<T> weights = layer<S>(p, k, scratch.weights);
+      const Layer<T> weights = layer_part(k);
       if (t == 0 && p.save_every && k % p.save_every == 0 && (k > 0 || !p.reconstruct))
         store_rows(h, saved_state<T>(states, p, saved++, 0));
       if (t == 0 && p.reconstruct && k > 0 && k % check_every(p.depth) == 0) {
-        see(weights.W, scratch.visible[1]);
+        see_rows(static_cast<const S*>(p.W) + k * p.hidden * p.dim, p.hidden, p.dim, scratch.visible[1]);
+        over_largest(p.dim, scratch.visible[1]);
         check_direction(static_cast<const T*>(f.probe), scratch.visible[1], p.dim, scratch.probe);
         T* found = saved_check<T>(checks, p, checked++, 0);
         for (int r = 0; r < W; r++) found[r] = T(0);
         for (int r = 0; r < R; r++) found[r] = project(h + r * q);
       }
-      run_forward(weights, h, k, h);
+      run_forward(weights, h, k, h, scratch.z);
+      if (saves_hidden(p))
+        for (int r = 0; r < R; r++)
+          narrow(scratch.z + r * u, units, saved_hidden<T>(states, p, k, 0) + r * p.hidden + first);
     }
     if (t != 0) return;
     if (p.reconstruct) store_rows(h, saved_state<T>(states, p, saved, 0));
@@ -297,7 +306,8 @@ class Few {
 
     void evaluate(const T* x, T* f) {
       few.load_block(x, few.scratch.h);
-      few.hidden(weights, few.scratch.h, k, -1);
+      few.hidden(weights, few.scratch.h, k, -1, few.scratch.z);
+      few.sigma_slope(few.scratch.z, R * few.u, few.scratch.s, few.scratch.slope);
       few.increment(weights, few.scratch.s, k, -1, few.scratch.f);
       few.store_block(few.scratch.f, f);
     }
@@ -346,32 +356,43 @@ class Few {
     return k + direction >= 0 && k + direction < p.depth ? direction * p.dim * p.hidden : 0;
   }
 
-  // z, sigma(z) and sigma'(z) of this thread's units at h.
-  void hidden(const Layer<T>& weights, const T* h, int64_t k, int64_t direction) {
-    dots<T, R>(weights.W.data + first * p.dim, p.dim, units, p.dim, ahead(k, direction, W * p.dim), h, q,
-               weights.hidden_bias ? weights.hidden_bias + first : nullptr, scratch.z, u);
-    sigma_slope(scratch.z, R * u, scratch.s, scratch.slope);
+  // The weights of layer k; of the hidden units only this thread's, where they are widened.
+  Layer<T> layer_part(int64_t k) const {
+    if constexpr (!kWidened<S>) {
+      return layer<S>(p, k, scratch.weights);
+    } else {
+      T *V = scratch.weights, *W = V + p.dim * p.hidden, *b = W + p.hidden * p.dim, *c = b + p.hidden;
+      const S* stored = static_cast<const S*>(p.V) + k * p.dim * p.hidden + first;
+      for (int64_t i = 0; i < p.dim; i++) widen(stored + i * p.hidden, units, V + i * p.hidden + first);
+      widen(static_cast<const S*>(p.W) + (k * p.hidden + first) * p.dim, units * p.dim, W + first * p.dim);
+      if (p.hidden_bias) widen(static_cast<const S*>(p.hidden_bias) + k * p.hidden + first, units, b + first);
+      if (p.output_bias) widen(static_cast<const S*>(p.output_bias) + k * p.dim, p.dim, c);
+      return {{V, p.dim, p.hidden}, {W, p.hidden, p.dim}, p.hidden_bias ? b : nullptr, p.output_bias ? c : nullptr};
+    }
   }
 
-  // f = scale (V s + output_bias), s of this thread's units.
+  // z of this thread's units at h.
+  void hidden(const Layer<T>& weights, const T* h, int64_t k, int64_t direction, T* z) {
+    dots<T, R>(weights.W.data + first * p.dim, p.dim, units, p.dim, ahead(k, direction, W * p.dim), h, q,
+               weights.hidden_bias ? weights.hidden_bias + first : nullptr, z, u);
+  }
+
+  // f = scale (V s + output_bias), s of this thread's units. The bias goes with the first chunk: one thread reads it,
+  // so that all see the same.
   void increment(const Layer<T>& weights, const T* s, int64_t k, int64_t direction, T* f) {
     const int64_t fetch = ahead(k, direction, W * p.hidden);
     for (int64_t c = chunks.begin; c < chunks.end; c++)
-      dots<T, R>(weights.V.data + c * size, p.hidden, p.dim, units_of(c), fetch, s + c * size - first, u, nullptr,
-                 sums(c), q);
+      dots<T, R>(weights.V.data + c * size, p.hidden, p.dim, units_of(c), fetch, s + c * size - first, u,
+                 c == 0 ? weights.output_bias : nullptr, sums(c), q);
     meet();
     for (int r = 0; r < R; r++)
-      for (int64_t i = 0; i < q; i += W) {
-        Vec<T> sum = total(r, i);
-        if (weights.output_bias && i < p.dim) sum += load_part(weights.output_bias + i, p.dim - i);
-        store(f + r * q + i, broadcast(scale) * sum);
-      }
+      for (int64_t i = 0; i < q; i += W) store(f + r * q + i, broadcast(scale) * total(r, i));
   }
 
-  void run_forward(const Layer<T>& weights, const T* h, int64_t k, T* next) {
-    dots<T, R>(weights.W.data + first * p.dim, p.dim, units, p.dim, ahead(k, 1, W * p.dim), h, q,
-               weights.hidden_bias ? weights.hidden_bias + first : nullptr, scratch.z, u);
-    sigma(scratch.z, R * u, scratch.s);
+  // Leaves z of this thread's units too.
+  void run_forward(const Layer<T>& weights, const T* h, int64_t k, T* next, T* z) {
+    hidden(weights, h, k, 1, z);
+    sigma(z, R * u, scratch.s);
     increment(weights, scratch.s, k, 1, scratch.f);
     for (int64_t i = 0; i < R * q; i += W) store(next + i, load(h + i) + load(scratch.f + i));
   }
@@ -382,13 +403,20 @@ class Few {
     for (int64_t i = (p.depth - 1) / K; i >= 0; i--) {
       const int64_t bottom = i * K, top = bottom + K < p.depth ? bottom + K : p.depth;
       load_rows(saved_state<T>(states, p, i, 0), scratch.h);
+      if (saves_hidden(p))
+        for (int r = 0; r < R; r++)
+          widen(saved_hidden<T>(states, p, i, 0) + r * p.hidden + first, units, scratch.z + r * u);
       sweep_chain<T>(
-          scratch.h, bottom, top, p.slots, [&](int64_t j) { return scratch.slots + j * R * q; },
-          [&](const T* h, int64_t k, T* next) { run_forward(layer<S>(p, k, scratch.weights), h, k, next); },
-          [&](const T* h, int64_t k) {
-            const Layer<T> weights = layer<S>(p, k, scratch.weights);
-            hidden(weights, h, k, -1);
-            adjoint_step(b, weights, k, h);
+          scratch.h, bottom, top, p.slots, [&](int64_t j) { return scratch.slots + j * R * (q + u); },
+          [&](const T* h, int64_t k, T* slot) {
+            run_forward(layer_part(k), h, k, slot, p.keep_hidden ? slot + R * q : scratch.z);
+          },
+          [&](const T* h, int64_t k, const T* slot) {
+            const Layer<T> weights = layer_part(k);
+            const bool held = slot && p.keep_hidden, kept = held || saves_hidden(p);
+            if (!kept) hidden(weights, h, k, -1, scratch.z);
+            sigma_slope(held ? slot + R * q : scratch.z, R * u, scratch.s, scratch.slope);
+            adjoint_step(b, weights, k, h, kept);
           });
     }
   }
@@ -411,9 +439,12 @@ class Few {
                                         state_limit<T>(kUnit<S>, p.depth),
                                         {}};
     reconstruction.reset(0, 1, p.dim);
+    see_part(p.depth - 1);
+    meet();
     for (int64_t k = p.depth - 1; k >= 0; k--) {
-      const Layer<T> weights = layer<S>(p, k, scratch.weights);
-      reconstruction.enter(weights.W);
+      const Layer<T> weights = layer_part(k);
+      see_all();
+      reconstruction.enter(p.dim);
       Field field = {*this, weights, k};
       reconstruction.template solve<1>(field, is_smooth(p), p.dim, R, p.depth - 1 - k, 0, h);
       load_block(h, scratch.h);
@@ -424,7 +455,8 @@ class Few {
         measure_projection(seen, scratch.found, scratch.visible[1], R, 1, p.dim, h, reconstruction.report);
         scratch.memory->peak = Vec<T>{};
       }
-      adjoint_step(b, weights, k, scratch.h);
+      if (k > 0) see_part(k - 1);
+      adjoint_step(b, weights, k, scratch.h, false);
       if (p.save_every && k > 0 && k % p.save_every == 0) {
         const T* anchor = saved_state<T>(states, p, k / p.save_every - 1, 0);
         measure_drift(R, p.dim, 1, p.depth, scratch.visible[0], Rows<T>{anchor, p.dim}, h, top, scratch.memory,
@@ -439,8 +471,25 @@ class Few {
     if (t == 0) write_report(b, reconstruction.report);
   }
 
-  // The equations of backward.h for this thread's units, at the state h, with s and sigma'(z) in the scratch.
-  void adjoint_step(const BackwardProblem& b, const Layer<T>& weights, int64_t k, const T* h) {
+  // How well layer k sees each feature: first every thread by its own rows of W, then, once they have met, all.
+  void see_part(int64_t k) const {
+    see_rows(static_cast<const S*>(p.W) + (k * p.hidden + first) * p.dim, units, p.dim, shared.seen + t * q);
+  }
+  void see_all() const {
+    T* c = scratch.visible[1];
+    for (int64_t i = 0; i < p.dim; i++) {
+      c[i] = shared.seen[i];
+      for (int other = 1; other < n; other++) {
+        const T entry = shared.seen[other * q + i];
+        c[i] = c[i] >= entry ? c[i] : entry;
+      }
+    }
+    over_largest(p.dim, c);
+  }
+
+  // The equations of backward.h for this thread's units, at the state h, with s and sigma'(z) in the scratch. fetch:
+  // whether to ask for W of the next layer, which nobody has done for this one.
+  void adjoint_step(const BackwardProblem& b, const Layer<T>& weights, int64_t k, const T* h, bool fetch) {
     T *a = scratch.a, *g = scratch.g;
     combine<T, R>(weights.V.data + first, p.hidden, p.dim, units, ahead(k, -1, 8 * p.hidden), a, q, g, u);
     for (int r = 0; r < R; r++)
@@ -467,8 +516,8 @@ class Few {
       if (b.doutput_bias && t == 0) gradient_row(scales, a, q, p.dim, static_cast<S*>(b.doutput_bias) + k * p.dim);
     }
     for (int64_t c = chunks.begin; c < chunks.end; c++)
-      combine<T, R>(weights.W.data + c * size * p.dim, p.dim, units_of(c), p.dim, 0, g + c * size - first, u, sums(c),
-                    q);
+      combine<T, R>(weights.W.data + c * size * p.dim, p.dim, units_of(c), p.dim, fetch ? ahead(k, -1, 8 * p.dim) : 0,
+                    g + c * size - first, u, sums(c), q);
     meet();
     for (int r = 0; r < R; r++)
       for (int64_t i = 0; i < q; i += W) store(a + r * q + i, load(a + r * q + i) + total(r, i));
@@ -535,13 +584,12 @@ void with_few(const Problem& p, bool backward, Run run) {
     if (p.batch > R) return with_few<S, R + 1>(p, backward, run);
   const int threads = few_threads(p);
   Arena arena(p.workspace);
-  const FewShared<T> shared = few_shared<S>(p, arena);
+  const FewShared<T> shared = few_shared<S>(p, backward, arena);
   for (int i = 0; i < threads; i++) new (&shared.progress[i]) Progress();
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    Few<S, R> few(p, backward, shared, arena, omp_get_thread_num(), omp_get_num_threads());
+  on_threads(threads, [&](int thread, int count) {
+    Few<S, R> few(p, backward, shared, arena, thread, count);
     run(few);
-  }
+  });
   for (int i = 0; i < threads; i++) shared.progress[i].~Progress();
 }
 
@@ -549,9 +597,11 @@ template <class S>
 void forward_few(const ForwardProblem& p) {
   typedef Compute<S> T;
   T* states = static_cast<T*>(p.states);
-  for (int64_t i = 0; i < saved_count(p); i++)
-    for (T* x = saved_state<T>(states, p, i, 0) + p.batch * p.dim; x < saved_state<T>(states, p, i + 1, 0); x++)
-      *x = T(0);
+  for (int64_t i = 0; i < saved_count(p); i++) {
+    fill_zeros(saved_state<T>(states, p, i, 0) + p.batch * p.dim, (padded_rows(p.batch) - p.batch) * p.dim);
+    if (saves_hidden(p))
+      fill_zeros(saved_hidden<T>(states, p, i, 0) + p.batch * p.hidden, (padded_rows(p.batch) - p.batch) * p.hidden);
+  }
   clear_checks<T>(p);
   with_few<S>(p, false, [&](auto& few) { few.forward(p); });
 }

@@ -2,15 +2,9 @@
 // in cache. Threads take ranges of rows and never meet.
 #pragma once
 
-#ifdef _OPENMP
-#include <omp.h>
-#else  // one thread
-static inline int omp_get_thread_num() { return 0; }
-static inline int omp_get_num_threads() { return 1; }
-#endif
-
 #include <cmath>
 
+#include "threads.h"
 #include "tiles.h"
 
 namespace odeblock {
@@ -88,11 +82,20 @@ Layer<T> layer(const Problem& p, int64_t k, int64_t direction, T* scratch) {
 // written past the caches, so that their lines are not read first.
 constexpr int64_t kCachedBytes = 8 << 20;
 
+ODEBLOCK_INLINE bool saves_hidden(const Problem& p) { return p.keep_hidden && p.save_every == 1 && !p.reconstruct; }
+// Elements a row of a slot.
+ODEBLOCK_INLINE int64_t slot_width(const Problem& p) { return p.dim + (p.keep_hidden ? p.hidden : 0); }
+
 // Saved state number n of block b: [q, W].
 template <class T, class Pointer>
 ODEBLOCK_INLINE Pointer saved_state(Pointer states, const Problem& p, int64_t n, int64_t b) {
-  const int64_t padded = (p.batch + kRowPadding - 1) / kRowPadding * kRowPadding;
-  return states + (n * padded + b * kLanes<T>)*p.dim;
+  return states + n * padded_rows(p.batch) * (p.dim + (saves_hidden(p) ? p.hidden : 0)) + b * kLanes<T> * p.dim;
+}
+
+// And z there: [m, W]; where it is saved.
+template <class T, class Pointer>
+ODEBLOCK_INLINE Pointer saved_hidden(Pointer states, const Problem& p, int64_t n, int64_t b) {
+  return saved_state<T>(states, p, n, 0) + padded_rows(p.batch) * p.dim + b * kLanes<T> * p.hidden;
 }
 
 ODEBLOCK_INLINE int64_t saved_count(const Problem& p) {
@@ -111,18 +114,19 @@ ODEBLOCK_INLINE void copy(const T* from, int64_t count, T* to) {
   for (int64_t i = 0; i < count; i += kLanes<T>) store(to + i, load(from + i));
 }
 
-// The same past the caches where that is possible.
+// The same, if asked past the caches where that is possible.
 template <class T>
-ODEBLOCK_INLINE void copy_streaming(const T* from, int64_t count, T* to) {
-  if (reinterpret_cast<uintptr_t>(to) % ODEBLOCK_VECTOR_BYTES) return copy(from, count, to);
+ODEBLOCK_INLINE void copy(const T* from, int64_t count, bool past_caches, T* to) {
+  if (!past_caches || reinterpret_cast<uintptr_t>(to) % ODEBLOCK_VECTOR_BYTES) return copy(from, count, to);
   for (int64_t i = 0; i < count; i += kLanes<T>) stream(to + i, load(from + i));
 }
 
 // next = h + scale (V sigma(W h + hidden_bias) + output_bias) for a slab of N blocks; next may be h.
-// z: scratch of N blocks of m features.
-template <class T, int N>
-ODEBLOCK_INLINE void step(const Layer<T>& layer, Activate<T> sigma, T scale, const T* h, T* z, T* next) {
+// z: scratch of N blocks of m features; keep(z) may copy it before it becomes sigma(z).
+template <class T, int N, class Keep>
+ODEBLOCK_INLINE void step(const Layer<T>& layer, Activate<T> sigma, T scale, const T* h, T* z, Keep keep, T* next) {
   product<T, false, N>(layer.W, h, layer.hidden_bias, T(1), nullptr, z);
+  keep(z);
   sigma(z, N * layer.W.rows * kLanes<T>, z);
   product<T, false, N>(layer.V, z, layer.output_bias, scale, h, next);
 }
@@ -131,17 +135,26 @@ template <class T>
 constexpr T kTiny = sizeof(T) == 4 ? T(1.1754943508222875e-38) : T(2.2250738585072014e-308);
 
 // c [q], how well a layer sees each feature: the largest entry of a column of its W [m, q] over the largest of all.
-template <class T>
-void see(const Matrix<T>& W, T* c) {
-  for (int64_t i = 0; i < W.cols; i++) c[i] = T(0);
-  for (int64_t r = 0; r < W.rows; r++)
-    for (int64_t i = 0; i < W.cols; i++) {
-      const T entry = std::fabs(W.data[r * W.cols + i]);
+// In two steps, for whoever has only some of the rows.
+template <class S, class T = Compute<S>>
+void see_rows(const S* W, int64_t rows, int64_t cols, T* c) {
+  for (int64_t i = 0; i < cols; i++) c[i] = T(0);
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t i = 0; i < cols; i++) {
+      const T entry = std::fabs(widen(W[r * cols + i]));
       c[i] = c[i] >= entry ? c[i] : entry;
     }
+}
+template <class T>
+void over_largest(int64_t count, T* c) {
   T most = kTiny<T>;
-  for (int64_t i = 0; i < W.cols; i++) most = most >= c[i] ? most : c[i];
-  for (int64_t i = 0; i < W.cols; i++) c[i] = c[i] < most ? c[i] / most : T(1);  // also where it is not finite
+  for (int64_t i = 0; i < count; i++) most = most >= c[i] ? most : c[i];
+  for (int64_t i = 0; i < count; i++) c[i] = c[i] < most ? c[i] / most : T(1);  // also where it is not finite
+}
+template <class T>
+void see(const Matrix<T>& W, T* c) {
+  see_rows(W.data, W.rows, W.cols, c);
+  over_largest(W.cols, c);
 }
 
 // The direction of (15) at a layer: probe ⊙ c, both [q].
@@ -178,7 +191,8 @@ void forward_tile(const ForwardProblem& p, Activate<T> sigma, const ForwardScrat
                   int64_t count) {
   const int64_t block = p.dim * kLanes<T>;
   T *states = static_cast<T*>(p.states), *checks = static_cast<T*>(p.checks);
-  const bool streaming = saved_count(p) * p.batch * p.dim * static_cast<int64_t>(sizeof(T)) > kCachedBytes;
+  const int64_t kept = saved_count(p) * p.batch * (p.dim + (saves_hidden(p) ? p.hidden : 0));
+  const bool past_caches = kept * static_cast<int64_t>(sizeof(T)) > kCachedBytes;
   const Matrix<T> direction = {scratch.probe, 1, p.dim};
   load_blocks(static_cast<const S*>(p.h), p.batch, p.dim, first, count, scratch.h);
   int64_t saved = 0, checked = 0;
@@ -193,13 +207,14 @@ void forward_tile(const ForwardProblem& p, Activate<T> sigma, const ForwardScrat
     for_slabs(0, count, [&](int64_t b, auto width) {
       constexpr int N = decltype(width)::value;
       T* h = scratch.h + b * block;
-      if (save) {
-        T* to = saved_state<T>(states, p, saved, first + b);
-        streaming ? copy_streaming(h, N * block, to) : copy(h, N * block, to);
-      }
+      if (save) copy(h, N * block, past_caches, saved_state<T>(states, p, saved, first + b));
       if (check)
         product<T, false, N>(direction, h, nullptr, T(1), nullptr, saved_check<T>(checks, p, checked, first + b));
-      step<T, N>(weights, sigma, static_cast<T>(p.scale), h, scratch.z, h);
+      const auto keep = [&](const T* z) {
+        if (saves_hidden(p))
+          copy(z, N * p.hidden * kLanes<T>, past_caches, saved_hidden<T>(states, p, saved, first + b));
+      };
+      step<T, N>(weights, sigma, static_cast<T>(p.scale), h, scratch.z, keep, h);
       weights.V.next = weights.W.next = nullptr;
     });
     saved += save;
@@ -210,7 +225,12 @@ void forward_tile(const ForwardProblem& p, Activate<T> sigma, const ForwardScrat
   finish_streams();
 }
 
-// What is saved has room for a multiple of kRowPadding rows: zeros where no block reaches.
+template <class T>
+ODEBLOCK_INLINE void fill_zeros(T* to, int64_t count) {
+  for (int64_t i = 0; i < count; i++) to[i] = T(0);
+}
+
+// What is saved has room for more rows: zeros where no block reaches.
 template <class T>
 void clear_checks(const ForwardProblem& p) {
   T* checks = static_cast<T*>(p.checks);
@@ -223,9 +243,10 @@ void clear_checks(const ForwardProblem& p) {
 template <class T>
 void clear_padding(const ForwardProblem& p) {
   T* states = static_cast<T*>(p.states);
+  const int64_t blocks = block_count<T>(p.batch), rows = padded_rows(p.batch) - blocks * kLanes<T>;
   for (int64_t n = 0; n < saved_count(p); n++) {
-    T* end = saved_state<T>(states, p, n + 1, 0);
-    for (T* x = saved_state<T>(states, p, n, block_count<T>(p.batch)); x < end; x++) *x = T(0);
+    fill_zeros(saved_state<T>(states, p, n, blocks), rows * p.dim);
+    if (saves_hidden(p)) fill_zeros(saved_hidden<T>(states, p, n, blocks), rows * p.hidden);
   }
   clear_checks<T>(p);
 }
@@ -237,16 +258,14 @@ void forward(const ForwardProblem& p) {
       with_activation(p.activation, [](auto a) -> Activate<T> { return activate<T, decltype(a)>; });
   clear_padding<T>(p);
   const int64_t tile = forward_tile_blocks<T>(p.dim);
-  [[maybe_unused]] const int threads = forward_threads<T>(p);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
+  on_threads(forward_threads<T>(p), [&](int thread, int threads) {
     Arena arena(p.workspace);
     ForwardScratch<T> scratch{};
-    for (int i = 0; i <= omp_get_thread_num(); i++) scratch = forward_scratch<S>(p, arena);
-    const Range blocks = part(block_count<T>(p.batch), omp_get_thread_num(), omp_get_num_threads());
+    for (int i = 0; i <= thread; i++) scratch = forward_scratch<S>(p, arena);
+    const Range blocks = part(block_count<T>(p.batch), thread, threads);
     for (int64_t b = blocks.begin; b < blocks.end; b += tile)
       forward_tile<S>(p, sigma, scratch, b, b + tile < blocks.end ? tile : blocks.end - b);
-  }
+  });
 }
 
 }  // namespace

@@ -135,9 +135,8 @@ struct Reconstruction {
   }
 
   // Before the rows of the next layer.
-  void enter(const Matrix<T>& W) {
-    see(W, visible_here);
-    for (int64_t i = 0; i < W.cols; i++) visible[i] = visible[i] >= visible_here[i] ? visible[i] : visible_here[i];
+  void enter(int64_t dim) {
+    for (int64_t i = 0; i < dim; i++) visible[i] = visible[i] >= visible_here[i] ? visible[i] : visible_here[i];
   }
 
   // h, N blocks of a tile from the b-th on: h_{k+1} on entry, h_k on return, of which the first `real` rows are

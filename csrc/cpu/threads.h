@@ -1,10 +1,12 @@
-// How the threads of a backward wait for each other: where those of one tile meet once per layer, and how far others
-// have come.
+// The threads of a call: how they are started, and how they wait for each other, where those of one tile meet once per
+// layer or others must have come so far.
 //
 // Waiting spins for some microseconds, then sleeps. OpenMP's own barrier spins for milliseconds: on a processor
 // that another program shares, a spinning thread spends its share of time doing nothing, and the one it waits
 // for is kept off the processor for a whole slice of the scheduler, at every layer (seen with one of two cores
 // busy: a step took 30 times as long as on one thread).
+//
+// Defined in threads.cpp: what this uses of the standard library must not be compiled for one instruction set.
 #pragma once
 
 #include <atomic>
@@ -14,7 +16,18 @@
 
 namespace odeblock {
 
-// Defined in barrier.cpp: what this uses of the standard library must not be compiled for one instruction set.
+// run(context, thread, count) on `count` threads, the caller's among them: at most `threads`, fewer where the system
+// gives no more. OpenMP's, which are PyTorch's too: a second pool would share the processors with the first while that
+// spins; without OpenMP, new ones. All compute in the caller's floating-point mode (rounding, subnormals flushed to
+// zero or not), which else belongs to each thread: the bits of a row must not depend on who computes it.
+void run_threads(int threads, void (*run)(void* context, int thread, int count), void* context);
+
+template <class Run>
+void on_threads(int threads, Run run) {
+  const auto call = [](void* context, int thread, int count) { (*static_cast<Run*>(context))(thread, count); };
+  run_threads(threads, call, &run);
+}
+
 class Barrier {
  public:
   Barrier();

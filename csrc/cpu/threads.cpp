@@ -1,0 +1,133 @@
+#include "threads.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#else
+#include <system_error>
+#include <thread>
+#include <vector>
+#endif
+
+namespace odeblock {
+namespace {
+
+// What MXCSR or FPCR hold: how to round, which exceptions trap, whether subnormals count as zero.
+#if defined(__x86_64__) || defined(__i386__)
+typedef unsigned FloatMode;
+constexpr FloatMode kSeen = 0x3f;  // bits that report exceptions of the past
+FloatMode float_mode() { return __builtin_ia32_stmxcsr() & ~kSeen; }
+void set_float_mode(FloatMode mode) { __builtin_ia32_ldmxcsr(mode); }
+#elif defined(__aarch64__)
+typedef uint64_t FloatMode;
+FloatMode float_mode() {
+  FloatMode mode;
+  __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
+  return mode;
+}
+void set_float_mode(FloatMode mode) { __asm__ volatile("msr fpcr, %0" : : "r"(mode)); }
+#else
+typedef int FloatMode;
+FloatMode float_mode() { return 0; }
+void set_float_mode(FloatMode) {}
+#endif
+
+struct Call {
+  void (*run)(void* context, int thread, int count);
+  void* context;
+  FloatMode mode;
+
+  void operator()(int thread, int count) const {
+    const FloatMode own = float_mode();
+    if (own != mode) set_float_mode(mode);
+    run(context, thread, count);
+    if (own != mode) set_float_mode(own);
+  }
+};
+
+constexpr int kSpins = 2000;  // some 20 to 60 microseconds: longer than threads of equal shares differ
+
+void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#endif
+}
+
+}  // namespace
+
+void run_threads(int threads, void (*run)(void* context, int thread, int count), void* context) {
+  const Call call = {run, context, float_mode()};
+  if (threads <= 1) return call(0, 1);
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+  call(omp_get_thread_num(), omp_get_num_threads());
+#else
+  std::vector<std::thread> others;
+  std::mutex mutex;
+  std::condition_variable started;
+  int count = 0;  // known once all are there
+  try {
+    others.reserve(threads - 1);
+    for (int t = 1; t < threads; t++)
+      others.emplace_back([&, t] {
+        {
+          std::unique_lock<std::mutex> lock(mutex);
+          started.wait(lock, [&] { return count > 0; });
+        }
+        call(t, count);
+      });
+  } catch (const std::system_error&) {  // no more to be had: those that there are
+  }
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    count = static_cast<int>(others.size()) + 1;
+  }
+  started.notify_all();
+  call(0, count);
+  for (std::thread& thread : others) thread.join();
+#endif
+}
+
+Barrier::Barrier() : arrived_(0), round_(0) {}
+Barrier::~Barrier() = default;
+
+void Barrier::wait(int threads) {
+  if (threads == 1) return;
+  const unsigned round = round_.load(std::memory_order_acquire);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+    arrived_.store(0, std::memory_order_relaxed);
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);  // a thread about to sleep sees the new round
+      round_.store(round + 1, std::memory_order_release);
+    }
+    changed_.notify_all();
+    return;
+  }
+  for (int i = 0; i < kSpins; i++) {
+    if (round_.load(std::memory_order_acquire) != round) return;
+    relax();
+  }
+  std::unique_lock<std::mutex> lock(mutex_);
+  changed_.wait(lock, [&] { return round_.load(std::memory_order_acquire) != round; });
+}
+
+Progress::Progress() : count_(0) {}
+Progress::~Progress() = default;
+
+void Progress::advance() {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    count_.store(count_.load(std::memory_order_relaxed) + 1, std::memory_order_release);
+  }
+  changed_.notify_all();
+}
+
+void Progress::wait(int64_t target) {
+  for (int i = 0; i < kSpins; i++) {
+    if (count_.load(std::memory_order_acquire) >= target) return;
+    relax();
+  }
+  std::unique_lock<std::mutex> lock(mutex_);
+  changed_.wait(lock, [&] { return count_.load(std::memory_order_acquire) >= target; });
+}
+
+}  // namespace odeblock
