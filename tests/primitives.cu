@@ -1,0 +1,188 @@
+// One warp and each primitive of csrc/cuda/simt.cuh: full matrices in, full matrices out, placed by the documentation
+// of PTX and not by the kernels' own code. Prints a line a result; tests/test_emulation.py knows what must come. Built
+// by nvcc it runs on a GPU, with ODEBLOCK_EMULATED on the CPU.
+#include <cstdio>
+#include <cstdlib>
+
+#include "cuda/simt.cuh"
+
+using namespace odeblock::simt;
+
+namespace {
+
+#ifdef ODEBLOCK_EMULATED
+template <class T>
+T* allocate(int count) {
+  return static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64));
+}
+template <class... Parameters, class... Arguments>
+void run(void (*kernel)(Parameters...), int threads, size_t shared_bytes, Arguments... arguments) {
+  launch(kernel, 1, threads, shared_bytes, nullptr, arguments...);
+}
+#else
+void check(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  std::fprintf(stderr, "%s\n", cudaGetErrorString(error));
+  std::exit(1);
+}
+template <class T>
+T* allocate(int count) {
+  void* memory = nullptr;
+  check(cudaMallocManaged(&memory, count * sizeof(T)));
+  return static_cast<T*>(memory);
+}
+template <class... Parameters, class... Arguments>
+void run(void (*kernel)(Parameters...), int threads, size_t shared_bytes, Arguments... arguments) {
+  check(launch(kernel, 1, threads, shared_bytes, nullptr, arguments...));
+  check(cudaDeviceSynchronize());
+}
+#endif
+
+// Matrices A [16, 16], B [16, 8] of 16-bit numbers, D [16, 8].
+template <bool kBfloat16>
+ODEBLOCK_KERNEL(32)
+mma_16(const uint16_t* A, const uint16_t* B, float* D) {
+  const int g = lane() / 4, t = lane() % 4;
+  const auto a2 = [&](int r, int c) { return A[16 * r + c] | static_cast<uint32_t>(A[16 * r + c + 1]) << 16; };
+  const auto b2 = [&](int r, int c) { return B[8 * r + c] | static_cast<uint32_t>(B[8 * r + 8 + c]) << 16; };
+  const uint32_t a[4] = {a2(g, 2 * t), a2(g + 8, 2 * t), a2(g, 2 * t + 8), a2(g + 8, 2 * t + 8)};
+  const uint32_t b[2] = {b2(2 * t, g), b2(2 * t + 8, g)};
+  float d[4] = {D[8 * g + 2 * t], D[8 * g + 2 * t + 1], D[8 * g + 64 + 2 * t], D[8 * g + 64 + 2 * t + 1]};
+  kBfloat16 ? mma_bfloat16(d, a, b) : mma_float16(d, a, b);
+  for (int i = 0; i < 4; i++) D[8 * (g + 8 * (i / 2)) + 2 * t + i % 2] = d[i];
+}
+
+// A [16, 8], B [8, 8], D [16, 8].
+ODEBLOCK_KERNEL(32) mma_32(const float* A, const float* B, float* D) {
+  const int g = lane() / 4, t = lane() % 4;
+  const uint32_t a[4] = {to_tf32(A[8 * g + t]), to_tf32(A[8 * (g + 8) + t]), to_tf32(A[8 * g + t + 4]),
+                         to_tf32(A[8 * (g + 8) + t + 4])};
+  const uint32_t b[2] = {to_tf32(B[8 * t + g]), to_tf32(B[8 * (t + 4) + g])};
+  float d[4] = {D[8 * g + 2 * t], D[8 * g + 2 * t + 1], D[8 * g + 64 + 2 * t], D[8 * g + 64 + 2 * t + 1]};
+  mma_tf32(d, a, b);
+  for (int i = 0; i < 4; i++) D[8 * (g + 8 * (i / 2)) + 2 * t + i % 2] = d[i];
+}
+
+// A [8, 4], B [4, 8], D [8, 8].
+ODEBLOCK_KERNEL(32) mma_64(const double* A, const double* B, double* D) {
+  const int g = lane() / 4, t = lane() % 4;
+  double d[2] = {D[8 * g + 2 * t], D[8 * g + 2 * t + 1]};
+  mma_float64(d, A[4 * g + t], B[8 * t + g]);
+  D[8 * g + 2 * t] = d[0], D[8 * g + 2 * t + 1] = d[1];
+}
+
+// Entry i of shared memory is i; out [32, 4].
+ODEBLOCK_KERNEL(32) matrices(uint32_t* out, bool transposed) {
+  uint16_t* entries = reinterpret_cast<uint16_t*>(shared());
+  for (int i = lane(); i < 256; i += 32) entries[i] = static_cast<uint16_t>(i);
+  sync_warp();
+  uint32_t registers[4];
+  transposed ? load_matrices_transposed(registers, entries + 8 * lane())
+             : load_matrices(registers, entries + 8 * lane());
+  for (int i = 0; i < 4; i++) out[4 * lane() + i] = registers[i];
+}
+
+// Lane l copies 16 bytes, of which the last l % 17 are zeros, in two groups; out [2, 128] after the first and the
+// second.
+ODEBLOCK_KERNEL(32) copies(const uint32_t* in, uint32_t* out) {
+  uint32_t* memory = reinterpret_cast<uint32_t*>(shared());
+  copy_async(memory + 4 * lane(), in + 4 * lane(), 16 - lane() % 17);
+  commit_copies();
+  copy_async(memory + 128 + 4 * lane(), in + 128 + 4 * lane(), 16);
+  commit_copies();
+  wait_copies<1>();
+  sync_warp();
+  for (int i = 0; i < 4; i++) out[4 * lane() + i] = memory[4 * (31 - lane()) + i];
+  wait_copies<0>();
+  sync_warp();
+  for (int i = 0; i < 4; i++) out[128 + 4 * lane() + i] = memory[128 + 4 * (31 - lane()) + i];
+}
+
+// Two warps hand a number on through shared memory; out [64].
+ODEBLOCK_KERNEL(64) barriers(int* out) {
+  int* memory = reinterpret_cast<int*>(shared());
+  int x = thread();
+  for (int round = 0; round < 5; round++) {
+    memory[thread()] = x;
+    sync_block();
+    x = memory[(thread() + 33) % 64];
+    sync_block();
+  }
+  out[thread()] = shuffle_xor(x, 5) + 100 * warp();
+}
+
+ODEBLOCK_KERNEL(32) conversions(const float* in, uint32_t* out) {
+  const float x = in[lane()], y = in[31 - lane()];
+  out[4 * lane()] = pack_bfloat16(x, y);
+  out[4 * lane() + 1] = pack_float16(x, y);
+  out[4 * lane() + 2] = to_tf32(x) & 0xffffe000u;  // the lower bits are anything
+  out[4 * lane() + 3] = from_bfloat16(static_cast<uint16_t>(pack_bfloat16(x, y))) ==
+                        from_float16(static_cast<uint16_t>(pack_float16(x, y)));
+}
+
+template <class T>
+void print(const char* name, const T* values, int count) {
+  std::printf("%s", name);
+  for (int i = 0; i < count; i++) std::printf(" %.17g", static_cast<double>(values[i]));
+  std::printf("\n");
+}
+
+unsigned state = 1;
+int digit() {  // -8 .. 7
+  state = state * 1664525u + 1013904223u;
+  return static_cast<int>(state >> 28) - 8;
+}
+
+}  // namespace
+
+int main() {
+  // Eighths are exact in every type, so that any order of summation gives the same.
+  uint16_t* A16 = allocate<uint16_t>(256);
+  uint16_t* B16 = allocate<uint16_t>(128);
+  float *A = allocate<float>(256), *B = allocate<float>(128), *D = allocate<float>(128);
+  double *A64 = allocate<double>(32), *B64 = allocate<double>(32), *D64 = allocate<double>(64);
+  uint32_t *bits = allocate<uint32_t>(256), *words = allocate<uint32_t>(256);
+  int* numbers = allocate<int>(64);
+  const auto fill = [](auto* to, int count) {
+    for (int i = 0; i < count; i++) to[i] = digit() / 8.f;
+  };
+  fill(A, 256), fill(B, 128);
+  print("A", A, 256), print("B", B, 128);
+  for (int kind = 0; kind < 2; kind++) {
+    // bfloat16 is the upper half of a float; of float16 the exponent has another bias: 127 - 15 = 112.
+    const auto narrow = [&](float x) -> uint16_t {
+      uint32_t word;
+      __builtin_memcpy(&word, &x, 4);
+      if (kind == 0) return static_cast<uint16_t>(word >> 16);
+      const uint32_t magnitude = word & 0x7fffffffu;
+      return static_cast<uint16_t>(word >> 16 & 0x8000u) |
+             static_cast<uint16_t>(magnitude ? (magnitude >> 13) - (112 << 10) : 0);
+    };
+    for (int i = 0; i < 256; i++) A16[i] = narrow(A[i]);
+    for (int i = 0; i < 128; i++) B16[i] = narrow(B[i]);
+    for (int i = 0; i < 128; i++) D[i] = i;
+    kind == 0 ? run(mma_16<true>, 32, 0, A16, B16, D) : run(mma_16<false>, 32, 0, A16, B16, D);
+    print(kind == 0 ? "mma_bfloat16" : "mma_float16", D, 128);
+  }
+  for (int i = 0; i < 128; i++) D[i] = i;
+  run(mma_32, 32, 0, A, B, D);
+  print("mma_tf32", D, 128);
+  for (int i = 0; i < 32; i++) A64[i] = A[i], B64[i] = B[i];
+  for (int i = 0; i < 64; i++) D64[i] = i;
+  run(mma_64, 32, 0, A64, B64, D64);
+  print("mma_float64", D64, 64);
+  for (const bool transposed : {false, true}) {
+    run(matrices, 32, 512, bits, transposed);
+    print(transposed ? "matrices_transposed" : "matrices", bits, 128);
+  }
+  for (int i = 0; i < 256; i++) words[i] = 0x01010101u * static_cast<uint32_t>(i % 255 + 1);
+  run(copies, 32, 1024, words, bits);
+  print("copies", bits, 256);
+  run(barriers, 64, 256, numbers);
+  print("barriers", numbers, 64);
+  for (int i = 0; i < 32; i++) A[i] = (i - 16) * 1.2345678f;
+  print("numbers", A, 32);
+  run(conversions, 32, 0, A, bits);
+  print("conversions", bits, 128);
+  return 0;
+}

@@ -1,0 +1,126 @@
+"""The emulation of a GPU (``tests/emulation``): each primitive as PTX has it, and the faults it must find."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = ROOT / "tests"
+SEEDS = range(4)
+
+
+def build_emulated(source: Path, target: Path, *flags: str) -> Path:
+    """A program of kernels for the CPU."""
+    command = [os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror"]
+    command += ["-DODEBLOCK_EMULATED", f"-I{ROOT / 'csrc'}", f"-I{TESTS / 'emulation'}"]
+    command += ["-ftrivial-auto-var-init=pattern", *flags, "-x", "c++", str(source), "-o", str(target)]
+    subprocess.run(command, check=True)
+    return target
+
+
+def check_primitives(output: str) -> None:
+    """What ``primitives.cu`` prints, on a GPU or emulated."""
+    found = {line.split()[0]: np.array(line.split()[1:], float) for line in output.splitlines()}
+    A, B = found["A"], found["B"]
+    D = np.arange(128.0).reshape(16, 8)
+    for name in ("mma_bfloat16", "mma_float16"):
+        np.testing.assert_array_equal(
+            found[name].reshape(16, 8), D + A.reshape(16, 16) @ B.reshape(16, 8), name
+        )
+    expected = D + A[:128].reshape(16, 8) @ B[:64].reshape(8, 8)
+    np.testing.assert_array_equal(found["mma_tf32"].reshape(16, 8), expected)
+    expected = D[:8] + A[:32].reshape(8, 4) @ B[:32].reshape(4, 8)
+    np.testing.assert_array_equal(found["mma_float64"].reshape(8, 8), expected)
+
+    matrices = np.arange(256).reshape(4, 8, 8)
+    for name, rows in (("matrices", matrices), ("matrices_transposed", matrices.transpose(0, 2, 1))):
+        pairs = rows.reshape(4, 8, 4, 2)  # lane 4 g + t has of row g the columns 2 t and the next
+        expected = (pairs[..., 0] | pairs[..., 1] << 16).reshape(4, 32).T
+        np.testing.assert_array_equal(found[name].reshape(32, 4), expected, name)
+
+    words = np.arange(256) % 255 + 1
+    data = np.repeat(words, 4).astype(np.uint8).reshape(2, 32, 16)
+    for lane in range(32):
+        data[0, lane, 16 - lane % 17 :] = 0
+    expected = data[:, ::-1].copy().view(np.uint32).reshape(-1)
+    np.testing.assert_array_equal(found["copies"], expected)
+
+    threads = np.arange(64)
+    received = (threads + 5 * 33) % 64
+    expected = received[threads // 32 * 32 + (threads % 32 ^ 5)] + 100 * (threads // 32)
+    np.testing.assert_array_equal(found["barriers"], expected)
+
+    x = found["numbers"].astype(np.float32)
+    y = x[::-1]
+    results = found["conversions"].astype(np.uint32).reshape(32, 4)
+    half = lambda a: a.astype(np.float16).view(np.uint16).astype(np.uint32)  # noqa: E731
+    np.testing.assert_array_equal(results[:, 0], bfloat16(x) | bfloat16(y) << 16)
+    np.testing.assert_array_equal(results[:, 1], half(x) | half(y) << 16)
+    np.testing.assert_array_equal(results[:, 2], (x.view(np.uint32) + 0x1000) & 0xFFFFE000)
+    widened = (bfloat16(x) << 16).view(np.float32) == x.astype(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(results[:, 3], widened)
+
+
+def bfloat16(x: np.ndarray) -> np.ndarray:
+    """Bits, rounded to nearest even."""
+    bits = x.view(np.uint32)
+    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+
+
+def test_emulated_primitives(tmp_path: Path) -> None:
+    program = build_emulated(TESTS / "primitives.cu", tmp_path / "primitives")
+    check_primitives(subprocess.check_output([program], text=True))
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_the_primitives_compile_for_a_gpu(tmp_path: Path) -> None:
+    command = ["nvcc", "-std=c++17", f"-I{ROOT / 'csrc'}", "-arch=sm_80", "-ptx", "-o", str(tmp_path / "ptx")]
+    subprocess.run([*command, str(TESTS / "primitives.cu")], check=True)
+
+
+FAULTS = {
+    "no_fault": "",
+    "no_barrier": "",
+    "no_warp_barrier": "",
+    "a_barrier_that_half_reaches": "deadlock",
+    "divergence": "diverged",
+    "a_write_beyond": "a write outside of shared memory",
+    "a_copy_beyond": "cp.async: byte 256, of 256",
+    "an_unaligned_copy": "cp.async: not aligned",
+    "a_copy_not_waited_for": "left the kernel without waiting for its copies",
+    "a_group_too_early": "",
+}
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder, source = tmp_path_factory.mktemp("faults"), TESTS / "emulation" / "faults.cpp"
+    sanitizers = {"plain": [], "thread": ["-fsanitize=thread"], "address": ["-fsanitize=address,undefined"]}
+    return {name: build_emulated(source, folder / name, *flags) for name, flags in sanitizers.items()}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_of_emulated_kernels_are_found(name: str, faults: dict[str, Path]) -> None:
+    def run(build: str, seed: int) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "TSAN_OPTIONS": "exitcode=66", "ASAN_OPTIONS": "detect_leaks=0"}
+        command = [str(faults[build]), name, str(seed)]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+    right = " ".join(map(str, reversed(range(64))))
+    plain = [run("plain", seed).stdout.strip() for seed in SEEDS]
+    thread = run("thread", 0)
+    if name == "no_fault":
+        assert plain == [right] * len(SEEDS)
+        assert thread.returncode == 0, thread.stderr[-3000:]
+        assert run("address", 0).returncode == 0, run("address", 0).stderr[-3000:]
+    elif FAULTS[name]:
+        assert all(FAULTS[name] in text for text in plain), plain
+    else:  # wrong numbers: in some schedule, and always what the poison or the thread sanitizer shows
+        assert any(text != right for text in plain)
+        assert "data race" in thread.stderr or all("-1" in text for text in plain), thread.stderr[-3000:]
