@@ -17,7 +17,7 @@ from odeblock import initializers
 from odeblock.functional import recorded
 
 ACTIVATION = "gelu_tanh"
-STRATEGIES = ("auto", "store", "checkpoint", "adjoint")
+STRATEGIES = ("store", "checkpoint", "auto", "adjoint")
 
 Run = Callable[[str, tuple[Tensor, ...]], tuple[Tensor, ...]]
 
@@ -45,6 +45,11 @@ _PEERS = {
     "forward": ("eager", "compile"),
     "training": ("eager", "compile", "torch.utils.checkpoint", "torchdiffeq", "2022 adjoint"),
 }
+
+
+def strategies_of(work: str) -> tuple[str, ...]:
+    """Inference is the same for all."""
+    return ("auto",) if work == "inference" else STRATEGIES
 
 
 def peers_of(work: str, depth: int) -> tuple[str, ...]:

@@ -19,18 +19,19 @@ from odeblock.experiments.outputs import atomic_file, save_figure
 
 STRATEGIES = ("store", "checkpoint", "auto", "adjoint")
 PEERS = ("eager", "compile", "torch.utils.checkpoint", "torchdiffeq", "2022 adjoint")
+SHARED = ("store", "auto", "eager")
 Entry = dict[str, Any]
 Shape = tuple[int, ...]
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[tuple[str, str], dict[Shape, Entry]]]:
-    """The file, and its entries by work and strategy, then by shape (B, q, m, L)."""
+def read(path: Path) -> tuple[dict[str, Any], dict[str, dict[Shape, Entry]]]:
+    """The file, and its entries by kind of work, then by shape (B, q, m, L)."""
     data = json.loads(path.read_text())
-    entries: dict[tuple[str, str], dict[Shape, Entry]] = {}
+    entries: dict[str, dict[Shape, Entry]] = {"inference": {}, "forward": {}, "training": {}}
     for benchmark in data["benchmarks"]:
         entry = benchmark["extra_info"]
-        entries.setdefault((entry["work"], entry["strategy"]), {})[tuple(entry["shape"])] = entry
-    return data, entries
+        entries[entry["work"]][tuple(entry["shape"])] = entry
+    return data, {work: dict(sorted(cases.items())) for work, cases in entries.items()}
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -43,8 +44,13 @@ def size(count: int | None) -> str:
     return "-" if count is None else f"{count / 2**20:.1f}"
 
 
-def share(entry: Entry) -> str:
-    return "-" if entry["share_of_peak"] is None else f"{100 * entry['share_of_peak']:.0f} %"
+def share(entry: Entry, name: str) -> str:
+    found = entry["share_of_peak"][name]
+    return "-" if found is None else f"{100 * found:.0f} %"
+
+
+def named(shape: Shape) -> str:
+    return ", ".join(map(str, shape))
 
 
 def heading(data: dict[str, Any]) -> str:
@@ -60,69 +66,60 @@ def heading(data: dict[str, Any]) -> str:
     )
 
 
-def forward_table(cases: dict[Shape, Entry]) -> str:
+def inference_table(cases: dict[Shape, Entry]) -> str:
     def row(shape: Shape, entry: Entry) -> list[str]:
-        ours = entry["seconds"][entry["strategy"]]
+        ours = entry["seconds"]["auto"]
         peers = [f"{entry['seconds'][name] / ours:.2f}" for name in PEERS[:2]]
-        memory = [size(entry["peak_bytes"][name]) for name in (entry["strategy"], *PEERS[:2])]
-        return [", ".join(map(str, shape)), *peers, share(entry), *memory]
+        memory = [size(entry["peak_bytes"][name]) for name in ("auto", *PEERS[:2])]
+        return [named(shape), *peers, share(entry, "auto"), share(entry, "eager"), *memory]
 
-    head = ["B, q, m, L", *PEERS[:2], "ours, of FMA peak", "MiB: ours", *PEERS[:2]]
-    return table(head, (row(*case) for case in sorted(cases.items())))
+    head = ["B, q, m, L", *PEERS[:2], "ours, of FMA peak", "eager, of FMA peak", "MiB: ours", *PEERS[:2]]
+    return table(head, (row(*case) for case in cases.items()))
 
 
-def training_table(entries: dict[tuple[str, str], dict[Shape, Entry]]) -> str:
-    """The fastest peer over each strategy, and what not storing costs."""
+def ratio_table(cases: dict[Shape, Entry]) -> str:
+    """The fastest peer over each strategy."""
 
-    def row(shape: Shape, store: Entry) -> list[str]:
-        others = {s: entries["training", s][shape] for s in STRATEGIES if shape in entries["training", s]}
-        cells = [f"{others[s]['ratio']:.2f}" if s in others else "-" for s in STRATEGIES]
-        cost = [
-            f"{others[s]['seconds'][s] / others[s]['seconds']['store']:.2f}" if s in others else "-"
-            for s in STRATEGIES[1:]
-        ]
-        return [", ".join(map(str, shape)), *cells, store["fastest_peer"], *cost, share(store)]
+    def row(shape: Shape, entry: Entry) -> list[str]:
+        ratios = [f"{entry['ratio'][name]:.2f}" for name in STRATEGIES]
+        return [named(shape), *ratios, entry["fastest_peer"], *(share(entry, name) for name in SHARED)]
 
     head = ["B, q, m, L", *(f"`{s}`" for s in STRATEGIES), "fastest peer"]
-    head += [*(f"`{s}` over `store`" for s in STRATEGIES[1:]), "`store`, of FMA peak"]
-    return table(head, (row(*case) for case in sorted(entries["training", "store"].items())))
+    head += [f"{name}, of FMA peak" for name in SHARED]
+    return table(head, (row(*case) for case in cases.items()))
 
 
-def peers_table(cases: dict[Shape, Entry]) -> str:
+def cost_table(cases: dict[Shape, Entry]) -> str:
+    """Each strategy and each peer over ``store``."""
+    names = (*STRATEGIES[1:], *PEERS)
+
     def row(shape: Shape, entry: Entry) -> list[str]:
         seconds = entry["seconds"]
         ours = seconds["store"]
-        cells = [f"{seconds[name] / ours:.2f}" if name in seconds else "-" for name in PEERS]
-        return [", ".join(map(str, shape)), *cells]
+        return [named(shape), *(f"{seconds[n] / ours:.2f}" if n in seconds else "-" for n in names)]
 
-    return table(["B, q, m, L", *PEERS], (row(*case) for case in sorted(cases.items())))
+    return table(["B, q, m, L", *names], (row(*case) for case in cases.items()))
 
 
-def memory_table(entries: dict[tuple[str, str], dict[Shape, Entry]]) -> str:
-    def row(shape: Shape) -> list[str]:
-        return [", ".join(map(str, shape)), *(size(bytes_of(entries, name, shape)) for name in names)]
-
+def memory_table(cases: dict[Shape, Entry]) -> str:
     names = (*STRATEGIES, *PEERS)
-    return table(["B, q, m, L", *names], (row(shape) for shape in sorted(entries["training", "store"])))
+    rows = (
+        [named(shape), *(size(case["peak_bytes"].get(n)) for n in names)] for shape, case in cases.items()
+    )
+    return table(["B, q, m, L", *names], rows)
 
 
-def bytes_of(entries: dict[tuple[str, str], dict[Shape, Entry]], name: str, shape: Shape) -> int | None:
-    strategy = name if name in STRATEGIES else "store"
-    found: int | None = entries["training", strategy][shape]["peak_bytes"].get(name)
-    return found
-
-
-def draw_speedup(entries: dict[tuple[str, str], dict[Shape, Entry]]) -> Figure:
+def draw_speedup(entries: dict[str, dict[Shape, Entry]]) -> Figure:
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     shown = [("inference", "auto", "Inference"), ("training", "store", "Training step, store")]
     for axes, (work, strategy, title) in zip(panels, shown, strict=True):
-        cases = entries[work, strategy]
+        cases = entries[work]
         for batch in sorted({shape[0] for shape in cases}):
             best = {q: 0.0 for b, q, *_ in cases if b == batch}
             for (b, q, *_), entry in cases.items():
                 if b == batch:
-                    best[q] = max(best[q], entry["ratio"])
+                    best[q] = max(best[q], entry["ratio"][strategy])
             if len(best) > 1:
                 axes.plot(sorted(best), [best[q] for q in sorted(best)], "o-", label=f"B = {batch}")
         axes.axhline(1, color="gray", linewidth=1)
@@ -136,9 +133,8 @@ def draw_speedup(entries: dict[tuple[str, str], dict[Shape, Entry]]) -> Figure:
     return figure
 
 
-def draw_memory(entries: dict[tuple[str, str], dict[Shape, Entry]]) -> Figure:
-    """Of the shape that was measured at the most depths."""
-    cases = entries["training", "store"]
+def draw_memory(cases: dict[Shape, Entry]) -> Figure:
+    """Of a training step, for the shape that was measured at the most depths."""
     depths: dict[Shape, list[int]] = {}
     for *sizes, depth in cases:
         depths.setdefault(tuple(sizes), []).append(depth)
@@ -146,7 +142,7 @@ def draw_memory(entries: dict[tuple[str, str], dict[Shape, Entry]]) -> Figure:
     figure = Figure(figsize=(6.5, 4.5), layout="constrained")
     axes = figure.subplots()
     for name in (*STRATEGIES, *PEERS):
-        found = {L: bytes_of(entries, name, (*sizes, L)) for L in sorted(depths[sizes])}
+        found = {L: cases[(*sizes, L)]["peak_bytes"].get(name) for L in sorted(depths[sizes])}
         points = {L: count / 2**20 for L, count in found.items() if count}
         style = "o-" if name in STRATEGIES else "s--"
         axes.plot(list(points), list(points.values()), style, label=name, markersize=4)
@@ -160,16 +156,23 @@ def draw_memory(entries: dict[tuple[str, str], dict[Shape, Entry]]) -> Figure:
     return figure
 
 
-def markdown(data: dict[str, Any], entries: dict[tuple[str, str], dict[Shape, Entry]]) -> str:
-    parts = [heading(data)]
-    for work, title in (("inference", "Inference"), ("forward", "Forward, with what a backward needs")):
-        parts += [f"### {title}\n", forward_table(entries[work, "auto"])]
-    parts += ["### Training step: the fastest peer over ours\n", training_table(entries)]
+def markdown(data: dict[str, Any], entries: dict[str, dict[Shape, Entry]]) -> str:
+    operations = "Of the peak: counting 4BqmL operations for a forward, 16BqmL for a training step.\n"
+    parts = [
+        heading(data),
+        operations,
+        "### Inference: each peer over ours\n",
+        inference_table(entries["inference"]),
+    ]
+    forward, training = entries["forward"], entries["training"]
+    parts += ["### Forward, with what a backward needs: the fastest peer over ours\n", ratio_table(forward)]
+    parts += ["### Training step: the fastest peer over ours\n", ratio_table(training)]
     parts += ["![Speed-up by width](speedup_by_width.png)\n"]
-    parts += ["### Training step: each peer over `store`\n", peers_table(entries["training", "store"])]
+    parts += ["### Training step: everyone over `store`\n", cost_table(training)]
     parts += ["Gradients of torchdiffeq and of the 2022 adjoint are off by O(1/L); the others are exact.\n"]
     parts += ["### Training step: peak memory, MiB beyond inputs, parameters and gradients\n"]
-    parts += [memory_table(entries), "![Memory by depth](memory_by_depth.png)\n"]
+    parts += [memory_table(training), "![Memory by depth](memory_by_depth.png)\n"]
+    parts += ["### Forward: peak memory, MiB beyond inputs and result\n", memory_table(forward)]
     return "\n".join(parts)
 
 
@@ -183,7 +186,7 @@ def main() -> None:
     with atomic_file(arguments.output / "speed.md") as file:
         file.write(markdown(data, entries).encode())
     save_figure(arguments.output / "speedup_by_width.png", draw_speedup(entries))
-    save_figure(arguments.output / "memory_by_depth.png", draw_memory(entries))
+    save_figure(arguments.output / "memory_by_depth.png", draw_memory(entries["training"]))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """Speed and memory of the block against what a user would pick instead; ``make bench``.
 
-One benchmark is one of our strategies at one shape. Its rounds are interleaved: the set-up of every round
-runs and times each peer once, and the processor's multiply-adds, so that all meet the same machine. Who takes
-less than ``WARMED`` seconds runs once more before, untimed: a training loop finds the caches and the
-allocator as its own last step left them, not as another way to compute did (whose freed memory is given
-back to the system, milliseconds of it, by the next who frees anything). Everyone is checked against float64
-before. ``extra_info`` has the medians of the peers, the ratio to the fastest, the share of the peak and
-everyone's peak memory; only ratios mean anything on a shared machine. ``report.py`` makes tables and figures
-of the results.
+One benchmark is one kind of work at one shape. Its rounds are interleaved: pytest-benchmark times the first
+of our strategies, the set-up of every round the others, each peer and the processor's multiply-adds, once each,
+so that all meet the same machine. Who takes less than ``WARMED`` seconds runs once more before, untimed: a
+training loop finds the caches and the allocator as its own last step left them, not as another way to compute
+did (whose freed memory is given back to the system, milliseconds of it, by the next who frees anything).
+Everyone is checked against float64 before. ``extra_info`` has everyone's median, peak memory and share of the
+machine's peak, and the ratios of the fastest peer to ours; only ratios mean anything on a shared machine.
+``report.py`` makes tables and figures of the results.
 """
 
 from __future__ import annotations
@@ -76,12 +76,12 @@ def memory(work: str, name: str, shape: Shape) -> int | None:
     return machine.peak_bytes(work, name, shape)
 
 
-def compare(benchmark: BenchmarkFixture, work: str, strategy: str, shape: Shape, measure: bool) -> None:
+@pytest.mark.parametrize("work", contenders.WORKS)
+def test_speed(benchmark: BenchmarkFixture, work: str, shape: Shape, measure: bool) -> None:
     run = contenders.WORKS[work]
     inputs, expected = truth(work, shape)
-    others = list(contenders.peers_of(work, shape[3]))
-    if work == "training" and strategy != "store":
-        others.append("store")  # what not storing costs
+    ours, peers = contenders.strategies_of(work), contenders.peers_of(work, shape[3])
+    first, *others = [*ours, *peers]
     seconds: dict[str, list[float]] = {name: [] for name in others}
     peak: list[float] = []
 
@@ -92,7 +92,7 @@ def compare(benchmark: BenchmarkFixture, work: str, strategy: str, shape: Shape,
 
     once: dict[str, float] = {}
     errors = {}
-    for name in (*others, strategy):
+    for name in (first, *others):
         found = run(name, inputs)
         errors[name] = max(
             float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)
@@ -110,36 +110,27 @@ def compare(benchmark: BenchmarkFixture, work: str, strategy: str, shape: Shape,
         for name in others:
             warm(name)
             seconds[name].append(timed(name))
-        warm(strategy)
+        warm(first)
 
     cost = sum(2 * t if t < WARMED else t for t in once.values())
     rounds = max(ROUNDS[0], min(ROUNDS[1], int(SECONDS / cost))) if measure else 1
-    benchmark.pedantic(lambda: run(strategy, inputs), setup=run_others, rounds=rounds)
+    benchmark.pedantic(lambda: run(first, inputs), setup=run_others, rounds=rounds)
     if benchmark.stats is None:  # under --benchmark-disable
         return
-    ours = benchmark.stats.stats.median
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    peers = {name: medians[name] for name in contenders.peers_of(work, shape[3])}
+    medians[first] = benchmark.stats.stats.median
+    fastest = min(peers, key=lambda name: medians[name])
     batch, dim, hidden, depth = shape
-    rate = contenders.OPERATIONS[work] * batch * dim * hidden * depth / ours
+    operations = contenders.OPERATIONS[work] * batch * dim * hidden * depth
+    most = statistics.median(peak)
     benchmark.extra_info.update(
         work=work,
-        strategy=strategy,
         shape=shape,
-        seconds={**medians, strategy: ours},
-        fastest_peer=min(peers, key=lambda name: peers[name]),
-        ratio=min(peers.values()) / ours,
-        share_of_peak=rate / statistics.median(peak) if peak[0] else None,
+        rounds=rounds,
+        seconds=medians,
+        fastest_peer=fastest,
+        ratio={name: medians[fastest] / medians[name] for name in ours},
+        share_of_peak={name: operations / t / most if most else None for name, t in medians.items()},
         errors=errors,
-        peak_bytes={name: memory(work, name, shape) for name in (*others, strategy)},
+        peak_bytes={name: memory(work, name, shape) for name in medians},
     )
-
-
-@pytest.mark.parametrize("work", ["inference", "forward"])
-def test_forward(benchmark: BenchmarkFixture, work: str, shape: Shape, measure: bool) -> None:
-    compare(benchmark, work, "auto", shape, measure)
-
-
-@pytest.mark.parametrize("strategy", contenders.STRATEGIES)
-def test_training_step(benchmark: BenchmarkFixture, strategy: str, shape: Shape, measure: bool) -> None:
-    compare(benchmark, "training", strategy, shape, measure)
