@@ -1,13 +1,13 @@
 """Speed and memory of the block against what a user would pick instead; ``make bench``.
 
 One benchmark is one kind of work at one shape. Its rounds are interleaved: pytest-benchmark times the first
-of our strategies, the set-up of every round the others, each peer and the processor's multiply-adds, once each,
-so that all meet the same machine. Who takes less than ``WARMED`` seconds runs once more before, untimed: a
-training loop finds the caches and the allocator as its own last step left them, not as another way to compute
-did (whose freed memory is given back to the system, milliseconds of it, by the next who frees anything).
-Everyone is checked against float64 before. ``extra_info`` has everyone's median, peak memory and share of the
-machine's peak, and the ratios of the fastest peer to ours; only ratios mean anything on a shared machine.
-``report.py`` makes tables and figures of the results.
+of our strategies, the set-up of every round the others, each peer and the processor's multiply-adds, once
+each, so that all meet the same machine. Who takes less than ``WARMED`` seconds runs once more before,
+untimed: a training loop finds the caches and the allocator as its own last step left them, not as another
+way to compute did (whose freed memory is given back to the system, milliseconds of it, by the next who
+frees anything). Everyone is checked against float64 before. ``extra_info`` has everyone's median, peak
+memory and share of the machine's peak, and the ratios of the fastest peer to ours; only ratios mean
+anything on a shared machine. ``report.py`` makes tables and figures of the results.
 """
 
 from __future__ import annotations

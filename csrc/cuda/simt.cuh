@@ -127,6 +127,18 @@ ODEBLOCK_DEVICE uint32_t to_tf32(float x) {
   return bits;
 }
 
+ODEBLOCK_DEVICE float from_tf32(uint32_t bits) { return __uint_as_float(bits); }
+
+// Two neighbours in one access, at a multiple of their size.
+template <class T>
+struct alignas(2 * sizeof(T)) Pair {
+  T x, y;
+};
+template <class T>
+ODEBLOCK_DEVICE Pair<T> load_pair(const T* from) {
+  return *reinterpret_cast<const Pair<T>*>(from);
+}
+
 // As the kernel's own parameters, not as whatever is passed for them.
 template <class T>
 struct Same {

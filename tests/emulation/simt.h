@@ -598,6 +598,21 @@ inline float from_float16(uint16_t bits) { return emulation::from_float16(bits);
 // To nearest, ties away from zero.
 inline uint32_t to_tf32(float x) { return (emulation::to_bits(x) + 0x1000u) & 0xffffe000u; }
 
+inline float from_tf32(uint32_t bits) { return emulation::from_bits(bits & 0xffffe000u); }
+
+template <class T>
+struct alignas(2 * sizeof(T)) Pair {
+  T x, y;
+};
+template <class T>
+Pair<T> load_pair(const T* from) {
+  {
+    const emulation::Unseen unseen;
+    Machine::current().check_shared(from, 2 * sizeof(T), "load_pair");
+  }
+  return *reinterpret_cast<const Pair<T>*>(from);
+}
+
 // Runs kernel(arguments) in `blocks` blocks.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int blocks, int threads, size_t shared_bytes, void* /*stream*/,
