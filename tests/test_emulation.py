@@ -9,16 +9,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
 SEEDS = range(4)
 
 
-def build_emulated(source: Path, target: Path, *flags: str) -> Path:
+def build_emulated(source: Path, target: Path, *flags: str, csrc: Path = ROOT / "csrc") -> Path:
     """A program of kernels for the CPU."""
-    command = [os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror"]
-    command += ["-DODEBLOCK_EMULATED", f"-I{ROOT / 'csrc'}", f"-I{TESTS / 'emulation'}"]
+    command = [
+        os.environ.get("CXX", "g++"),
+        "-std=c++17",
+        "-O1",
+        "-g",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+    ]
+    command += ["-DODEBLOCK_EMULATED", f"-I{csrc}", f"-I{TESTS / 'emulation'}"]
     command += ["-ftrivial-auto-var-init=pattern", *flags, "-x", "c++", str(source), "-o", str(target)]
     subprocess.run(command, check=True)
     return target
@@ -82,6 +92,13 @@ def test_emulated_primitives(tmp_path: Path) -> None:
 def test_the_primitives_compile_for_a_gpu(tmp_path: Path) -> None:
     command = ["nvcc", "-std=c++17", f"-I{ROOT / 'csrc'}", "-arch=sm_80", "-ptx", "-o", str(tmp_path / "ptx")]
     subprocess.run([*command, str(TESTS / "primitives.cu")], check=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_the_primitives_on_a_gpu(tmp_path: Path) -> None:
+    command = ["nvcc", "-std=c++17", f"-I{ROOT / 'csrc'}", "-arch=native", "-o", str(tmp_path / "primitives")]
+    subprocess.run([*command, str(TESTS / "primitives.cu")], check=True)
+    check_primitives(subprocess.check_output([tmp_path / "primitives"], text=True))
 
 
 FAULTS = {

@@ -17,7 +17,6 @@
 
 #define ODEBLOCK_DEVICE __device__ __forceinline__
 #define ODEBLOCK_KERNEL(threads) __global__ void __launch_bounds__(threads)
-#define ODEBLOCK_UNROLL _Pragma("unroll")
 
 namespace odeblock {
 namespace simt {

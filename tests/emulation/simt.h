@@ -38,7 +38,6 @@ void AnnotateIgnoreWritesEnd(const char* file, int line);
 
 #define ODEBLOCK_DEVICE inline
 #define ODEBLOCK_KERNEL(threads) static void
-#define ODEBLOCK_UNROLL
 
 namespace odeblock {
 namespace emulation {
