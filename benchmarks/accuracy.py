@@ -159,7 +159,7 @@ def check_network(
 def forward_states(case: oracle.Case, dtype: torch.dtype) -> Tensor:
     """h_0 .. h_{L-1} [L, B, q] of the forward."""
     h, V, W = (_cast(case, name, dtype) for name in ("h", "V", "W"))
-    _, states, _ = reference.forward(h, V, W, None, None, case.activation, 1 / len(V), 1, False)
+    _, states, _ = reference.forward(h, V, W, None, None, case.activation, 1 / len(V), 1, False, False)
     found: Tensor = states[:, : len(h)]
     return found
 
@@ -168,7 +168,7 @@ def reconstructed_states(case: oracle.Case, dtype: torch.dtype) -> list[Tensor]:
     """h_{L-1}, ..., h_0 as ``adjoint`` has them: by its PyTorch twin, for the kernels keep none."""
     h, V, W = (_cast(case, name, dtype) for name in ("h", "V", "W"))
     sigma, depth = get_activation(case.activation), len(V)
-    _, kept, _ = reference.forward(h, V, W, None, None, case.activation, 1 / depth, 0, True)
+    _, kept, _ = reference.forward(h, V, W, None, None, case.activation, 1 / depth, 0, True, False)
     state = kept[-1, : len(h)]
     floor = torch.finfo(dtype).eps
     sweep = Reconstruction(len(h), depth, rounding_unit(dtype), floor, state, sigma.smooth)

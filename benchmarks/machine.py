@@ -85,6 +85,7 @@ def main() -> None:
     run = contenders.WORKS[work]
     run(name, contenders.make_inputs(batch, dim, hidden, 2))  # libraries, thread pools, compiled steps
     inputs = contenders.make_inputs(batch, dim, hidden, depth)
+    ops.release_memory()  # what the first run left
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     results = run(name, inputs)

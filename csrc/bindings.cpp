@@ -142,12 +142,11 @@ class Memory {
     kept.push_back(block_);
     size_t bytes = 0;
     for (const Block& block : kept) bytes += block.size;
-    while (bytes > kMostBytes || kept.size() > kMostBlocks) {
-      const Block oldest = kept.front();
-      bytes -= oldest.size;
-      ::operator delete(oldest.data, alignment(oldest.size));
-      kept.erase(kept.begin());
-    }
+    while (bytes > kMostBytes || kept.size() > kMostBlocks) bytes -= release_oldest();
+  }
+  // Gives back all that is kept.
+  static void release() {
+    while (!kept_blocks().empty()) release_oldest();
   }
   void* data() const { return block_.data; }
   size_t size() const { return block_.size; }
@@ -159,6 +158,12 @@ class Memory {
   };
   static constexpr size_t kHugePage = 2 << 20, kLine = 64, kMostBytes = 512 << 20, kMostBlocks = 32;
   static std::align_val_t alignment(size_t size) { return std::align_val_t(size < kHugePage ? kLine : kHugePage); }
+  static size_t release_oldest() {
+    const Block oldest = kept_blocks().front();
+    ::operator delete(oldest.data, alignment(oldest.size));
+    kept_blocks().erase(kept_blocks().begin());
+    return oldest.size;
+  }
   // Never destroyed: tensors may outlive the module.
   static std::vector<Block>& kept_blocks() {
     static auto* blocks = new std::vector<Block>();
@@ -211,5 +216,6 @@ PYBIND11_MODULE(_core, module) {
     return py::buffer_info(memory.data(), 1, "B", 1, {memory.size()}, {static_cast<size_t>(1)});
   });
   module.def("memory", [](size_t size) { return std::make_unique<Memory>(size); });
+  module.def("release_memory", &Memory::release);
   module.def("build_info", &build_info);
 }

@@ -10,6 +10,7 @@ from .autograd import DriftError, DriftWarning
 from .block import DeepResBlock
 from .build import build_info
 from .network import DeepResNet
+from .ops import release_memory
 
 __version__ = _version("odeblock")
 
@@ -24,4 +25,5 @@ __all__ = [
     "initializers",
     "limit",
     "reference",
+    "release_memory",
 ]

@@ -67,6 +67,16 @@ def core_build_info() -> dict[str, Any] | None:
     return None if _core is None else _core.build_info()
 
 
+def release_memory() -> None:
+    """Give back to the system the memory that the native core keeps between calls, at most 512 MiB.
+
+    What it keeps is memory that tensors of earlier calls had (stored states, workspace, gradients) and have
+    no more; the next call is faster for it.
+    """
+    if _core is not None:
+        _core.release_memory()
+
+
 def runs_natively(tensor: Tensor) -> bool:
     """Whether a block of this device and dtype runs on the native core."""
     return _core is not None and tensor.device.type == "cpu" and tensor.dtype in _NATIVE_DTYPES

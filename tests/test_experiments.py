@@ -199,10 +199,10 @@ def test_rates_of_the_gradient_flow() -> None:
 def test_memory_of_a_step() -> None:
     config = TrainConfig(depth=32, dim=64, backward="store")
     batch = 512
-    expected = config.depth * batch * config.dim * 4  # every state h_k in float32
+    expected = config.depth * batch * config.dim * 4  # every state h_k in float32; and z_k, as many
     found = memory.step_memory(network_arguments(config, "smooth"), batch, "cpu", eager=False)
     assert found is not None
-    assert expected < found < 1.6 * expected
+    assert 2 * expected < found < 2.6 * expected
     eager = memory.step_memory(network_arguments(config, "smooth"), batch, "cpu", eager=True)
     assert eager is not None
     assert eager > 2.5 * expected  # h_k, z_k and σ(z_k)

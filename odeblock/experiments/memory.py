@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..network import DeepResNet
+from ..ops import release_memory
 from .networks import eager_twin
 
 WARM_UP_DEPTH = 2
@@ -71,7 +72,8 @@ def _measure_here(network: dict[str, Any], batch: int, device: str, eager: bool)
 def _reset_peak(device: str) -> int:
     """Forget the peak so far; returns the bytes in use now."""
     if device == "cpu":
-        # What malloc keeps of freed memory is resident already, so that a step reusing it would seem free.
+        # What the core and malloc keep is resident already: a step that uses it again would seem to be free.
+        release_memory()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS, see proc(5)
         return _status("VmRSS")
