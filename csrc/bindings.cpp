@@ -1,4 +1,5 @@
-// The Python module odeblock._core: addresses and sizes in, nothing kept, the GIL released while it computes.
+// The Python module odeblock._core: addresses and sizes in, the GIL released while it computes. Nothing is kept
+// but memory for large arrays (Memory).
 // Its caller, odeblock/ops.py, has checked everything; _core.pyi has the signatures with names.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -166,7 +167,11 @@ class Memory {
   }
   // Never destroyed: tensors may outlive the module.
   static std::vector<Block>& kept_blocks() {
-    static auto* blocks = new std::vector<Block>();
+    static auto* blocks = [] {
+      auto* made = new std::vector<Block>();
+      made->reserve(kMostBlocks + 1);  // so that keeping a block never allocates
+      return made;
+    }();
     return *blocks;
   }
   Block block_;

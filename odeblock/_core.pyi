@@ -1,4 +1,4 @@
-"""The native core (``csrc/bindings.cpp``): addresses and sizes in, nothing kept. See ``csrc/api.h``."""
+"""The native core (``csrc/bindings.cpp``): addresses and sizes in. See ``csrc/api.h``."""
 
 from typing import Any
 

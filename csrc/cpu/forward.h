@@ -83,13 +83,14 @@ Layer<T> layer(const Problem& p, int64_t k, int64_t direction, T* scratch) {
 constexpr int64_t kCachedBytes = 8 << 20;
 
 ODEBLOCK_INLINE bool saves_hidden(const Problem& p) { return p.keep_hidden && p.save_every == 1 && !p.reconstruct; }
-// Elements a row of a slot.
+// Elements a row of what is saved, and of a slot.
+ODEBLOCK_INLINE int64_t saved_width(const Problem& p) { return p.dim + (saves_hidden(p) ? p.hidden : 0); }
 ODEBLOCK_INLINE int64_t slot_width(const Problem& p) { return p.dim + (p.keep_hidden ? p.hidden : 0); }
 
 // Saved state number n of block b: [q, W].
 template <class T, class Pointer>
 ODEBLOCK_INLINE Pointer saved_state(Pointer states, const Problem& p, int64_t n, int64_t b) {
-  return states + n * padded_rows(p.batch) * (p.dim + (saves_hidden(p) ? p.hidden : 0)) + b * kLanes<T> * p.dim;
+  return states + n * padded_rows(p.batch) * saved_width(p) + b * kLanes<T> * p.dim;
 }
 
 // And z there: [m, W]; where it is saved.
@@ -191,8 +192,7 @@ void forward_tile(const ForwardProblem& p, Activate<T> sigma, const ForwardScrat
                   int64_t count) {
   const int64_t block = p.dim * kLanes<T>;
   T *states = static_cast<T*>(p.states), *checks = static_cast<T*>(p.checks);
-  const int64_t kept = saved_count(p) * p.batch * (p.dim + (saves_hidden(p) ? p.hidden : 0));
-  const bool past_caches = kept * static_cast<int64_t>(sizeof(T)) > kCachedBytes;
+  const bool past_caches = saved_count(p) * p.batch * saved_width(p) * static_cast<int64_t>(sizeof(T)) > kCachedBytes;
   const Matrix<T> direction = {scratch.probe, 1, p.dim};
   load_blocks(static_cast<const S*>(p.h), p.batch, p.dim, first, count, scratch.h);
   int64_t saved = 0, checked = 0;

@@ -3,7 +3,7 @@
 #ifdef _OPENMP
 #include <omp.h>
 #else
-#include <system_error>
+#include <exception>
 #include <thread>
 #include <vector>
 #endif
@@ -75,7 +75,7 @@ void run_threads(int threads, void (*run)(void* context, int thread, int count),
         }
         call(t, count);
       });
-  } catch (const std::system_error&) {  // no more to be had: those that there are
+  } catch (const std::exception&) {  // no more to be had: those that there are
   }
   {
     const std::lock_guard<std::mutex> lock(mutex);
