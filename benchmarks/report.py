@@ -139,7 +139,7 @@ def draw_memory(cases: dict[Shape, Entry]) -> Figure:
     for *sizes, depth in cases:
         depths.setdefault(tuple(sizes), []).append(depth)
     sizes = max(depths, key=lambda s: len(depths[s]))
-    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for name in (*STRATEGIES, *PEERS):
         found = {L: cases[(*sizes, L)]["peak_bytes"].get(name) for L in sorted(depths[sizes])}
@@ -152,7 +152,7 @@ def draw_memory(cases: dict[Shape, Entry]) -> Figure:
     )  # fmt: skip
     axes.set_xticks(sorted(depths[sizes]), [str(L) for L in sorted(depths[sizes])])
     axes.minorticks_off()
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     return figure
 
 

@@ -99,6 +99,6 @@ def _sizes(rows: Tensor, hidden: int) -> tuple[int, int, tuple[int, int]]:
     row, z = rows.shape[1] * number, hidden * number
     held = batch = reference.padded_rows(rows.shape[0])
     if ops.runs_natively(rows) and not torch.compiler.is_compiling():  # which cannot ask for the threads
-        tile = max(64, min(batch // 8, (128 << 10) // row)) + reference.ROW_PADDING
+        tile = max(64, min(batch // 8, max(128, (128 << 10) // row))) + reference.ROW_PADDING
         held = min(batch, torch.get_num_threads() * tile)
     return batch * row, held * row, (batch * z, held * z)

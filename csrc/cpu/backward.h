@@ -25,13 +25,15 @@ namespace odeblock {
 namespace {
 
 // Rows of a tile: so few that a batch makes several tiles, for as many threads, and that a tile and its layer stay in
-// the L2 cache; so many that reading and writing dV and dW once per tile costs little beside sums over its rows.
-constexpr int64_t kTiles = 8, kTileRows = 64;
+// the L2 cache; so many, 128 in wide layers, that reading and writing dV and dW once per tile costs little beside sums
+// over its rows.
+constexpr int64_t kTiles = 8, kTileRows = 64, kWideTileRows = 128;
 constexpr int64_t kBackwardTileBytes = 128 << 10;  // of states
 
 template <class T>
 int64_t backward_tiles(const Problem& p) {
-  const int64_t most = kBackwardTileBytes / (p.dim * static_cast<int64_t>(sizeof(T)));
+  int64_t most = kBackwardTileBytes / (p.dim * static_cast<int64_t>(sizeof(T)));
+  if (most < kWideTileRows) most = kWideTileRows;
   int64_t rows = p.batch / kTiles < most ? p.batch / kTiles : most;
   if (rows < kTileRows) rows = (p.batch + 1) / 2 < kTileRows ? (p.batch + 1) / 2 : kTileRows;
   const int64_t fewest = 2 * kLanes<T> < 16 ? 16 : 2 * kLanes<T>;  // two blocks share what they load of the weights
