@@ -9,7 +9,7 @@ CXX_SOURCES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.c' -o 
 # The build finds the pinned cmake and ninja of the environment first.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-long check lint format bench bench-quick accuracy package-check clean
+.PHONY: demo test test-long check lint format bench bench-quick gpu-check accuracy package-check clean
 
 demo: $(VENV)/.built  ## the main job: train on real digits, smooth against i.i.d. initialisation
 	$(BIN)/python -m odeblock train --output $(OUTPUT)
@@ -41,6 +41,9 @@ bench: $(VENV)/.built  ## speed and memory against what a user would pick instea
 
 bench-quick:  ## whether every benchmark still runs
 	$(MAKE) bench BENCH=--quick
+
+gpu-check:  ## all that a GPU has to show, with the Python at hand: no environment, no package index
+	$(PYTHON) benchmarks/gpu_check.py
 
 accuracy: $(VENV)/.built  ## errors of gradients against float64, table and figure; a quarter of an hour
 	$(BIN)/python benchmarks/accuracy.py --output outputs/accuracy

@@ -141,6 +141,7 @@ def torchdiffeq_adjoint(
     that jump: times are moved into the step by one ulp, so that the backward of step k has layer k too.
     k/L must be exact in binary.
     """
+
     assert scale is None
     assert not len(V) & (len(V) - 1), f"depth: expected a power of 2, got {len(V)}"
     state = h.to(state_dtype(h.dtype))  # times are cast to the state's dtype: 8 bits do not tell layers apart

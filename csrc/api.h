@@ -28,12 +28,25 @@ int cpu_builds(const CpuKernels* (&builds)[kMaxCpuBuilds]);
 // The best of them, or the one that ODEBLOCK_CPU in the environment names; chosen once.
 const CpuKernels& cpu_kernels();
 
-#ifdef ODEBLOCK_WITH_CUDA
 struct CudaDevices {
   int count;          // GPUs that the driver offers; 0 without a driver
   const char* error;  // the runtime's message where it could not count, else null
 };
+
+// The CUDA kernels. They run on `stream`, of that device, and nothing waits for them. Errors are texts, or null.
+#if defined(ODEBLOCK_WITH_CUDA) || defined(ODEBLOCK_EMULATED)
 CudaDevices cuda_devices();
+// Why this build has no kernels for a device.
+const char* cuda_unsupported(int device);
+// Whether the kernels take a problem, and take it faster than a matrix product a step. tf32: float32 products may be
+// rounded to 11 bits.
+bool cuda_fuses(const Problem&, bool tf32, int device);
+const char* cuda_forward(const ForwardProblem&, bool tf32, int device, void* stream);
+#else
+inline CudaDevices cuda_devices() { return {0, nullptr}; }
+inline const char* cuda_unsupported(int) { return "odeblock was built without CUDA"; }
+inline bool cuda_fuses(const Problem&, bool, int) { return false; }
+inline const char* cuda_forward(const ForwardProblem&, bool, int device, void*) { return cuda_unsupported(device); }
 #endif
 
 }  // namespace odeblock

@@ -11,6 +11,7 @@
 #include <memory>
 #include <new>
 #include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -177,14 +178,43 @@ class Memory {
   Block block_;
 };
 
-#ifdef ODEBLOCK_WITH_CUDA
+py::object text_or_none(const char* text) { return text ? py::object(py::str(text)) : py::none(); }
+
+py::object cuda_unsupported(int device) { return text_or_none(odeblock::cuda_unsupported(device)); }
+
+bool cuda_fuses(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth, bool tf32,
+                int device) {
+  Problem p{};
+  set_sizes(p, dtype, activation, batch, dim, hidden, depth, 0);
+  return odeblock::cuda_fuses(p, tf32, device);
+}
+
+void cuda_forward(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth, double scale,
+                  uintptr_t h, uintptr_t V, uintptr_t W, uintptr_t hidden_bias, uintptr_t output_bias, uintptr_t y,
+                  uintptr_t states, int64_t save_every, bool keep_hidden, bool tf32, int device, uintptr_t stream) {
+  ForwardProblem p{};
+  set_sizes(p, dtype, activation, batch, dim, hidden, depth, 0);
+  set_weights(p, V, W, hidden_bias, output_bias);
+  p.scale = scale;
+  p.save_every = save_every;
+  p.keep_hidden = keep_hidden;
+  p.h = pointer<const void>(h);
+  p.y = pointer<void>(y);
+  p.states = pointer<void>(states);
+  const char* error;
+  {
+    py::gil_scoped_release release;
+    error = odeblock::cuda_forward(p, tf32, device, pointer<void>(stream));
+  }
+  if (error) throw std::runtime_error("odeblock: forward on GPU " + std::to_string(device) + ": " + error);
+}
+
 std::vector<std::string> split(const std::string& list) {
   std::vector<std::string> items;
   std::stringstream stream(list);
   for (std::string item; std::getline(stream, item, ',');) items.push_back(item);
   return items;
 }
-#endif
 
 py::dict build_info() {
   py::dict info;
@@ -195,18 +225,11 @@ py::dict build_info() {
   for (int i = 0, count = odeblock::cpu_builds(builds); i < count; i++) names.push_back(builds[i]->name);
   info["cpu_builds"] = names;
   info["cpu_features"] = odeblock::cpu_kernels().name;
-#ifdef ODEBLOCK_WITH_CUDA
   const odeblock::CudaDevices devices = odeblock::cuda_devices();
-  info["cuda_version"] = ODEBLOCK_CUDA_VERSION;
+  info["cuda_version"] = text_or_none(ODEBLOCK_CUDA_VERSION);
   info["cuda_architectures"] = split(ODEBLOCK_CUDA_ARCHITECTURES);
   info["cuda_devices"] = devices.count;
-  info["cuda_error"] = devices.error ? py::object(py::str(devices.error)) : py::none();
-#else
-  info["cuda_version"] = py::none();
-  info["cuda_architectures"] = std::vector<std::string>();
-  info["cuda_devices"] = 0;
-  info["cuda_error"] = py::none();
-#endif
+  info["cuda_error"] = text_or_none(devices.error);
   return info;
 }
 
@@ -222,5 +245,8 @@ PYBIND11_MODULE(_core, module) {
   });
   module.def("memory", [](size_t size) { return std::make_unique<Memory>(size); });
   module.def("release_memory", &Memory::release);
+  module.def("cuda_unsupported", &cuda_unsupported);
+  module.def("cuda_fuses", &cuda_fuses);
+  module.def("cuda_forward", &cuda_forward);
   module.def("build_info", &build_info);
 }

@@ -41,12 +41,12 @@ struct Problem {
   // are to be run forward again (none for K = 0); for the adjoint, which reconstructs them, h_K, h_2K, .. below L
   // and h_L (for K = 0, h_L alone), and projections of some states (see `checks`).
   // Saved states are [n, rows / W, q, W]: blocks of W rows, one vector wide, feature by feature; float for the
-  // 16-bit types.
+  // 16-bit types. On a GPU they are [n, rows, q].
   int64_t save_every;
   bool reconstruct;
   int64_t slots;  // backward, not reconstructing, K > 1: states of a tile that it may hold besides, >= 1
   // Where states are stored or held, and not reconstructed: whether z = W h + hidden_bias is too. For K = 1 it follows
-  // each saved state, [rows / W, m, W]; for K > 1 a slot holds it with a state.
+  // each saved state, [rows / W, m, W], on a GPU each row of it; for K > 1 a slot holds it with a state.
   bool keep_hidden;
 
   const void* V;            // [L, q, m]  read
@@ -56,6 +56,10 @@ struct Problem {
   void* workspace;          // bytes of forward_workspace / backward_workspace: scratch
   int threads;              // at most this many threads; the workspace was sized for them
 };
+
+// Where all states are stored and hidden values with them, a saved state has q + m numbers a row.
+ODEBLOCK_INLINE bool saves_hidden(const Problem& p) { return p.keep_hidden && p.save_every == 1 && !p.reconstruct; }
+ODEBLOCK_INLINE int64_t saved_width(const Problem& p) { return p.dim + (saves_hidden(p) ? p.hidden : 0); }
 
 // The adjoint compares at most this many of its states with what the forward saw: the projections probeᵀh_k for
 // k = c, 2c, .. below L, c = check_every(L).

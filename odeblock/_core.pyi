@@ -76,6 +76,32 @@ def backward(
     threads: int,
     /,
 ) -> None: ...
+def cuda_unsupported(device: int, /) -> str | None: ...
+def cuda_fuses(
+    dtype: int, activation: int, batch: int, dim: int, hidden: int, depth: int, tf32: bool, device: int, /
+) -> bool: ...
+def cuda_forward(
+    dtype: int,
+    activation: int,
+    batch: int,
+    dim: int,
+    hidden: int,
+    depth: int,
+    scale: float,
+    h: int,
+    V: int,
+    W: int,
+    hidden_bias: int,
+    output_bias: int,
+    y: int,
+    states: int,
+    save_every: int,
+    keep_hidden: bool,
+    tf32: bool,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
 def memory(size: int, /) -> Buffer: ...
 def release_memory() -> None: ...
 def build_info() -> dict[str, Any]: ...

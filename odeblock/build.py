@@ -45,6 +45,9 @@ def build_info() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "paths": {
             "cpu": cpu,
-            "cuda, other devices": "PyTorch reference",
+            "cuda": "native core, forward up to 256 features; PyTorch reference for what is left"
+            if native and native["cuda_architectures"]
+            else "PyTorch reference",
+            "other devices": "PyTorch reference",
         },
     }

@@ -1,12 +1,13 @@
 """The custom ops ``odeblock::deep_residual`` and its backward: schemas, fake versions, kernels.
 
-The only file that calls the native core. Tensors on the CPU go to it; everything else (other devices, a
-build without the core) runs the same op in plain PyTorch (``reference``).
+The only file that calls the native core. Tensors on the CPU go to it, and on a GPU what its kernels take;
+everything else (other devices, a build without the core) runs the same op in plain PyTorch (``reference``).
 The low-level ``torch.library`` interface is used because its calls cost a few microseconds.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import warnings
@@ -43,7 +44,7 @@ else:
             f"processor runs), got {_wanted!r}; unset it to get the best of them"
         )
 
-_NATIVE_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+NATIVE_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 LARGE = 64 << 10
 """Bytes from which on memory is kept for the next tensor; the system's allocator would give it back."""
@@ -78,8 +79,8 @@ def release_memory() -> None:
 
 
 def runs_natively(tensor: Tensor) -> bool:
-    """Whether a block of this device and dtype runs on the native core."""
-    return _core is not None and tensor.device.type == "cpu" and tensor.dtype in _NATIVE_DTYPES
+    """Whether a block of this device and dtype runs on the native core's CPU kernels."""
+    return _core is not None and tensor.device.type == "cpu" and tensor.dtype in NATIVE_DTYPES
 
 
 def _pointer(tensor: Tensor | None) -> int:
@@ -99,6 +100,122 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
+@functools.cache
+def _has_cuda_kernels(index: int) -> bool:
+    """Whether the native core has kernels for that GPU; says once if it has not."""
+    if _core is None or not _core.build_info()["cuda_architectures"]:
+        return False
+    reason = _core.cuda_unsupported(index)
+    if reason is not None:
+        capability = "".join(map(str, torch.cuda.get_device_capability(index)))
+        built = ", ".join(_core.build_info()["cuda_architectures"])
+        warnings.warn(
+            f"odeblock has no kernels for {torch.cuda.get_device_name(index)} (sm_{capability}; built for "
+            f"{built}): {reason}. Blocks run there correctly, but on slower PyTorch operators",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return reason is None
+
+
+_agreed: dict[tuple[torch.device, torch.dtype, bool], bool] = {}
+
+
+def _runs_on_cuda_kernels(tensor: Tensor) -> bool:
+    """Whether the GPU of a tensor has kernels for its dtype that are right there (asked once)."""
+    device, dtype = tensor.device, tensor.dtype
+    if dtype not in NATIVE_DTYPES or not _has_cuda_kernels(device.index):
+        return False
+    key = (device, dtype, _tf32(dtype))
+    if key not in _agreed:
+        if torch.cuda.is_current_stream_capturing():  # which nothing may wait for
+            return False
+        _agreed[key] = _cuda_kernels_agree(*key)
+    return _agreed[key]
+
+
+def _cuda_kernels_agree(device: torch.device, dtype: torch.dtype, tf32: bool) -> bool:
+    """Whether a GPU's kernels find what PyTorch finds on a few small problems, so that a GPU or a driver on
+    which they never ran makes a block slow, not wrong. Says if they do not."""
+    tolerance = 2e-3 if tf32 else {2: 4, 4: 100, 8: 100}[dtype.itemsize] * torch.finfo(dtype).eps
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        for dim in (13, 32, 64, 96, 200):  # one for each number of features that kernels are compiled for
+            sizes = ((70, dim), (2, dim, 72), (2, 72, dim), (2, 72), (2, dim))
+            made = [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
+            made[1] /= 72**0.5
+            made[2] /= dim**0.5
+            h, V, W, b, c = (tensor.to(dtype).to(device) for tensor in made)
+            found = _forward_cuda(h, V, W, b, c, "tanh", 0.5, 1, True, tf32)
+            if found is None:  # more features than this GPU's kernels take
+                continue
+            h, V, W, b, c = (tensor.double() for tensor in (h, V, W, b, c))
+            right = reference.forward(h, V, W, b, c, "tanh", 0.5, 1, False, True)
+            for ours, theirs in zip(found[:2], right[:2], strict=True):  # y and the states
+                error = float((ours.double() - theirs)[..., :70, :].abs().max() / theirs.abs().max())
+                if not error <= tolerance:
+                    warnings.warn(
+                        f"odeblock's kernels do not find on {device} what PyTorch finds ({dtype}, {dim} "
+                        f"features, error {error:.1e}): please report it. Blocks run there correctly, but on "
+                        "slower PyTorch operators",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
+                    return False
+    return True
+
+
+def _tf32(dtype: torch.dtype) -> bool:
+    """Whether products of this dtype on a GPU are of float32 that PyTorch lets be rounded to tf32."""
+    if dtype != torch.float32:
+        return False
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # torch >= 2.9, where reading the other may raise
+        return bool(matmul.fp32_precision == "tf32")
+    return bool(matmul.allow_tf32)
+
+
+def _forward_cuda(
+    h: Tensor,
+    V: Tensor,
+    W: Tensor,
+    hidden_bias: Tensor | None,
+    output_bias: Tensor | None,
+    activation: str,
+    scale: float,
+    save_every: int,
+    keep_hidden: bool,
+    tf32: bool,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The op on a GPU's kernels; None where they do not take the problem."""
+    (batch, dim), (depth, hidden, _) = h.shape, W.shape
+    sizes = (NATIVE_DTYPES[h.dtype], ACTIVATIONS[activation].native_id, batch, dim, hidden, depth)
+    if not _core.cuda_fuses(*sizes, tf32, h.device.index):
+        return None
+    h, V, W = h.contiguous(), V.contiguous(), W.contiguous()
+    hidden_bias, output_bias = _contiguous(hidden_bias), _contiguous(output_bias)
+    y = torch.empty_like(h)
+    shape = states_shape(batch, dim, hidden, depth, save_every, False, keep_hidden)
+    states = torch.empty(shape, dtype=state_dtype(h.dtype), device=h.device)
+    _core.cuda_forward(
+        *sizes,
+        scale,
+        _pointer(h),
+        _pointer(V),
+        _pointer(W),
+        _pointer(hidden_bias),
+        _pointer(output_bias),
+        _pointer(y),
+        _pointer(states),
+        save_every,
+        keep_hidden,
+        tf32,
+        h.device.index,
+        torch.cuda.current_stream(h.device).cuda_stream,
+    )
+    return y, states, states.new_empty(checks_shape(batch, depth, False))
+
+
 def _forward(
     h: Tensor,
     V: Tensor,
@@ -111,6 +228,12 @@ def _forward(
     reconstruct: bool,
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if h.is_cuda and not reconstruct and _runs_on_cuda_kernels(h):
+        results = _forward_cuda(
+            h, V, W, hidden_bias, output_bias, activation, scale, save_every, keep_hidden, _tf32(h.dtype)
+        )
+        if results is not None:
+            return results
     if not runs_natively(h):
         return reference.forward(
             h, V, W, hidden_bias, output_bias, activation, scale, save_every, reconstruct, keep_hidden
@@ -120,7 +243,7 @@ def _forward(
     batch, dim = h.shape
     depth, hidden = W.shape[:2]
     threads = torch.get_num_threads()
-    sizes = (_NATIVE_DTYPES[h.dtype], ACTIVATIONS[activation].native_id, batch, dim, hidden, depth)
+    sizes = (NATIVE_DTYPES[h.dtype], ACTIVATIONS[activation].native_id, batch, dim, hidden, depth)
     y = torch.empty_like(h)
     computed = state_dtype(h.dtype)
     shape = states_shape(batch, dim, hidden, depth, save_every, reconstruct, keep_hidden)
@@ -198,7 +321,7 @@ def _backward(
             raise RuntimeError(f"{name}: expected a tensor {expected}; got {got}")
     states, checks = states.contiguous(), checks.contiguous()
     threads = torch.get_num_threads()
-    sizes = (_NATIVE_DTYPES[grad.dtype], ACTIVATIONS[activation].native_id, batch, dim, hidden, depth)
+    sizes = (NATIVE_DTYPES[grad.dtype], ACTIVATIONS[activation].native_id, batch, dim, hidden, depth)
     dh = torch.empty_like(grad)
     dV, dW, dhidden, doutput = (
         _empty(p.shape if weight_gradients and p is not None else (0,), grad.dtype)

@@ -5,6 +5,7 @@
 #include <cstdlib>
 
 #include "cuda/simt.cuh"
+#include "cuda/warpgroup.cuh"
 
 using namespace odeblock::simt;
 
@@ -20,21 +21,21 @@ void run(void (*kernel)(Parameters...), int threads, size_t shared_bytes, Argume
   launch(kernel, 1, threads, shared_bytes, nullptr, arguments...);
 }
 #else
-void check(cudaError_t error) {
-  if (error == cudaSuccess) return;
-  std::fprintf(stderr, "%s\n", cudaGetErrorString(error));
+void check(const char* error) {
+  if (!error) return;
+  std::fprintf(stderr, "%s\n", error);
   std::exit(1);
 }
 template <class T>
 T* allocate(int count) {
   void* memory = nullptr;
-  check(cudaMallocManaged(&memory, count * sizeof(T)));
+  check(text(cudaMallocManaged(&memory, count * sizeof(T))));
   return static_cast<T*>(memory);
 }
 template <class... Parameters, class... Arguments>
 void run(void (*kernel)(Parameters...), int threads, size_t shared_bytes, Arguments... arguments) {
   check(launch(kernel, 1, threads, shared_bytes, nullptr, arguments...));
-  check(cudaDeviceSynchronize());
+  check(text(cudaDeviceSynchronize()));
 }
 #endif
 
@@ -48,7 +49,7 @@ mma_16(const uint16_t* A, const uint16_t* B, float* D) {
   const uint32_t a[4] = {a2(g, 2 * t), a2(g + 8, 2 * t), a2(g, 2 * t + 8), a2(g + 8, 2 * t + 8)};
   const uint32_t b[2] = {b2(2 * t, g), b2(2 * t + 8, g)};
   float d[4] = {D[8 * g + 2 * t], D[8 * g + 2 * t + 1], D[8 * g + 64 + 2 * t], D[8 * g + 64 + 2 * t + 1]};
-  kBfloat16 ? mma_bfloat16(d, a, b) : mma_float16(d, a, b);
+  kBfloat16 ? mma_bfloat16(d, a, b[0], b[1]) : mma_float16(d, a, b[0], b[1]);
   for (int i = 0; i < 4; i++) D[8 * (g + 8 * (i / 2)) + 2 * t + i % 2] = d[i];
 }
 
@@ -57,9 +58,8 @@ ODEBLOCK_KERNEL(32) mma_32(const float* A, const float* B, float* D) {
   const int g = lane() / 4, t = lane() % 4;
   const uint32_t a[4] = {to_tf32(A[8 * g + t]), to_tf32(A[8 * (g + 8) + t]), to_tf32(A[8 * g + t + 4]),
                          to_tf32(A[8 * (g + 8) + t + 4])};
-  const uint32_t b[2] = {to_tf32(B[8 * t + g]), to_tf32(B[8 * (t + 4) + g])};
   float d[4] = {D[8 * g + 2 * t], D[8 * g + 2 * t + 1], D[8 * g + 64 + 2 * t], D[8 * g + 64 + 2 * t + 1]};
-  mma_tf32(d, a, b);
+  mma_tf32(d, a, to_tf32(B[8 * t + g]), to_tf32(B[8 * (t + 4) + g]));
   for (int i = 0; i < 4; i++) D[8 * (g + 8 * (i / 2)) + 2 * t + i % 2] = d[i];
 }
 
@@ -86,9 +86,11 @@ ODEBLOCK_KERNEL(32) matrices(uint32_t* out, bool transposed) {
 // second.
 ODEBLOCK_KERNEL(32) copies(const uint32_t* in, uint32_t* out) {
   uint32_t* memory = reinterpret_cast<uint32_t*>(shared());
-  copy_async(memory + 4 * lane(), in + 4 * lane(), 16 - lane() % 17);
+  copy_async<16>(memory + 4 * lane(), in + 4 * lane(), 16 - lane() % 17);
   commit_copies();
-  copy_async(memory + 128 + 4 * lane(), in + 128 + 4 * lane(), 16);
+  copy_async<8>(memory + 128 + 4 * lane(), in + 128 + 4 * lane(), 8);
+  copy_async<4>(memory + 130 + 4 * lane(), in + 130 + 4 * lane(), 4);
+  copy_async<4>(memory + 131 + 4 * lane(), in + 131 + 4 * lane(), 4);
   commit_copies();
   wait_copies<1>();
   sync_warp();
@@ -111,6 +113,8 @@ ODEBLOCK_KERNEL(64) barriers(int* out) {
   out[thread()] = shuffle_xor(x, 5) + 100 * warp();
 }
 
+ODEBLOCK_KERNEL(32) tanhs(const float* in, float* out) { out[lane()] = tanh_approximate(in[lane()]); }
+
 ODEBLOCK_KERNEL(32) conversions(const float* in, uint32_t* out) {
   const float x = in[lane()], y = in[31 - lane()];
   out[4 * lane()] = pack_bfloat16(x, y);
@@ -118,6 +122,39 @@ ODEBLOCK_KERNEL(32) conversions(const float* in, uint32_t* out) {
   out[4 * lane() + 2] = to_tf32(x) & 0xffffe000u;  // the lower bits are anything
   out[4 * lane() + 3] = from_bfloat16(static_cast<uint16_t>(pack_bfloat16(x, y))) ==
                         from_float16(static_cast<uint16_t>(pack_float16(x, y)));
+}
+
+struct Tile {
+  float x[4];
+};
+
+// D [64, 8 kTiles] += A [64, 16] times columns 16 j and on of M [8 kTiles, kRowBytes / 2], transposed.
+template <bool kBfloat16, int kTiles, int kRowBytes>
+ODEBLOCK_KERNEL(128)
+mma_warpgroup(const uint16_t* A, const uint16_t* M, float* D, int j) {
+  if constexpr (kWarpgroups) {
+    constexpr int kColumns = kRowBytes / 2;
+    for (int i = thread(); i < 8 * kTiles * kColumns; i += 128) {
+      const int byte = 2 * i, row_of_128 = byte / 128;  // pieces of 16 bytes, exchanged by their row of 128 bytes
+      const int place = byte ^ (row_of_128 % (kRowBytes / 16)) * 16;
+      store(reinterpret_cast<uint16_t*>(shared() + place), M[i]);
+    }
+    fence_async();
+    sync_block();
+    const int g = 16 * warp() + lane() / 4, t = lane() % 4;
+    const auto a2 = [&](int r, int c) { return A[16 * r + c] | static_cast<uint32_t>(A[16 * r + c + 1]) << 16; };
+    const uint32_t a[4] = {a2(g, 2 * t), a2(g + 8, 2 * t), a2(g, 2 * t + 8), a2(g + 8, 2 * t + 8)};
+    Tile d[kTiles];
+    const auto entry = [&](int n, int i) { return (g + i / 2 * 8) * 8 * kTiles + 8 * n + 2 * t + i % 2; };
+    for (int n = 0; n < kTiles; n++)
+      for (int i = 0; i < 4; i++) d[n].x[i] = D[entry(n, i)];
+    before_products(d);
+    multiply_warpgroup<kBfloat16>(d, a, matrix_descriptor<kRowBytes>(shared() + 32 * j));
+    commit_products();
+    after_products(d);
+    for (int n = 0; n < kTiles; n++)
+      for (int i = 0; i < 4; i++) D[entry(n, i)] = d[n].x[i];
+  }
 }
 
 template <class T>
@@ -164,6 +201,34 @@ int main() {
     kind == 0 ? run(mma_16<true>, 32, 0, A16, B16, D) : run(mma_16<false>, 32, 0, A16, B16, D);
     print(kind == 0 ? "mma_bfloat16" : "mma_float16", D, 128);
   }
+#ifdef ODEBLOCK_EMULATED
+  const bool warpgroups = true;
+#else
+  const bool warpgroups = capability(0) == 90;
+#endif
+  if (warpgroups) {
+    uint16_t *A_rows = allocate<uint16_t>(64 * 16), *M = allocate<uint16_t>(256 * 64);
+    float* sums = allocate<float>(64 * 256);
+    const auto bfloat16 = [&](int) { return static_cast<uint16_t>(__builtin_bit_cast(uint32_t, digit() / 8.f) >> 16); };
+    for (int i = 0; i < 64 * 16; i++) A_rows[i] = bfloat16(i);
+    for (int i = 0; i < 256 * 64; i++) M[i] = bfloat16(i);
+    const auto number = [](uint16_t x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x) << 16); };
+    float* widened = allocate<float>(256 * 64);
+    for (int i = 0; i < 64 * 16; i++) widened[i] = number(A_rows[i]);
+    print("A_rows", widened, 64 * 16);
+    for (int i = 0; i < 256 * 64; i++) widened[i] = number(M[i]);
+    print("M", widened, 256 * 64);
+    const auto warpgroup = [&](const char* name, auto kernel, int tiles, int row_bytes, int j) {
+      for (int i = 0; i < 64 * 8 * tiles; i++) sums[i] = i % 1000;
+      run(kernel, 128, 8 * tiles * row_bytes, A_rows, M, sums, j);
+      print(name, sums, 64 * 8 * tiles);
+    };
+    warpgroup("warpgroup_32_128_3", mma_warpgroup<true, 4, 128>, 4, 128, 3);
+    warpgroup("warpgroup_64_128_2", mma_warpgroup<true, 8, 128>, 8, 128, 2);
+    warpgroup("warpgroup_128_128_0", mma_warpgroup<true, 16, 128>, 16, 128, 0);
+    warpgroup("warpgroup_256_128_1", mma_warpgroup<true, 32, 128>, 32, 128, 1);
+    warpgroup("warpgroup_256_64_1", mma_warpgroup<true, 32, 64>, 32, 64, 1);
+  }
   for (int i = 0; i < 128; i++) D[i] = i;
   run(mma_32, 32, 0, A, B, D);
   print("mma_tf32", D, 128);
@@ -184,5 +249,7 @@ int main() {
   print("numbers", A, 32);
   run(conversions, 32, 0, A, bits);
   print("conversions", bits, 128);
+  run(tanhs, 32, 0, A, D);
+  print("tanh", D, 32);
   return 0;
 }

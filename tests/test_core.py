@@ -71,7 +71,7 @@ def run_host(
     tensors = [case.tensors[name] for name in NAMES]
     depth, dim, hidden = tensors[1].shape
     sizes = [
-        ops._NATIVE_DTYPES[dtype],
+        ops.NATIVE_DTYPES[dtype],
         ACTIVATIONS[case.activation].native_id,
         len(tensors[0]),
         dim,

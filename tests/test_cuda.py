@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import NAMES, check_rule, make_case
+from oracle import FLOOR_ULP, NAMES, Case, baseline, check_rule, errors, make_case, rounded, run
+from test_emulated_kernels import SHAPES
 
-from odeblock import DeepResBlock
+from odeblock import DeepResBlock, ops, reference
 from odeblock.functional import deep_residual, residual_scan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -33,6 +34,72 @@ def test_the_rule_on_a_gpu(strategy: str, dtype: torch.dtype) -> None:
 
     case = make_case(16, 48, 40, 256, activation="tanh", smooth=True)
     check_rule(on_the_gpu, case, dtype, backward=strategy)
+
+
+def inference(case: Case, dtype: torch.dtype, **options: str) -> torch.Tensor:
+    """y of a case on the GPU, in float64 on the CPU."""
+    tensors = (case.tensors[name] for name in NAMES)
+    given = [None if t is None else t.to("cuda", dtype) for t in tensors]
+    with torch.inference_mode():
+        return deep_residual(*given, activation=case.activation, scale=case.scale).cpu().double()
+
+
+WIDE = [(1000, 128, 128, 20), (300, 256, 300, 10), (5000, 64, 64, 50), (129, 257, 65, 3)]
+
+
+@pytest.mark.parametrize("shape", SHAPES + WIDE, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_the_forward_kernels(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    assert ops._has_cuda_kernels(torch.cuda.current_device())
+    for activation in ("gelu_tanh", "tanh"):
+        case = rounded(make_case(*shape, activation=activation), dtype)
+        truth = run(reference.deep_residual, case, torch.float64)
+        allowed = baseline(case, dtype, truth)
+        y = inference(case, dtype)
+        found = errors({**truth, "y": y, "increment": y - case.tensors["h"]}, truth)
+        floor = FLOOR_ULP[dtype] * torch.finfo(dtype).eps
+        assert found["y"] <= max(2 * allowed["y"], floor), (found["y"], allowed["y"])
+        assert found["increment"] <= max(2 * allowed["increment"], 4 * floor), (found, allowed)
+
+
+def test_tf32_is_pytorchs_to_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = rounded(make_case(200, 64, 64, 20), torch.float32)
+    truth = run(reference.deep_residual, case, torch.float64)["y"]
+    found = []
+    for allowed in (False, True):
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+        found.append(float((inference(case, torch.float32) - truth).abs().max()))
+    assert found[0] < 1e-5
+    assert 10 * found[0] < found[1] < 1e-2
+
+
+def test_a_forward_in_a_cuda_graph_and_on_another_stream() -> None:
+    block = DeepResBlock(48, 30, 40, bias=True, device="cuda")
+    x = torch.randn(70, 48, device="cuda")
+    with torch.inference_mode():
+        expected = block(x)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            other = block(x)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        held = torch.zeros_like(x)
+        with torch.cuda.graph(graph):
+            y = block(held)
+        held.copy_(x)
+        graph.replay()
+    assert torch.equal(other, expected)
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_block_on_a_gpu_that_is_not_the_current_one() -> None:
+    block = DeepResBlock(8, 5, device="cuda:1")
+    x = torch.randn(3, 8, device="cuda:1")
+    with torch.inference_mode():
+        torch.testing.assert_close(block(x).cpu(), block.cpu()(x.cpu()))
+    assert torch.cuda.current_device() == 0
 
 
 def test_what_one_does_with_depth_on_a_gpu() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ TESTS = ROOT / "tests"
 SEEDS = range(4)
 
 
-def build_emulated(source: Path, target: Path, *flags: str, csrc: Path = ROOT / "csrc") -> Path:
-    """A program of kernels for the CPU."""
+def compile_emulated(source: Path, target: Path, *flags: str, csrc: Path = ROOT / "csrc") -> Path:
+    """An object file of kernels for the CPU."""
     command = [
         os.environ.get("CXX", "g++"),
         "-std=c++17",
@@ -29,7 +30,16 @@ def build_emulated(source: Path, target: Path, *flags: str, csrc: Path = ROOT / 
         "-Wno-unknown-pragmas",
     ]
     command += ["-DODEBLOCK_EMULATED", f"-I{csrc}", f"-I{TESTS / 'emulation'}"]
-    command += ["-ftrivial-auto-var-init=pattern", *flags, "-x", "c++", str(source), "-o", str(target)]
+    command += ["-ftrivial-auto-var-init=pattern", *flags, "-x", "c++", "-c", str(source), "-o", str(target)]
+    subprocess.run(command, check=True)
+    return target
+
+
+def build_emulated(source: Path, target: Path, *flags: str, objects: Sequence[Path] = ()) -> Path:
+    """A program of kernels for the CPU."""
+    own = compile_emulated(source, target.with_suffix(".o"), *flags)
+    sanitizers = [flag for flag in flags if flag.startswith("-fsanitize")]
+    command = [os.environ.get("CXX", "g++"), *sanitizers, str(own), *map(str, objects), "-o", str(target)]
     subprocess.run(command, check=True)
     return target
 
@@ -47,6 +57,13 @@ def check_primitives(output: str) -> None:
     np.testing.assert_array_equal(found["mma_tf32"].reshape(16, 8), expected)
     expected = D[:8] + A[:32].reshape(8, 4) @ B[:32].reshape(4, 8)
     np.testing.assert_array_equal(found["mma_float64"].reshape(8, 8), expected)
+
+    for name in [name for name in found if name.startswith("warpgroup")]:  # on a GPU that has them
+        _, rows, row_bytes, j = name.split("_")
+        M = found["M"][: int(rows) * int(row_bytes) // 2].reshape(int(rows), -1)[:, 16 * int(j) :][:, :16]
+        before = np.arange(64.0 * int(rows)).reshape(64, -1) % 1000
+        product = before + found["A_rows"].reshape(64, 16) @ M.T
+        np.testing.assert_array_equal(found[name].reshape(64, -1), product, name)
 
     matrices = np.arange(256).reshape(4, 8, 8)
     for name, rows in (("matrices", matrices), ("matrices_transposed", matrices.transpose(0, 2, 1))):
@@ -75,6 +92,7 @@ def check_primitives(output: str) -> None:
     np.testing.assert_array_equal(results[:, 2], (x.view(np.uint32) + 0x1000) & 0xFFFFE000)
     widened = (bfloat16(x) << 16).view(np.float32) == x.astype(np.float16).astype(np.float32)
     np.testing.assert_array_equal(results[:, 3], widened)
+    np.testing.assert_allclose(found["tanh"], np.tanh(x.astype(float)), rtol=2.0**-10.9)
 
 
 def bfloat16(x: np.ndarray) -> np.ndarray:
@@ -90,13 +108,18 @@ def test_emulated_primitives(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_the_primitives_compile_for_a_gpu(tmp_path: Path) -> None:
-    command = ["nvcc", "-std=c++17", f"-I{ROOT / 'csrc'}", "-arch=sm_80", "-ptx", "-o", str(tmp_path / "ptx")]
-    subprocess.run([*command, str(TESTS / "primitives.cu")], check=True)
+    for architecture in ("sm_80", "sm_90a", "sm_100"):
+        command = ["nvcc", "-std=c++17", f"-I{ROOT / 'csrc'}", f"-arch={architecture}", "-cubin"]
+        command += ["-o", str(tmp_path / "cubin"), str(TESTS / "primitives.cu")]
+        subprocess.run(command, check=True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_the_primitives_on_a_gpu(tmp_path: Path) -> None:
-    command = ["nvcc", "-std=c++17", f"-I{ROOT / 'csrc'}", "-arch=native", "-o", str(tmp_path / "primitives")]
+    major, minor = torch.cuda.get_device_capability()
+    architecture = f"sm_{major}{minor}{'a' if major == 9 else ''}"
+    command = ["nvcc", "-std=c++17", f"-I{ROOT / 'csrc'}", f"-arch={architecture}"]
+    command += ["-o", str(tmp_path / "primitives")]
     subprocess.run([*command, str(TESTS / "primitives.cu")], check=True)
     check_primitives(subprocess.check_output([tmp_path / "primitives"], text=True))
 

@@ -82,9 +82,7 @@ Layer<T> layer(const Problem& p, int64_t k, int64_t direction, T* scratch) {
 // written past the caches, so that their lines are not read first.
 constexpr int64_t kCachedBytes = 8 << 20;
 
-ODEBLOCK_INLINE bool saves_hidden(const Problem& p) { return p.keep_hidden && p.save_every == 1 && !p.reconstruct; }
-// Elements a row of what is saved, and of a slot.
-ODEBLOCK_INLINE int64_t saved_width(const Problem& p) { return p.dim + (saves_hidden(p) ? p.hidden : 0); }
+// Elements a row of a slot.
 ODEBLOCK_INLINE int64_t slot_width(const Problem& p) { return p.dim + (p.keep_hidden ? p.hidden : 0); }
 
 // Saved state number n of block b: [q, W].

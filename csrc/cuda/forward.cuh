@@ -1,248 +1,257 @@
-// The forward on a GPU: one launch, all L steps, for q up to most_features<P>().
+// The forward on a GPU: one launch, all L steps, for q up to kMostFeatures.
 //
-// A block takes its rows through all layers. Their states stay in registers, in the lanes that sum them; each warp has
-// rows of its own, so that states and hidden units never leave it. Weights stream through shared memory in chunks of
-// hidden units, some rows of W and columns of V, several chunks ahead; all warps of a block read them. A chunk's
+// A warp takes rows of its own through all layers: their states, what a layer adds to them, and hidden units stay in
+// its lanes, in the layout that tensor cores sum in. Weights stream through shared memory in chunks of hidden units,
+// some rows of W and columns of V with their biases, several chunks ahead; all warps of a block read them. A chunk's
 //
-//   z = W h + hidden_bias,  s = sigma(z),  h <- h + scale (V s + output_bias)
+//   z = W h + hidden_bias,  s = sigma(z),  sums += V s;     once a layer  h += scale (sums + output_bias)
 //
-// needs h of the layer's beginning for z. So h is packed once a layer as an operand. What V s adds up goes on in
-// registers: for float and double in registers of its own, so that h is rounded once a layer; where products are
-// rounded to 16 bits, it is added to h / scale.
+// needs nothing but the chunk. (Sums apart from h, so that h is rounded once a layer, and never by tensor cores.) Where
+// products are of 16 bits, h is rounded to their operands once a layer.
 //
 // What does not fill a tile or a chunk is zero in shared memory: V of a unit beyond m, W of a feature beyond q.
 #pragma once
 
+#include <type_traits>
+
 #include "math.cuh"
 // math.cuh before activations.h, which is written on its functions
 #include "../activations.h"
+#include "kernels.h"
 #include "products.cuh"
 
 namespace odeblock {
 namespace {
 
-// Features whose states, and operands made of them, the registers hold.
-template <class P>
-constexpr int most_features() {
-  return sizeof(typename P::Stored) == 2 ? 256 : 128;
-}
-
-template <class T>
-struct ForwardArguments {
-  const T *h, *V, *W, *hidden_bias, *output_bias;  // as in problem.h
-  T* y;
-  void* states;  // [n, padded_rows(B), q] Number, or null: h_0, h_K, .., K = save_every
-  int64_t batch, padded_batch;
-  int dim, hidden, depth, save_every, activation;
-  // h = state_scale x; x <- x + step (V s + output_bias).
-  double state_scale, step;
-};
-
-// The shape of a block for products P and up to Q features (a multiple of 16). kUnits: hidden units of a chunk.
+// A block for products P and up to Q features.
 template <class P, int Q>
 struct ForwardShape {
   static constexpr int kSize = sizeof(typename P::Stored);
-  static constexpr int kWarps = 4, kThreads = 32 * kWarps;
-  // Tiles of rows of a warp: two share what they read of the weights, where registers hold them.
-  static constexpr int kTiles = kSize == 2 && Q <= 128 ? 2 : 1;
-  static constexpr int kRows = kWarps * kTiles * P::kRows;
-  static constexpr bool kSeparate = kSize > 2;  // sums of a layer, from states
-  static constexpr int kUnits = kSize == 8 || Q > 128 ? 16 : 32;
-  static constexpr int kStages = 3;
-  static constexpr int kStrideW = P::stride(Q), kStrideV = P::stride(kUnits);
-  static constexpr int kChunk = kUnits * kStrideW + Q * kStrideV;  // elements
-  static constexpr size_t kSharedBytes = static_cast<size_t>(kStages) * kChunk * kSize;
-  static_assert(kSharedBytes <= 163 << 10, "shared memory of a multiprocessor of sm_80");
+  // Registers do not hold the states and the sums of 256 features. Then states wait in shared memory from layer to
+  // layer, each in a place of its lane's own.
+  static constexpr bool kWait = Q > 128;
+  static constexpr int kMostWarps = kWait && P::kWarps == 1 ? 4 : 8, kMostThreads = 32 * kMostWarps;
+  // Blocks of a multiprocessor, for the compiler to leave registers to.
+  static constexpr int kBlocks = kSize == 2 && Q <= (P::kApproximate ? 64 : 32) ? 2 : 1;
+  static constexpr int units() {
+    if (P::kWarps == 4) return Q == 128 ? 64 : 32;
+    if (kSize == 2) return Q <= 128 ? 32 : 16;
+    return Q <= 512 / kSize || P::kColumns == 16 ? 16 : 8;
+  }
+  static constexpr int kUnits = units();
+
+  // A chunk: elements of W [kUnits, Q] and V [Q, kUnits], and apart hidden_bias [kUnits] and output_bias [Q].
+  static constexpr int kV = P::template elements<kUnits, Q>(), kMatrices = kV + P::template elements<Q, kUnits>();
+  static constexpr int kBiases = kUnits + Q;
+  static_assert(kMatrices * kSize % P::kAlignment == 0 && kBiases * kSize % 16 == 0);
+
+  static constexpr size_t waiting_bytes(int warps) {
+    return kWait ? static_cast<size_t>(warps) * 32 * (Q / 8) * sizeof(typename P::Tile) : 0;
+  }
+  static constexpr int stages() {
+    // Narrow layers leave room for another block; up to 128 features fit what the smaller GPUs of a generation have.
+    const size_t most = P::kSharedBytes, room = Q <= 64                   ? most / 2
+                                                : kWait || P::kWarps == 4 ? most - waiting_bytes(kMostWarps)
+                                                                          : 99 << 10;
+    const int fit = static_cast<int>(room / (kSize * (kMatrices + kBiases)));
+    return fit < 8 ? fit : 8;
+  }
+  static constexpr int kStages = stages();
+  static_assert(kStages >= 2 + P::kReading);
+  static constexpr size_t kStageBytes = static_cast<size_t>(kStages) * kSize * (kMatrices + kBiases);
+  static constexpr size_t shared_bytes(int warps) { return kStageBytes + waiting_bytes(warps); }
 };
 
-// `rows` x `columns` elements from `from` on, `step` apart, to shared memory, `stride` apart; zero beyond `rows_there`
-// and `columns_there`. By all threads of the block. aligned: whether every row begins at a multiple of 16 bytes.
-template <class T, int kRows, int kColumns, int kStride, int kThreads>
-ODEBLOCK_DEVICE void fetch(const T* from, int64_t step, int64_t rows_there, int64_t columns_there, bool aligned,
-                           T* to) {
-  constexpr int kPiece = 16 / sizeof(T), kPieces = kColumns / kPiece;
-  for (int i = simt::thread(); i < kRows * kPieces; i += kThreads) {
-    const int row = i / kPieces, column = i % kPieces * kPiece;
-    T* piece = to + row * kStride + column;
-    const int64_t left = row < rows_there ? columns_there - column : 0;
-    const int count = left >= kPiece ? kPiece : left > 0 ? static_cast<int>(left) : 0;
-    const T* source = from + row * step + column;
-    if (aligned) {
-      simt::copy_async(piece, count > 0 ? source : from, count * static_cast<int>(sizeof(T)));
-    } else {
-      for (int j = 0; j < kPiece; j++) piece[j] = j < count ? source[j] : T(0);
-    }
+// sigma(z). Where it is rounded to 16 bits at once, bfloat16's 8 of them, with the tanh that the hardware has (an error
+// of 2^-11): an operation where exp and a division are two, and many more.
+template <bool kApproximate, class Sigma, class T>
+ODEBLOCK_DEVICE T evaluate(Sigma, T z) {
+  using namespace activation;
+  if constexpr (kApproximate && std::is_same_v<Sigma, Tanh>) {
+    return simt::tanh_approximate(z);
+  } else if constexpr (kApproximate && std::is_same_v<Sigma, Sigmoid>) {
+    return fma(0.5f, simt::tanh_approximate(0.5f * z), 0.5f);
+  } else if constexpr (kApproximate && std::is_same_v<Sigma, Silu>) {
+    const float half = 0.5f * z;
+    return fma(half, simt::tanh_approximate(half), half);
+  } else if constexpr (kApproximate && std::is_same_v<Sigma, GeluTanh>) {
+    const float half = 0.5f * z;
+    return fma(half, simt::tanh_approximate(z * fma(0.035677408f, z * z, 0.79788456f)), half);
+  } else {
+    return Sigma::at(z).s;
   }
+}
+
+// A matrix of one row, in shared memory as it is.
+template <class P>
+struct Row {
+  typedef typename P::Stored Stored;
+  template <int, int>
+  ODEBLOCK_DEVICE static int offset(int, int column) {
+    return column;
+  }
+};
+
+// To shared memory, laid out as Layout has it, M [kRows, kColumns], rows `first` and on of a matrix at `from` with rows
+// of `step` elements; zero beyond `rows_there` and `columns_there`. By all threads of the block, in pieces of kBytes.
+template <class Layout, int kRows, int kColumns, int kBytes>
+ODEBLOCK_DEVICE void fetch_pieces(const typename Layout::Stored* from, int64_t first, int step, int rows_there,
+                                  int columns_there, typename Layout::Stored* to) {
+  typedef typename Layout::Stored Stored;
+  constexpr int kSize = sizeof(Stored), kPiece = kBytes / kSize, kPieces = kColumns / kPiece;
+#pragma unroll 1  // while registers are full
+  for (int i = simt::thread(); i < kRows * kPieces; i += simt::threads()) {
+    const int row = i / kPieces, column = i % kPieces * kPiece;
+    const int left = row < rows_there ? columns_there - column : 0;
+    const int count = left >= kPiece ? kPiece : left > 0 ? left : 0;
+    const Stored* source = from + (first + (count > 0 ? row : 0)) * step + (count > 0 ? column : 0);
+    Stored* target = to + Layout::template offset<kRows, kColumns>(row, column);
+    if constexpr (kBytes >= 4)
+      simt::copy_async<kBytes>(target, source, count * kSize);
+    else
+      simt::store(target, count > 0 ? *source : Stored(0));
+  }
+}
+
+// In the largest pieces that every row begins at a multiple of.
+template <class Layout, int kRows, int kColumns>
+ODEBLOCK_DEVICE void fetch(const typename Layout::Stored* from, int64_t first, int step, int rows_there,
+                           int columns_there, typename Layout::Stored* to) {
+  constexpr int kSize = sizeof(typename Layout::Stored);
+  const uint64_t places = reinterpret_cast<uintptr_t>(from) | static_cast<uint64_t>(step) * kSize;
+  if (places % 16 == 0)
+    return fetch_pieces<Layout, kRows, kColumns, 16>(from, first, step, rows_there, columns_there, to);
+  if constexpr (kSize == 2)
+    if (places % 4 == 0)
+      return fetch_pieces<Layout, kRows, kColumns, 4>(from, first, step, rows_there, columns_there, to);
+  fetch_pieces<Layout, kRows, kColumns, kSize>(from, first, step, rows_there, columns_there, to);
+}
+
+// f(tile, i, column) for each number that a lane has of tiles [kRows, N]. kRolled: where tiles are in memory.
+template <class P, int N, bool kRolled = false, class F>
+ODEBLOCK_DEVICE void for_each_number(F f) {
+  const int first = simt::opaque(simt::lane() % 4 * 2);  // or what follows from it would fill registers between layers
+#pragma unroll(kRolled ? 1 : N / 8)
+  for (int n = 0; n < N / 8; n++)
+#pragma unroll
+    for (int i = 0; i < P::kNumbers; i++) f(n, i, 8 * n + first + i % 2);
 }
 
 template <class P, int Q>
-ODEBLOCK_KERNEL((ForwardShape<P, Q>::kThreads))
-forward_kernel(const ForwardArguments<typename P::Stored> p) {
+ODEBLOCK_DEVICE void forward_of_block(const ForwardProblem& p) {
   typedef typename P::Stored Stored;
   typedef typename P::Number Number;
+  typedef typename P::Tile Tile;
   typedef ForwardShape<P, Q> Shape;
-  constexpr int kTiles = Shape::kTiles, kUnits = Shape::kUnits, kStages = Shape::kStages, kNumbers = P::kNumbers;
-  constexpr int kOperands = Q / P::kColumns, kOfUnits = 16 / P::kColumns;
+  constexpr int kUnits = Shape::kUnits, kStages = Shape::kStages;
 
-  Stored* chunks = reinterpret_cast<Stored*>(simt::shared());
-  const int per_layer = (p.hidden + kUnits - 1) / kUnits, total = p.depth * per_layer;
-  const bool aligned_W = p.dim * sizeof(Stored) % 16 == 0 && reinterpret_cast<uintptr_t>(p.W) % 16 == 0;
-  const bool aligned_V = p.hidden * sizeof(Stored) % 16 == 0 && reinterpret_cast<uintptr_t>(p.V) % 16 == 0;
+  const int dim = static_cast<int>(p.dim), hidden = static_cast<int>(p.hidden);
+  const int chunks = (hidden + kUnits - 1) / kUnits, total = static_cast<int>(p.depth) * chunks;  // of a layer, of all
+  const Stored *all_W = static_cast<const Stored*>(p.W), *all_V = static_cast<const Stored*>(p.V);
+  const Stored* hidden_bias = static_cast<const Stored*>(p.hidden_bias);
+  const Stored* output_bias = static_cast<const Stored*>(p.output_bias);
+
+  Stored* const matrices = reinterpret_cast<Stored*>(simt::shared());
+  Stored* const biases = matrices + kStages * Shape::kMatrices;
   const auto fetch_chunk = [&](int chunk) {
     if (chunk < total) {
-      const int64_t k = chunk / per_layer, unit = chunk % per_layer * kUnits;
-      Stored* W = chunks + chunk % kStages * Shape::kChunk;
-      fetch<Stored, kUnits, Q, Shape::kStrideW, Shape::kThreads>(p.W + (k * p.hidden + unit) * p.dim, p.dim,
-                                                                 p.hidden - unit, p.dim, aligned_W, W);
-      fetch<Stored, Q, kUnits, Shape::kStrideV, Shape::kThreads>(
-          p.V + k * p.dim * p.hidden + unit, p.hidden, p.dim, p.hidden - unit, aligned_V, W + kUnits * Shape::kStrideW);
+      const int64_t k = chunk / chunks, unit = chunk % chunks * kUnits;
+      Stored* to = matrices + chunk % kStages * Shape::kMatrices;
+      fetch<P, kUnits, Q>(all_W, k * hidden + unit, dim, hidden - unit, dim, to);
+      fetch<P, Q, kUnits>(all_V + unit, k * dim, hidden, dim, hidden - unit, to + Shape::kV);
+      to = biases + chunk % kStages * Shape::kBiases;
+      fetch<Row<P>, 1, kUnits>(hidden_bias + unit, k, hidden, hidden_bias ? 1 : 0, hidden - unit, to);
+      fetch<Row<P>, 1, Q>(output_bias, k, dim, output_bias ? 1 : 0, dim, to + kUnits);
     }
     simt::commit_copies();  // also where there is nothing, for groups are counted
   };
+  constexpr int kAhead = kStages - 1 - P::kReading;
+  for (int chunk = 0; chunk < kAhead; chunk++) fetch_chunk(chunk);
 
-  // What a lane has of a tile: number i is of row row_of(i), column column_of(i).
-  const int64_t first = (static_cast<int64_t>(simt::block()) * Shape::kWarps + simt::warp()) * kTiles * P::kRows;
-  const auto row_of = [&](int tile, int i) { return first + tile * P::kRows + simt::lane() / 4 + i / 2 * 8; };
-  const auto column_of = [&](int i) { return simt::lane() % 4 * 2 + i % 2; };
-  const Number state_scale = static_cast<Number>(p.state_scale), step = static_cast<Number>(p.step);
+  // Number i of a tile is of this row.
+  const int first = (simt::block() * (simt::threads() / 32) + simt::warp()) * P::kRows;
+  const auto row_of = [&](int i) { return static_cast<int64_t>(simt::opaque(first) + simt::lane() / 4 + i / 2 * 8); };
 
-  for (int chunk = 0; chunk < kStages - 1; chunk++) fetch_chunk(chunk);
+  Tile own[Shape::kWait ? 1 : Q / 8];
+  Tile* const h = Shape::kWait ? reinterpret_cast<Tile*>(simt::shared() + Shape::kStageBytes) + simt::thread() : own;
+  const int step = Shape::kWait ? simt::threads() : 1;  // from one tile of h to the next
+  for_each_number<P, Q, Shape::kWait>([&](int n, int i, int column) {
+    const bool there = row_of(i) < p.batch && column < dim;
+    h[n * step].x[i] = there ? P::widen(static_cast<const Stored*>(p.h)[row_of(i) * dim + column]) : Number(0);
+  });
 
-  Number h[kTiles][Q / 8][kNumbers];
-#pragma unroll
-  for (int t = 0; t < kTiles; t++)
-#pragma unroll
-    for (int n = 0; n < Q / 8; n++)
-#pragma unroll
-      for (int i = 0; i < kNumbers; i++) {
-        const int64_t row = row_of(t, i);
-        const int column = 8 * n + column_of(i);
-        const bool there = row < p.batch && column < p.dim;
-        h[t][n][i] = there ? P::widen(p.h[row * p.dim + column]) / state_scale : Number(0);
-      }
-
-  typename P::A operands[kTiles][kOperands];
-  Number own[Shape::kSeparate ? kTiles : 1][Q / 8][kNumbers];
-  Number(*sums)[Q / 8][kNumbers] = Shape::kSeparate ? own : h;
-  const Number factor = Shape::kSeparate ? Number(1) : step;  // of what is summed
-  for (int chunk = 0; chunk < total; chunk++) {
-    const int k = chunk / per_layer, unit = chunk % per_layer * kUnits;
-    simt::wait_copies<kStages - 2>();
-    simt::sync_block();  // this chunk is there for all, and all are done with the one before
-    fetch_chunk(chunk + kStages - 1);
-
-    if (unit == 0) {
-      const bool save = p.save_every && k % p.save_every == 0;
-      Number* saved = static_cast<Number*>(p.states) + (save ? k / p.save_every * p.padded_batch * p.dim : 0);
-#pragma unroll
-      for (int t = 0; t < kTiles; t++) {
-#pragma unroll
-        for (int j = 0; j < kOperands; j++) operands[t][j] = P::pack(&h[t][j * (P::kColumns / 8)], state_scale);
-#pragma unroll
-        for (int n = 0; n < Q / 8; n++)
-#pragma unroll
-          for (int i = 0; i < kNumbers; i++) {
-            const int64_t row = row_of(t, i);
-            const int column = 8 * n + column_of(i);
-            if (save && row < p.batch && column < p.dim) saved[row * p.dim + column] = state_scale * h[t][n][i];
-            if (Shape::kSeparate) sums[t][n][i] = Number(0);
-            if (p.output_bias && column < p.dim)
-              sums[t][n][i] += factor * P::widen(p.output_bias[static_cast<int64_t>(k) * p.dim + column]);
-          }
-      }
-    }
-
-    const Stored *W = chunks + chunk % kStages * Shape::kChunk, *V = W + kUnits * Shape::kStrideW;
-#pragma unroll 1
-    for (int u = 0; u < kUnits; u += 16) {
-      Number z[kTiles][2][kNumbers] = {};
-#pragma unroll
-      for (int j = 0; j < kOperands; j++) {
-        const typename P::B b = P::load(W + u * Shape::kStrideW + j * P::kColumns, Shape::kStrideW);
-#pragma unroll
-        for (int t = 0; t < kTiles; t++) {
-          P::template multiply<0>(z[t][0], operands[t][j], b);
-          P::template multiply<1>(z[t][1], operands[t][j], b);
-        }
-      }
-      if (p.hidden_bias) {
-#pragma unroll
-        for (int n = 0; n < 2; n++)
-#pragma unroll
-          for (int i = 0; i < kNumbers; i++) {
-            const int column = unit + u + 8 * n + column_of(i);
-            if (column >= p.hidden) continue;
-            const Number bias = P::widen(p.hidden_bias[static_cast<int64_t>(k) * p.hidden + column]);
-#pragma unroll
-            for (int t = 0; t < kTiles; t++) z[t][n][i] += bias;
-          }
-      }
-      with_activation(p.activation, [&](auto sigma) {
-#pragma unroll
-        for (int t = 0; t < kTiles; t++)
-#pragma unroll
-          for (int n = 0; n < 2; n++)
-#pragma unroll
-            for (int i = 0; i < kNumbers; i++) z[t][n][i] = decltype(sigma)::at(z[t][n][i]).s;
+  typename P::A packed[P::kRounds ? Q / P::kColumns : 1] = {};
+  const auto operand = [&](int j) {
+    if constexpr (P::kRounds)
+      return packed[j];
+    else
+      return P::pack(&h[j * (P::kColumns / 8) * step], step);
+  };
+  // Where a row of this layer is saved.
+  const auto saved = [&](int k, int64_t row) {
+    return static_cast<Number*>(p.states) + (k / p.save_every * padded_rows(p.batch) + row) * saved_width(p);
+  };
+  int chunk = 0;
+  for (int k = 0; k < p.depth; k++) {
+    const bool saves = p.save_every && k % p.save_every == 0;
+    if (saves)
+      for_each_number<P, Q, Shape::kWait>([&](int n, int i, int column) {
+        if (row_of(i) < p.batch && column < dim) saved(k, row_of(i))[column] = h[n * step].x[i];
       });
+    if constexpr (P::kRounds) {
 #pragma unroll
-      for (int j = 0; j < kOfUnits; j++) {
-        typename P::A s[kTiles];
-#pragma unroll
-        for (int t = 0; t < kTiles; t++) s[t] = P::pack(&z[t][j * (P::kColumns / 8)], factor);
-#pragma unroll
-        for (int n = 0; n < Q / 16; n++) {
-          const typename P::B b = P::load(V + 16 * n * Shape::kStrideV + u + j * P::kColumns, Shape::kStrideV);
-#pragma unroll
-          for (int t = 0; t < kTiles; t++) {
-            P::template multiply<0>(sums[t][2 * n], s[t], b);
-            P::template multiply<1>(sums[t][2 * n + 1], s[t], b);
-          }
-        }
-      }
+      for (int j = 0; j < Q / P::kColumns; j++) packed[j] = P::pack(&h[j * (P::kColumns / 8) * step], step);
     }
-    if (Shape::kSeparate && unit + kUnits >= p.hidden) {
-#pragma unroll
-      for (int t = 0; t < kTiles; t++)
-#pragma unroll
-        for (int n = 0; n < Q / 8; n++)
-#pragma unroll
-          for (int i = 0; i < kNumbers; i++) h[t][n][i] += step * sums[t][n][i];
+    Tile sums[Q / 8] = {};
+    const Stored* bias = nullptr;
+    for (int unit = 0; unit < hidden; unit += kUnits, chunk++) {
+      simt::wait_copies<kAhead - 1>();
+      P::before_barrier();
+      simt::sync_block();  // this chunk is there for all, and all are done with the one that the next will replace
+      fetch_chunk(chunk + kAhead);
+      const Stored* W = matrices + chunk % kStages * Shape::kMatrices;
+      bias = biases + chunk % kStages * Shape::kBiases;
+
+      Tile z[kUnits / 8];
+      for_each_number<P, kUnits>([&](int n, int i, int column) { z[n].x[i] = P::widen(bias[column]); });
+      P::begin(z);
+      P::template multiply<kUnits, Q>(z, operand, W);
+      P::end(z);
+      if (saves && saves_hidden(p))
+        for_each_number<P, kUnits>([&](int n, int i, int column) {
+          if (row_of(i) < p.batch && unit + column < hidden) saved(k, row_of(i))[dim + unit + column] = z[n].x[i];
+        });
+      with_activation(p.activation, [&](auto sigma) {
+        for_each_number<P, kUnits>([&](int n, int i, int) { z[n].x[i] = evaluate<P::kApproximate>(sigma, z[n].x[i]); });
+      });
+      P::begin(sums);
+      P::template multiply<Q, kUnits>(
+          sums, [&](int j) { return P::pack(&z[j * (P::kColumns / 8)], 1); }, W + Shape::kV);
     }
+    P::end(sums);
+    for_each_number<P, Q>([&](int n, int i, int column) {
+      h[n * step].x[i] += static_cast<Number>(p.scale) * (sums[n].x[i] + P::widen(bias[kUnits + column]));
+    });
   }
-  simt::wait_copies<0>();
-#pragma unroll
-  for (int t = 0; t < kTiles; t++)
-#pragma unroll
-    for (int n = 0; n < Q / 8; n++)
-#pragma unroll
-      for (int i = 0; i < kNumbers; i++) {
-        const int64_t row = row_of(t, i);
-        const int column = 8 * n + column_of(i);
-        if (row < p.batch && column < p.dim) p.y[row * p.dim + column] = P::narrow(state_scale * h[t][n][i]);
-      }
+  for_each_number<P, Q, Shape::kWait>([&](int n, int i, int column) {
+    if (row_of(i) < p.batch && column < dim)
+      static_cast<Stored*>(p.y)[row_of(i) * dim + column] = P::narrow(h[n * step].x[i]);
+  });
 }
 
-// Calls f(Features<Q>) for the smallest shape that holds q features.
-template <int Q>
-struct Features {
-  static constexpr int value = Q;
-};
-template <class P, class F>
-void with_features(int q, F f) {
-  if (q <= 32) return f(Features<32>());
-  if (q <= 64) return f(Features<64>());
-  if (q <= 128) return f(Features<128>());
-  if constexpr (most_features<P>() >= 256) return f(Features<256>());
+template <class P, int Q>
+ODEBLOCK_KERNEL(ForwardShape<P, Q>::kMostThreads, ForwardShape<P, Q>::kBlocks)
+forward_kernel(const ForwardProblem p) {
+  if constexpr (P::kWarps == 1 || simt::kWarpgroups)
+    forward_of_block<P, Q>(p);
+  else
+    simt::trap();
 }
 
-// With a scale between 2^-64 and 2^64, 16-bit products are added to h / scale.
-template <class P>
-void set_scale(double scale, ForwardArguments<typename P::Stored>& p) {
-  const double size = scale < 0 ? -scale : scale;
-  const bool divide = sizeof(typename P::Stored) == 2 && size > 0x1p-64 && size < 0x1p64;
-  p.state_scale = divide ? scale : 1;
-  p.step = divide ? 1 : scale;
+template <class P, int Q>
+CudaKernel kernel_of() {
+  typedef ForwardShape<P, Q> Shape;
+  return {Q, P::kRows, P::kWarps, Shape::kMostWarps, Shape::shared_bytes, forward_kernel<P, Q>};
 }
 
 }  // namespace

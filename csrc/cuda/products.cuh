@@ -1,35 +1,60 @@
-// How a warp multiplies on tensor cores, for each kind of number: float32 (rounded to tf32, or as three products of its
-// halves), float64, and the 16-bit types.
+// How a warp multiplies on tensor cores, for each kind of number: float32 (as products of its parts, or rounded to
+// tf32), float64, and the 16-bit types.
 //
 // A tile is [kRows, 8]. Lane l has kNumbers of it: row l / 4, columns 2 (l % 4) and the next, and with kRows = 16 the
 // same 8 rows below. Tiles that one product has summed are the operand A of the next in the lanes that have them: where
 // an operand wants columns l % 4 and l % 4 + 4, it gets 2 (l % 4) and the next, for the terms of a sum have no order; B
 // is read the same way.
 //
-// B(k, n) = M[n][k], M a matrix in shared memory, row by row as V and W are, `stride` elements apart so that the lanes
-// of a warp meet other banks.
+//   multiply<N, K>: d += a Mᵀ, d [kRows, N], a [kRows, K], M [N, K] in shared memory as V and W are, row by row, with
+//   element (n, k) at offset<N, K>(n, k): so far apart that the lanes of a warp meet other banks.
+//
+// a comes from operand(j), columns kColumns j and on. Between begin(d) and end(d) products may be under way, which
+// touch d, their operands and M.
 #pragma once
 
 #include "simt.cuh"
+#include "warpgroup.cuh"
 
 namespace odeblock {
 namespace {
 
+// Of products of one warp. Rows of K elements end 8 elements later, but for those that fill banks as they are.
+struct OneWarp {
+  static constexpr int kWarps = 1, kAlignment = 16;
+  static constexpr int kReading = 0;                 // chunks that products may still read when the next begins
+  static constexpr size_t kSharedBytes = 163 << 10;  // of a block, at most: sm_80 has no more
+
+  template <int N, int K>
+  static constexpr int elements() {
+    return N * (K == 8 ? 8 : K + 8);
+  }
+  template <int N, int K>
+  ODEBLOCK_DEVICE static int offset(int row, int column) {
+    return row * (K == 8 ? 8 : K + 8) + column;
+  }
+  ODEBLOCK_DEVICE static void before_barrier() {}
+  template <class Tiles>
+  ODEBLOCK_DEVICE static void begin(Tiles&) {}
+  template <class Tiles>
+  ODEBLOCK_DEVICE static void end(Tiles&) {}
+};
+
 // bfloat16 or float16, sums in float.
 template <bool kBfloat16>
-struct HalfProducts {
+struct HalfProducts : OneWarp {
   typedef uint16_t Stored;
   typedef float Number;
   static constexpr int kRows = 16, kNumbers = 4;
-  static constexpr int kColumns = 16;  // of A in one product
+  static constexpr int kColumns = 16;    // of A in one product
+  static constexpr bool kRounds = true;  // A is not what it is packed from
+  static constexpr bool kApproximate = kBfloat16;
+  struct Tile {
+    float x[kNumbers];
+  };
   struct A {
     uint32_t x[4];
   };
-  struct B {  // of 16 rows of M: two tiles
-    uint32_t x[2][2];
-  };
-
-  static constexpr int stride(int columns) { return columns + 8; }  // 16 bytes beyond a multiple of 32
 
   ODEBLOCK_DEVICE static float widen(Stored x) { return kBfloat16 ? simt::from_bfloat16(x) : simt::from_float16(x); }
   ODEBLOCK_DEVICE static uint32_t pair(float low, float high) {
@@ -37,113 +62,207 @@ struct HalfProducts {
   }
   ODEBLOCK_DEVICE static Stored narrow(float x) { return static_cast<Stored>(pair(x, x)); }
 
-  // scale times two neighbouring tiles.
-  ODEBLOCK_DEVICE static A pack(const float (*tiles)[kNumbers], float scale) {
-    A a;
+  // Two neighbouring tiles, `step` apart.
+  ODEBLOCK_DEVICE static A pack(const Tile* tiles, int step) {
+    const Tile &left = tiles[0], &right = tiles[step];
+    return {{pair(left.x[0], left.x[1]), pair(left.x[2], left.x[3]), pair(right.x[0], right.x[1]),
+             pair(right.x[2], right.x[3])}};
+  }
+  template <int N, int K, class Operand>
+  ODEBLOCK_DEVICE static void multiply(Tile (&d)[N / 8], Operand operand, const Stored* M) {
+    const Stored* row = M + offset<N, K>(simt::lane() % 8 + simt::lane() / 16 * 8, simt::lane() / 8 % 2 * 8);
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const float* two = &tiles[i / 2][2 * (i % 2)];
-      a.x[i] = pair(scale * two[0], scale * two[1]);
+    for (int j = 0; j < K / 16; j++) {
+      const A a = operand(j);
+#pragma unroll
+      for (int n = 0; n < N / 8; n += 2) {
+        uint32_t b[4];
+        simt::load_matrices(b, row + offset<N, K>(8 * n, 16 * j));
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          if (kBfloat16)
+            simt::mma_bfloat16(d[n + i].x, a.x, b[2 * i], b[2 * i + 1]);
+          else
+            simt::mma_float16(d[n + i].x, a.x, b[2 * i], b[2 * i + 1]);
+        }
+      }
     }
-    return a;
-  }
-  ODEBLOCK_DEVICE static B load(const Stored* M, int stride) {
-    const int row = simt::lane() % 8 + simt::lane() / 16 * 8, column = simt::lane() / 8 % 2 * 8;
-    uint32_t x[4];
-    simt::load_matrices(x, M + row * stride + column);
-    return {{{x[0], x[1]}, {x[2], x[3]}}};
-  }
-  template <int kTile>
-  ODEBLOCK_DEVICE static void multiply(float (&d)[kNumbers], const A& a, const B& b) {
-    kBfloat16 ? simt::mma_bfloat16(d, a.x, b.x[kTile]) : simt::mma_float16(d, a.x, b.x[kTile]);
   }
 };
 
-// float32. kSplit: x = big + small, both tf32, and three of the four products: 2^-22 of an operand is lost instead of
-// 2^-11; float32 itself loses 2^-24.
-template <bool kSplit>
-struct FloatProducts {
+// float32: x = x_0 + x_1 + x_2, each bfloat16, exactly, for 3 x 8 bits are 24. Of the nine products six are taken;
+// those left out are 2^-24 of the whole, float32's own rounding. What sixteen terms give is added in float, since
+// tensor cores cut off what they sum.
+struct FloatProducts : OneWarp {
   typedef float Stored;
   typedef float Number;
-  static constexpr int kRows = 16, kNumbers = 4, kColumns = 8;
+  static constexpr int kRows = 16, kNumbers = 4, kColumns = 16;
+  static constexpr bool kRounds = false, kApproximate = false;
+  struct Tile {
+    float x[kNumbers];
+  };
   struct A {
-    float x[4];
+    uint32_t x[3][4];
   };
-  struct B {
-    float x[2][2];
-  };
-
-  static constexpr int stride(int columns) { return columns + 8; }  // 8 or 24 banks beyond a multiple of 32
 
   ODEBLOCK_DEVICE static float widen(float x) { return x; }
   ODEBLOCK_DEVICE static float narrow(float x) { return x; }
 
-  ODEBLOCK_DEVICE static A pack(const float (*tile)[kNumbers], float scale) {
-    return {{scale * tile[0][0], scale * tile[0][2], scale * tile[0][1], scale * tile[0][3]}};
+  ODEBLOCK_DEVICE static A pack(const Tile* tiles, int step) {
+    const Tile &left = tiles[0], &right = tiles[step];
+    A a;
+    split(left.x[0], left.x[1], a.x[0][0], a.x[1][0], a.x[2][0]);
+    split(left.x[2], left.x[3], a.x[0][1], a.x[1][1], a.x[2][1]);
+    split(right.x[0], right.x[1], a.x[0][2], a.x[1][2], a.x[2][2]);
+    split(right.x[2], right.x[3], a.x[0][3], a.x[1][3], a.x[2][3]);
+    return a;
   }
-  ODEBLOCK_DEVICE static B load(const float* M, int stride) {
-    B b;
+  template <int N, int K, class Operand>
+  ODEBLOCK_DEVICE static void multiply(Tile (&d)[N / 8], Operand operand, const Stored* M) {
+    const Stored* row = M + offset<N, K>(simt::lane() / 4, simt::lane() % 4 * 2);
+    // Operands of 256 features come from shared memory: some at a time.
+#pragma unroll(K > 128 ? 4 : 8)
+    for (int j = 0; j < K / 16; j++) {
+      const A a = operand(j);
 #pragma unroll
-    for (int tile = 0; tile < 2; tile++) {
-      const float* from = M + (simt::lane() / 4 + 8 * tile) * stride + 2 * (simt::lane() % 4);
-      const simt::Pair<float> pair = simt::load_pair(from);
-      b.x[tile][0] = pair.x, b.x[tile][1] = pair.y;
+      for (int n = 0; n < N / 8; n++) {
+        uint32_t b[3][2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          const simt::Pair<float> pair = simt::load_pair(row + offset<N, K>(8 * n, 16 * j + 8 * i));
+          split(pair.x, pair.y, b[0][i], b[1][i], b[2][i]);
+        }
+        float sum[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int order = 2; order >= 0; order--)  // the small ones first
+#pragma unroll
+          for (int i = 0; i <= order; i++) simt::mma_bfloat16(sum, a.x[i], b[order - i][0], b[order - i][1]);
+#pragma unroll
+        for (int i = 0; i < 4; i++) d[n].x[i] += sum[i];
+      }
     }
-    return b;
   }
-  template <int kTile>
-  ODEBLOCK_DEVICE static void multiply(float (&d)[kNumbers], const A& a, const B& b) {
-    uint32_t big_a[4], big_b[2];
-#pragma unroll
-    for (int i = 0; i < 4; i++) big_a[i] = simt::to_tf32(a.x[i]);
-#pragma unroll
-    for (int i = 0; i < 2; i++) big_b[i] = simt::to_tf32(b.x[kTile][i]);
-    if (kSplit) {
-      uint32_t small_a[4], small_b[2];
-#pragma unroll
-      for (int i = 0; i < 4; i++) small_a[i] = simt::to_tf32(a.x[i] - simt::from_tf32(big_a[i]));
-#pragma unroll
-      for (int i = 0; i < 2; i++) small_b[i] = simt::to_tf32(b.x[kTile][i] - simt::from_tf32(big_b[i]));
-      simt::mma_tf32(d, small_a, big_b);
-      simt::mma_tf32(d, big_a, small_b);
-    }
-    simt::mma_tf32(d, big_a, big_b);
+
+ private:
+  ODEBLOCK_DEVICE static void split(float x, float y, uint32_t& first, uint32_t& second, uint32_t& third) {
+    first = part(x, y), second = part(x, y), third = part(x, y);
+  }
+  // Takes what bfloat16 holds of x and of y away from them.
+  ODEBLOCK_DEVICE static uint32_t part(float& x, float& y) {
+    const uint32_t both = simt::pack_bfloat16(x, y);
+    x -= simt::from_bfloat16(static_cast<uint16_t>(both));
+    y -= simt::from_bfloat16(static_cast<uint16_t>(both >> 16));
+    return both;
   }
 };
 
-struct DoubleProducts {
+// float32 rounded to the 11 bits of tf32.
+struct Tf32Products : OneWarp {
+  typedef float Stored;
+  typedef float Number;
+  static constexpr int kRows = 16, kNumbers = 4, kColumns = 8;
+  static constexpr bool kRounds = false, kApproximate = false;
+  struct Tile {
+    float x[kNumbers];
+  };
+  struct A {
+    uint32_t x[4];
+  };
+
+  ODEBLOCK_DEVICE static float widen(float x) { return x; }
+  ODEBLOCK_DEVICE static float narrow(float x) { return x; }
+
+  ODEBLOCK_DEVICE static A pack(const Tile* tile, int) {
+    return {
+        {simt::to_tf32(tile->x[0]), simt::to_tf32(tile->x[2]), simt::to_tf32(tile->x[1]), simt::to_tf32(tile->x[3])}};
+  }
+  template <int N, int K, class Operand>
+  ODEBLOCK_DEVICE static void multiply(Tile (&d)[N / 8], Operand operand, const Stored* M) {
+    const Stored* row = M + offset<N, K>(simt::lane() / 4, simt::lane() % 4 * 2);
+#pragma unroll(K > 128 ? 4 : 16)  // as above
+    for (int j = 0; j < K / 8; j++) {
+      const A a = operand(j);
+#pragma unroll
+      for (int n = 0; n < N / 8; n++) {
+        const simt::Pair<float> b = simt::load_pair(row + offset<N, K>(8 * n, 8 * j));
+        simt::mma_tf32(d[n].x, a.x, simt::to_tf32(b.x), simt::to_tf32(b.y));
+      }
+    }
+  }
+};
+
+struct DoubleProducts : OneWarp {
   typedef double Stored;
   typedef double Number;
   static constexpr int kRows = 8, kNumbers = 2, kColumns = 8;
-  struct A {
-    double x[2];
+  static constexpr bool kRounds = false, kApproximate = false;
+  struct Tile {
+    double x[kNumbers];
   };
-  struct B {
-    double x[2][2];
-  };
-
-  static constexpr int stride(int columns) { return columns + 8; }  // 16 banks beyond a multiple of 32
+  typedef Tile A;
 
   ODEBLOCK_DEVICE static double widen(double x) { return x; }
   ODEBLOCK_DEVICE static double narrow(double x) { return x; }
 
-  ODEBLOCK_DEVICE static A pack(const double (*tile)[kNumbers], double scale) {
-    return {{scale * tile[0][0], scale * tile[0][1]}};
-  }
-  ODEBLOCK_DEVICE static B load(const double* M, int stride) {
-    B b;
+  ODEBLOCK_DEVICE static A pack(const Tile* tile, int) { return *tile; }
+  template <int N, int K, class Operand>
+  ODEBLOCK_DEVICE static void multiply(Tile (&d)[N / 8], Operand operand, const Stored* M) {
+    const Stored* row = M + offset<N, K>(simt::lane() / 4, simt::lane() % 4 * 2);
+#pragma unroll(K > 128 ? 4 : 16)  // as above
+    for (int j = 0; j < K / 8; j++) {
+      const A a = operand(j);
 #pragma unroll
-    for (int tile = 0; tile < 2; tile++) {
-      const double* from = M + (simt::lane() / 4 + 8 * tile) * stride + 2 * (simt::lane() % 4);
-      const simt::Pair<double> pair = simt::load_pair(from);
-      b.x[tile][0] = pair.x, b.x[tile][1] = pair.y;
+      for (int n = 0; n < N / 8; n++) {
+        const simt::Pair<double> b = simt::load_pair(row + offset<N, K>(8 * n, 8 * j));
+        simt::mma_float64(d[n].x, a.x[0], b.x);
+        simt::mma_float64(d[n].x, a.x[1], b.y);
+      }
     }
-    return b;
   }
-  template <int kTile>
-  ODEBLOCK_DEVICE static void multiply(double (&d)[kNumbers], const A& a, const B& b) {
-    simt::mma_float64(d, a.x[0], b.x[kTile][0]);
-    simt::mma_float64(d, a.x[1], b.x[kTile][1]);
+};
+
+// The same as HalfProducts for four warps together, on Hopper. M lies in blocks of 64 columns (or 32, if it has no
+// more), a row 128 bytes (64), with pieces of 16 bytes exchanged as matrix_descriptor says.
+template <bool kBfloat16>
+struct WarpgroupProducts : HalfProducts<kBfloat16> {
+  typedef HalfProducts<kBfloat16> Base;
+  using typename Base::A;
+  using typename Base::Stored;
+  using typename Base::Tile;
+  static constexpr int kWarps = 4, kAlignment = 1024, kReading = 1;
+  static constexpr size_t kSharedBytes = 227 << 10;
+
+  template <int N, int K>
+  static constexpr int elements() {
+    return N * K;
+  }
+  template <int N, int K>
+  ODEBLOCK_DEVICE static int offset(int row, int column) {
+    constexpr int kBlock = K < 64 ? K : 64;
+    static_assert(K % kBlock == 0 && (kBlock == 32 || kBlock == 64) && N * kBlock % 512 == 0);
+    const int element = (column / kBlock * N + row) * kBlock + column % kBlock;
+    return element ^ (element >> 6 & (kBlock / 8 - 1)) << 3;
+  }
+  ODEBLOCK_DEVICE static void before_barrier() { simt::fence_async(); }
+  template <class Tiles>
+  ODEBLOCK_DEVICE static void begin(Tiles& d) {
+    simt::before_products(d);
+  }
+  template <class Tiles>
+  ODEBLOCK_DEVICE static void end(Tiles& d) {
+    simt::after_products(d);
+  }
+
+  template <int N, int K, class Operand>
+  ODEBLOCK_DEVICE static void multiply(Tile (&d)[N / 8], Operand operand, const Stored* M) {
+    constexpr int kBlock = K < 64 ? K : 64;
+#pragma unroll
+    for (int j = 0; j < K / 16; j++) {
+      const A a = operand(j);
+      const Stored* columns = M + 16 * j / kBlock * N * kBlock + 16 * j % kBlock;
+      simt::multiply_warpgroup<kBfloat16>(d, a.x, simt::matrix_descriptor<2 * kBlock>(columns));
+    }
+    simt::commit_products();
   }
 };
 

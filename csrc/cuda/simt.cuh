@@ -16,7 +16,7 @@
 #include <cuda_runtime.h>
 
 #define ODEBLOCK_DEVICE __device__ __forceinline__
-#define ODEBLOCK_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define ODEBLOCK_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 
 namespace odeblock {
 namespace simt {
@@ -25,6 +25,7 @@ ODEBLOCK_DEVICE int thread() { return threadIdx.x; }
 ODEBLOCK_DEVICE int lane() { return threadIdx.x % 32; }
 ODEBLOCK_DEVICE int warp() { return threadIdx.x / 32; }
 ODEBLOCK_DEVICE int block() { return blockIdx.x; }
+ODEBLOCK_DEVICE int threads() { return blockDim.x; }  // of a block
 
 ODEBLOCK_DEVICE unsigned char* shared() {
   extern __shared__ __align__(1024) unsigned char odeblock_shared[];
@@ -35,17 +36,36 @@ ODEBLOCK_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint
 ODEBLOCK_DEVICE void sync_block() { __syncthreads(); }
 ODEBLOCK_DEVICE void sync_warp() { __syncwarp(); }
 
+// x, of which the compiler knows nothing: what is made of it is not made before, and kept.
+ODEBLOCK_DEVICE int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+ODEBLOCK_DEVICE void trap() { __trap(); }
+
 template <class T>
 ODEBLOCK_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
-// 16 bytes to shared memory, of which the first `bytes` come from global memory, at 16 bytes' alignment, and the others
-// are zero. Copies between two commits are a group; wait_copies<N> returns when all groups but the latest N are there,
-// for the thread that asked.
+// kSize bytes (4, 8 or 16) to shared memory, of which the first `bytes` come from global memory and the others are
+// zero, both at multiples of kSize. Copies between two commits are a group; wait_copies<N> returns when all groups but
+// the latest N are there, for the thread that asked.
+template <int kSize>
 ODEBLOCK_DEVICE void copy_async(void* to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
-               : "memory");
+  if constexpr (kSize == 16)  // past the L1 cache
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes),
+                 "n"(kSize)
+                 : "memory");
+}
+// To shared memory.
+template <class T>
+ODEBLOCK_DEVICE void store(T* to, T value) {
+  *to = value;
 }
 ODEBLOCK_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kGroupsLeft>
@@ -70,36 +90,33 @@ ODEBLOCK_DEVICE void load_matrices_transposed(uint32_t (&to)[4], const void* row
 
 // d += a b for a warp. Lane l has of d [16, 8] row l / 4, columns 2 (l % 4) and the next, and the same 8 rows below.
 // 16-bit operands, a [16, 16], b [16, 8], two neighbours a register: a[0] as d's first two; a[1] 8 rows below; a[2] and
-// a[3] 8 columns on; b[0] of column l / 4 rows 2 (l % 4) and the next, b[1] 8 rows below.
-ODEBLOCK_DEVICE void mma_bfloat16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+// a[3] 8 columns on; b0 of column l / 4 rows 2 (l % 4) and the next, b1 8 rows below.
+ODEBLOCK_DEVICE void mma_bfloat16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-ODEBLOCK_DEVICE void mma_float16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+ODEBLOCK_DEVICE void mma_float16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-// tf32, a [16, 8], b [8, 8]: a[0] row l / 4, column l % 4; a[1] 8 rows below; a[2] and a[3] 4 columns on; b[0] row
-// l % 4, column l / 4; b[1] 4 rows below.
-ODEBLOCK_DEVICE void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+// tf32, a [16, 8], b [8, 8]: a[0] row l / 4, column l % 4; a[1] 8 rows below; a[2] and a[3] 4 columns on; b0 row
+// l % 4, column l / 4; b1 4 rows below.
+ODEBLOCK_DEVICE void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 // float64, d [8, 8]: row l / 4, columns 2 (l % 4) and the next; a [8, 4]: row l / 4, column l % 4; b [4, 8]: row l % 4,
 // column l / 4.
 ODEBLOCK_DEVICE void mma_float64(double (&d)[2], double a, double b) {
-  asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
-               : "+d"(d[0]), "+d"(d[1])
-               : "d"(a), "d"(b));
+  asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+      : "+d"(d[0]), "+d"(d[1])
+      : "d"(a), "d"(b));
 }
 
 // Two numbers, rounded to nearest, in one register; the first in its lower half.
@@ -126,7 +143,12 @@ ODEBLOCK_DEVICE uint32_t to_tf32(float x) {
   return bits;
 }
 
-ODEBLOCK_DEVICE float from_tf32(uint32_t bits) { return __uint_as_float(bits); }
+// To within 2^-11 of its size.
+ODEBLOCK_DEVICE float tanh_approximate(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 // Two neighbours in one access, at a multiple of their size.
 template <class T>
@@ -144,17 +166,71 @@ struct Same {
   typedef T type;
 };
 
-// Returns the error, if there is one; does not wait.
+// What a host asks for. Errors are texts, or null.
+
+inline const char* text(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // leave no error behind for the next caller of the runtime
+  return cudaGetErrorString(error);
+}
+
+// Makes a device the current one as long as it lives.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    error_ = text(cudaGetDevice(&before_));
+    if (!error_ && before_ != device) {
+      error_ = text(cudaSetDevice(device));
+      changed_ = !error_;
+    }
+  }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+  const char* error() const { return error_; }
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+  const char* error_;
+};
+
+// 0 where there is no such device.
+inline int attribute(cudaDeviceAttr what, int device) {
+  int value = 0;
+  return text(cudaDeviceGetAttribute(&value, what, device)) ? 0 : value;
+}
+inline int capability(int device) {
+  return 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+         attribute(cudaDevAttrComputeCapabilityMinor, device);
+}
+inline size_t most_shared_bytes(int device) {  // of a block
+  return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+}
+inline int multiprocessors(int device) {
+  const int count = attribute(cudaDevAttrMultiProcessorCount, device);
+  return count > 0 ? count : 1;
+}
+
+// Why the current device cannot run a kernel.
 template <class... Parameters>
-cudaError_t launch(void (*kernel)(Parameters...), int blocks, int threads, size_t shared_bytes, void* stream,
+const char* unsupported(void (*kernel)(Parameters...)) {
+  cudaFuncAttributes attributes;
+  return text(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
+}
+
+// Does not wait.
+template <class... Parameters>
+const char* launch(void (*kernel)(Parameters...), int blocks, int threads, size_t shared_bytes, void* stream,
                    typename Same<Parameters>::type... arguments) {
   const void* function = reinterpret_cast<const void*>(kernel);
-  const cudaError_t error =
-      cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-  if (error != cudaSuccess) return error;
+  const char* error =
+      text(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+  if (error) return error;
   void* pointers[] = {&arguments...};
-  return cudaLaunchKernel(function, dim3(blocks), dim3(threads), pointers, shared_bytes,
-                          static_cast<cudaStream_t>(stream));
+  return text(cudaLaunchKernel(function, dim3(blocks), dim3(threads), pointers, shared_bytes,
+                               static_cast<cudaStream_t>(stream)));
 }
 
 }  // namespace simt

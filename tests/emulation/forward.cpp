@@ -1,53 +1,31 @@
-// The CUDA forward, emulated: reads one problem from standard input, writes y and the saved states.
-#include "cuda/forward.cuh"
-
+// The CUDA forward, emulated: reads one problem from standard input, writes y and the saved states. Linked with
+// csrc/cuda/launch.cu and the kinds of kernels.cu that a test needs.
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+
+#include "api.h"
+#include "cuda/simt.cuh"
 
 using namespace odeblock;
 
 namespace {
 
 struct Header {
-  int64_t products, activation, batch, dim, hidden, depth, save_every, biases, seed;
+  int64_t dtype, tf32, activation, batch, dim, hidden, depth, save_every, keep_hidden, biases, capability,
+      multiprocessors, seed;
   double scale;
 };
 
-template <class T>
-std::unique_ptr<T[]> read(size_t count) {
-  std::unique_ptr<T[]> values(new T[count]);
-  if (std::fread(values.get(), sizeof(T), count, stdin) != count) std::exit(2);
-  return values;
-}
+typedef std::unique_ptr<char[]> Bytes;
 
-template <class P>
-void run(const Header& x) {
-  typedef typename P::Stored Stored;
-  typedef typename P::Number Number;
-  const size_t rows = x.batch * x.dim, weights = x.depth * x.dim * x.hidden;
-  const auto h = read<Stored>(rows), V = read<Stored>(weights), W = read<Stored>(weights);
-  const auto b = read<Stored>(x.biases ? x.depth * x.hidden : 0), c = read<Stored>(x.biases ? x.depth * x.dim : 0);
-  const size_t saved = x.save_every ? ((x.depth - 1) / x.save_every + 1) * rows : 0;
-  std::unique_ptr<Stored[]> y(new Stored[rows]);
-  std::unique_ptr<Number[]> states(new Number[saved]);
-  ForwardArguments<Stored> p = {};
-  p.h = h.get(), p.V = V.get(), p.W = W.get(), p.y = y.get(), p.states = states.get();
-  if (x.biases) p.hidden_bias = b.get(), p.output_bias = c.get();
-  p.batch = p.padded_batch = x.batch;
-  p.dim = static_cast<int>(x.dim), p.hidden = static_cast<int>(x.hidden), p.depth = static_cast<int>(x.depth);
-  p.save_every = static_cast<int>(x.save_every), p.activation = static_cast<int>(x.activation);
-  set_scale<P>(x.scale, p);
-  emulation::seed() = x.seed;
-  with_features<P>(p.dim, [&](auto features) {
-    typedef ForwardShape<P, decltype(features)::value> Shape;
-    const int blocks = static_cast<int>((x.batch + Shape::kRows - 1) / Shape::kRows);
-    simt::launch(forward_kernel<P, decltype(features)::value>, blocks, Shape::kThreads, Shape::kSharedBytes, nullptr,
-                 p);
-  });
-  std::fwrite(y.get(), sizeof(Stored), rows, stdout);
-  std::fwrite(states.get(), sizeof(Number), saved, stdout);
-  std::fprintf(stderr, "bank conflicts %lld\n", static_cast<long long>(emulation::counts().bank_conflicts));
+// 16-byte aligned and of exactly this size, so that a sanitizer sees any access beyond it.
+Bytes allocate(size_t size) { return Bytes(new char[size]); }
+
+Bytes read(size_t size) {
+  Bytes bytes = allocate(size);
+  if (std::fread(bytes.get(), 1, size, stdin) != size) std::exit(2);
+  return bytes;
 }
 
 }  // namespace
@@ -55,17 +33,33 @@ void run(const Header& x) {
 int main() {
   Header x;
   if (std::fread(&x, sizeof x, 1, stdin) != 1) return 2;
+  const size_t stored = x.dtype == 1 ? 8 : x.dtype == 0 ? 4 : 2, computed = stored < 4 ? 4 : stored;
+  const size_t rows = x.batch * x.dim * stored, weights = x.depth * x.dim * x.hidden * stored;
+  const Bytes h = read(rows), V = read(weights), W = read(weights);
+  const Bytes b = read(x.biases ? x.depth * x.hidden * stored : 0), c = read(x.biases ? x.depth * x.dim * stored : 0);
+  ForwardProblem p{};
+  p.dtype = static_cast<Dtype>(x.dtype);
+  p.activation = static_cast<int>(x.activation);
+  p.batch = x.batch, p.dim = x.dim, p.hidden = x.hidden, p.depth = x.depth;
+  p.scale = x.scale;
+  p.save_every = x.save_every, p.keep_hidden = x.keep_hidden != 0;
+  const int64_t count = x.save_every ? (x.depth - 1) / x.save_every + 1 : 0;
+  const size_t saved = count * padded_rows(x.batch) * saved_width(p) * computed;
+  const Bytes y = allocate(rows), states = allocate(saved);
+  p.V = V.get(), p.W = W.get(), p.h = h.get(), p.y = y.get(), p.states = states.get();
+  if (x.biases) p.hidden_bias = b.get(), p.output_bias = c.get();
+  emulation::seed() = x.seed;
+  emulation::capability() = static_cast<int>(x.capability);
+  emulation::multiprocessors() = static_cast<int>(x.multiprocessors);
   try {
-    switch (x.products) {
-      case 0: run<FloatProducts<true>>(x); break;
-      case 1: run<FloatProducts<false>>(x); break;
-      case 2: run<DoubleProducts>(x); break;
-      case 3: run<HalfProducts<true>>(x); break;
-      default: run<HalfProducts<false>>(x); break;
-    }
+    if (!cuda_fuses(p, x.tf32 != 0, 0)) throw std::runtime_error("the kernels do not take this problem");
+    cuda_forward(p, x.tf32 != 0, 0, nullptr);
   } catch (const std::runtime_error& error) {
     std::fprintf(stderr, "%s\n", error.what());
     return 1;
   }
+  std::fwrite(y.get(), 1, rows, stdout);
+  std::fwrite(states.get(), 1, saved, stdout);
+  std::fprintf(stderr, "bank conflicts %lld\n", static_cast<long long>(emulation::counts().bank_conflicts));
   return 0;
 }

@@ -107,12 +107,13 @@ class Machine {
     std::memset(shared_ - kGuard, kCanary, kGuard);
     std::memset(shared_, 0xff, shared_bytes_);  // NaN in every type
     std::memset(shared_ + shared_bytes_, kCanary, kGuard);
+    hidden_.assign(shared_bytes_ / 2, false);
     for (Warp& warp : warps_) warp.arrived = 0;
     for (Barrier& barrier : barriers_) barrier.arrived = 0, barrier.waiting.clear();
     alive_ = threads_;
     ready_.clear();
     for (Thread& thread : state_) {
-      thread.copies.clear(), thread.groups.clear();
+      thread.copies.clear(), thread.groups.clear(), thread.wrote.clear();
       make_ready(thread);
     }
     shuffle_priorities();
@@ -205,10 +206,10 @@ class Machine {
   }
   void next_warp_round() { warps_[thread() / kLanes].round++; }
 
-  // Asynchronous copies of 16 bytes, of which the last may be zeros: they are done when they are waited for.
-  void copy_later(void* to, const void* from, int bytes) {
+  // Asynchronous copies of `size` bytes, of which the last may be zeros: they are done when they are waited for.
+  void copy_later(void* to, int size, const void* from, int bytes) {
     const Unseen unseen;
-    thread_->copies.push_back({to, from, bytes});
+    thread_->copies.push_back({to, from, size, bytes});
   }
   void end_group() {
     const Unseen unseen;
@@ -227,18 +228,35 @@ class Machine {
       for (size_t& end : thread.groups) end -= count;
     }
     for (const Copy& copy : due) {  // plain loads and stores, which the sanitizers see
-      uint64_t words[2] = {0, 0};
+      uint32_t words[4] = {0, 0, 0, 0};
       std::memcpy(words, copy.from, copy.bytes);
-      static_cast<uint64_t*>(copy.to)[0] = words[0];
-      static_cast<uint64_t*>(copy.to)[1] = words[1];
+      for (int i = 0; i < copy.size / 4; i++) static_cast<uint32_t*>(copy.to)[i] = words[i];
+      wrote(copy.to, copy.size);
     }
+  }
+
+  // What threads write to shared memory is hidden from products that read it themselves, until the thread that wrote
+  // it says so.
+  void wrote(const void* to, int size) {
+    const Unseen unseen;
+    const size_t first = static_cast<const unsigned char*>(to) - shared_;
+    for (size_t i = first / 2; i < (first + size) / 2; i++) hidden_[i] = true, thread_->wrote.push_back(i);
+  }
+  void fence_async() {
+    const Unseen unseen;
+    for (size_t i : thread_->wrote) hidden_[i] = false;
+    thread_->wrote.clear();
+  }
+  void check_fenced(const void* entry) {
+    if (hidden_[(static_cast<const unsigned char*>(entry) - shared_) / 2])
+      fail("wgmma: shared memory that was written without fence.proxy.async");
   }
 
  private:
   struct Copy {
     void* to;
     const void* from;
-    int bytes;
+    int size, bytes;
   };
   struct Thread {
     int index;
@@ -247,6 +265,7 @@ class Machine {
     const char* place;           // where it waits
     std::vector<Copy> copies;    // begun, in their order
     std::vector<size_t> groups;  // ends of groups among them
+    std::vector<size_t> wrote;   // halves of words, since its last fence_async
   };
   struct Warp {
     int arrived = 0;
@@ -349,6 +368,7 @@ class Machine {
   uint64_t random_ = 0;
   std::vector<unsigned char> memory_;
   unsigned char* shared_ = nullptr;
+  std::vector<bool> hidden_;  // for each half of a word
   const std::function<void()>* kernel_ = nullptr;
   std::string error_;
   char start_ = 0, end_ = 0;
@@ -356,6 +376,14 @@ class Machine {
 
 inline uint64_t& seed() {
   static uint64_t value = 0;
+  return value;
+}
+inline int& capability() {
+  static int value = 80;
+  return value;
+}
+inline int& multiprocessors() {
+  static int value = 1;
   return value;
 }
 inline Counts& counts() {  // of the last launch

@@ -19,7 +19,7 @@
 #include "machine.h"
 
 #define ODEBLOCK_DEVICE inline
-#define ODEBLOCK_KERNEL(threads) static void
+#define ODEBLOCK_KERNEL(...) static void
 
 namespace odeblock {
 namespace emulation {
@@ -73,7 +73,7 @@ struct Product {
 struct MmaLane {
   float* d;           // [4]
   const uint32_t* a;  // [4]
-  const uint32_t* b;  // [2]
+  uint32_t b[2];
 };
 struct MmaLane64 {
   double* d;  // [2]
@@ -180,8 +180,11 @@ inline int thread() { return Machine::current().thread(); }
 inline int lane() { return Machine::current().thread() % 32; }
 inline int warp() { return Machine::current().thread() / 32; }
 inline int block() { return Machine::current().block(); }
+inline int threads() { return Machine::current().threads(); }
 inline unsigned char* shared() { return Machine::current().shared(); }
 
+inline int opaque(int x) { return x; }
+inline void trap() { Machine::current().fail("trap"); }
 inline void sync_block() { Machine::current().meet(0, Machine::current().threads(), "__syncthreads"); }
 inline void sync_warp() {
   Machine& machine = Machine::current();
@@ -196,17 +199,27 @@ T shuffle_xor(T value, int mask) {
   return emulation::exchange(value, lane() ^ mask, "__shfl_xor_sync");
 }
 
-inline void copy_async(void* to, const void* from, int bytes) {
+template <int kSize>
+void copy_async(void* to, const void* from, int bytes) {
+  static_assert(kSize == 4 || kSize == 8 || kSize == 16);
   Machine& machine = Machine::current();
   {
     const emulation::Unseen unseen;
-    machine.check_shared(to, 16, "cp.async");
-    if (bytes < 0 || bytes > 16) machine.fail("cp.async: %d bytes", bytes);
-    if (bytes > 0 && reinterpret_cast<uintptr_t>(from) % 16) machine.fail("cp.async: the source is not aligned");
-    machine.copy_later(to, from, bytes);
+    machine.check_shared(to, kSize, "cp.async");
+    if (bytes < 0 || bytes > kSize) machine.fail("cp.async: %d of %d bytes", bytes, kSize);
+    if (bytes > 0 && reinterpret_cast<uintptr_t>(from) % kSize) machine.fail("cp.async: the source is not aligned");
+    machine.copy_later(to, kSize, from, bytes);
   }
-  static_cast<uint64_t*>(to)[0] = ~uint64_t(0);  // NaN until it is waited for
-  static_cast<uint64_t*>(to)[1] = ~uint64_t(0);
+  for (int i = 0; i < kSize / 4; i++) static_cast<uint32_t*>(to)[i] = ~0u;  // NaN until it is waited for
+}
+template <class T>
+void store(T* to, T value) {
+  {
+    const emulation::Unseen unseen;
+    Machine::current().check_shared(to, sizeof(T), "store");
+  }
+  *to = value;
+  Machine::current().wrote(to, sizeof(T));
 }
 inline void commit_copies() { Machine::current().end_group(); }
 template <int kGroupsLeft>
@@ -217,16 +230,16 @@ void wait_copies() {
 inline void load_matrices(uint32_t (&to)[4], const void* row) { emulation::load_matrices(to, row, false); }
 inline void load_matrices_transposed(uint32_t (&to)[4], const void* row) { emulation::load_matrices(to, row, true); }
 
-inline void mma_bfloat16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  emulation::MmaLane lane = {d, a, b};
+inline void mma_bfloat16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulation::MmaLane lane = {d, a, {b0, b1}};
   Machine::current().together("mma.bf16", lane, emulation::mma_16816<emulation::from_bfloat16>);
 }
-inline void mma_float16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  emulation::MmaLane lane = {d, a, b};
+inline void mma_float16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulation::MmaLane lane = {d, a, {b0, b1}};
   Machine::current().together("mma.f16", lane, emulation::mma_16816<emulation::from_float16>);
 }
-inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  emulation::MmaLane lane = {d, a, b};
+inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulation::MmaLane lane = {d, a, {b0, b1}};
   Machine::current().together("mma.tf32", lane, emulation::mma_1688);
 }
 inline void mma_float64(double (&d)[2], double a, double b) {
@@ -245,7 +258,11 @@ inline float from_float16(uint16_t bits) { return emulation::from_float16(bits);
 // To nearest, ties away from zero.
 inline uint32_t to_tf32(float x) { return (emulation::to_bits(x) + 0x1000u) & 0xffffe000u; }
 
-inline float from_tf32(uint32_t bits) { return emulation::from_bits(bits & 0xffffe000u); }
+// As wrong as the hardware may be.
+inline float tanh_approximate(float x) {
+  const float y = std::tanh(x);
+  return y + (emulation::to_bits(x) & 1 ? 0x1p-11f : -0x1p-11f) * y;
+}
 
 template <class T>
 struct alignas(2 * sizeof(T)) Pair {
@@ -260,14 +277,27 @@ Pair<T> load_pair(const T* from) {
   return *reinterpret_cast<const Pair<T>*>(from);
 }
 
-// Runs kernel(arguments) in `blocks` blocks.
+struct OnDevice {
+  explicit OnDevice(int) {}
+  const char* error() const { return nullptr; }
+};
+inline int capability(int) { return emulation::capability(); }
+inline size_t most_shared_bytes(int device) { return (capability(device) == 90 ? 227 : 163) << 10; }
+inline int multiprocessors(int) { return emulation::multiprocessors(); }
+template <class... Parameters>
+const char* unsupported(void (*)(Parameters...)) {
+  return nullptr;
+}
+
+// Runs kernel(arguments) in `blocks` blocks; throws what it finds.
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), int blocks, int threads, size_t shared_bytes, void* /*stream*/,
-            Arguments... arguments) {
+const char* launch(void (*kernel)(Parameters...), int blocks, int threads, size_t shared_bytes, void* /*stream*/,
+                   Arguments... arguments) {
   const std::function<void()> body = [=] { kernel(arguments...); };
   Machine machine(threads, shared_bytes, emulation::seed());
   for (int block = 0; block < blocks; block++) machine.run(block, blocks, body);
   emulation::counts() = machine.counts;
+  return nullptr;
 }
 
 }  // namespace simt

@@ -1,0 +1,168 @@
+"""The forward on a GPU against the eager loop, the same under CUDA graphs, and a compiled step.
+
+``python benchmarks/gpu.py [--quick] [--output FILE]`` prints a table and writes JSON: times of interleaved
+rounds, errors against float64, and the share of the measured rate of a large matrix product of the same type.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peers
+import torch
+from torch import Tensor
+
+from odeblock import initializers
+from odeblock.functional import deep_residual
+
+Shape = tuple[int, int, int, int]  # B, q, m, L
+
+LARGE = [(65536, 64, 64, 256), (65536, 128, 128, 256)]
+SMALL = [(32, 64, 64, 1024)]
+OTHERS = [
+    (65536, 32, 64, 256),
+    (65536, 256, 256, 128),
+    (4096, 64, 64, 256),
+    (1, 64, 64, 1024),
+    (65536, 99, 101, 64),
+]
+# Types of products, with the shapes and activations that they are measured at.
+CASES: dict[str, tuple[torch.dtype, list[Shape], list[str]]] = {
+    "bfloat16": (torch.bfloat16, LARGE + SMALL + OTHERS, ["gelu_tanh", "gelu"]),
+    "float16": (torch.float16, LARGE + SMALL, ["gelu_tanh"]),
+    "tf32": (torch.float32, LARGE + SMALL, ["gelu_tanh"]),
+    "float32": (torch.float32, LARGE + SMALL, ["gelu_tanh"]),
+    "float64": (torch.float64, [(8192, 64, 64, 64), (8192, 128, 128, 64)], ["gelu_tanh"]),
+}
+CHECKED_ROWS = 128
+
+
+def seconds(work: Callable[[], Any], calls: int) -> float:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(calls):
+        work()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000 / calls
+
+
+def measure(works: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Medians of interleaved rounds of some milliseconds; the first call of each warms it."""
+    calls = {}
+    for name, work in works.items():
+        seconds(work, 1)
+        calls[name] = max(1, min(100, round(5e-3 / seconds(work, 1))))
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            times[name].append(seconds(work, calls[name]))
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def matrix_rate(dtype: torch.dtype, rounds: int) -> float:
+    """Operations a second of a large matrix product."""
+    size = 4096 if dtype == torch.float64 else 8192
+    a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
+    return 2 * size**3 / measure({"product": lambda: a @ b}, rounds)["product"]
+
+
+def graphed(work: Callable[[], Tensor]) -> Callable[[], None]:
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def case(kind: str, dtype: torch.dtype, shape: Shape, activation: str, rounds: int) -> dict[str, Any]:
+    batch, dim, hidden, depth = shape
+    V, W = torch.empty(depth, dim, hidden), torch.empty(depth, hidden, dim)
+    initializers.smooth_(V, W)
+    h, V, W = (x.to("cuda", dtype) for x in (torch.randn(batch, dim), V, W))
+    options: dict[str, Any] = {"activation": activation, "scale": None}
+
+    def eager() -> Tensor:
+        return peers.eager({}, h, V, W, None, None, **options)
+
+    def compiled() -> Tensor:
+        return peers.compiled_step({}, h, V, W, None, None, **options)
+
+    def ours() -> Tensor:
+        return deep_residual(h, V, W, **options)
+
+    truth = peers.eager({}, *(x.double() for x in (h[:CHECKED_ROWS], V, W)), None, None, **options)
+    works: dict[str, Callable[[], Any]] = {"odeblock": ours, "eager": eager}
+    errors = {name: float((work()[:CHECKED_ROWS] - truth).abs().max()) for name, work in works.items()}
+    works["graphed eager"] = graphed(eager)
+    works["graphed odeblock"] = graphed(ours)
+    torch.compiler.reset()
+    try:
+        compiled()
+        works["compiled step"] = compiled
+    except Exception as error:  # a peer that does not run here is no reason to lose the others
+        errors["compiled step"] = str(error)[:200]
+    times = measure(works, rounds)
+    operations = 4 * batch * dim * hidden * depth
+    return {
+        "products": kind,
+        "shape": shape,
+        "activation": activation,
+        "seconds": times,
+        "operations_per_second": operations / times["odeblock"],
+        "errors": errors,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="three rounds, the first shape of each type")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<gpu>.json")
+    arguments = parser.parse_args()
+    name = torch.cuda.get_device_name()
+    output = arguments.output or Path(__file__).parent / "results" / f"{name.replace(' ', '_')}.json"
+    rounds = 3 if arguments.quick else 15
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout
+    results: dict[str, Any] = {
+        "gpu": name,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "commit": commit.strip(),
+        "matrix_product": {},
+        "cases": [],
+    }
+    head = ["products, B, q, m, L, activation", "x eager", "x graphed", "x compiled", "of matrix product"]
+    print(f"| {' | '.join([*head, 'error: ours, eager'])} |\n|{' --- |' * 6}")
+    with torch.inference_mode():
+        for kind, (dtype, shapes, activations) in CASES.items():
+            torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
+            rate = results["matrix_product"][kind] = matrix_rate(dtype, rounds)
+            for shape in shapes[:1] if arguments.quick else shapes:
+                for activation in activations:
+                    found = case(kind, dtype, shape, activation, rounds)
+                    results["cases"].append(found)
+                    times = found["seconds"]
+                    ratios = [
+                        f"{times[peer] / times['odeblock']:.2f}" if peer in times else "-"
+                        for peer in ("eager", "graphed eager", "compiled step")
+                    ]
+                    share = f"{found['operations_per_second'] / rate:.0%}"
+                    error = f"{found['errors']['odeblock']:.1e}, {found['errors']['eager']:.1e}"
+                    print(
+                        f"| {kind}, {shape}, {activation} | {' | '.join(ratios)} | {share} | {error} |",
+                        flush=True,
+                    )
+                    output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+// The kernels of one kind of product, for every number of features. Compiled once for each kind:
+//
+//   ODEBLOCK_PRODUCTS      the struct of products.cuh
+//   ODEBLOCK_CUDA_KERNELS  the function of kernels.h
+#include "forward.cuh"
+
+namespace odeblock {
+
+CudaKernel ODEBLOCK_CUDA_KERNELS(int64_t q) {
+  if constexpr (ODEBLOCK_PRODUCTS::kWarps == 1) {
+    if (q <= 16) return kernel_of<ODEBLOCK_PRODUCTS, 16>();
+    if (q <= 32) return kernel_of<ODEBLOCK_PRODUCTS, 32>();
+  }
+  if (q <= 64) return kernel_of<ODEBLOCK_PRODUCTS, 64>();
+  if (q <= 128) return kernel_of<ODEBLOCK_PRODUCTS, 128>();
+  return kernel_of<ODEBLOCK_PRODUCTS, 256>();
+}
+
+}  // namespace odeblock

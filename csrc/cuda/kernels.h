@@ -1,0 +1,28 @@
+// What kernels.cu compiles, and launch.cu chooses from.
+#pragma once
+
+#include "../problem.h"
+
+namespace odeblock {
+
+constexpr int64_t kMostFeatures = 256;
+
+struct CudaKernel {
+  int features;                 // that it has room for
+  int warp_rows;                // that a warp takes
+  int least_warps, most_warps;  // of a block; a multiple of the least
+  size_t (*shared_bytes)(int warps);
+  void (*forward)(ForwardProblem);
+};
+
+// The kernel for q <= kMostFeatures features, by how products are taken.
+CudaKernel cuda_kernels_float32(int64_t q);
+CudaKernel cuda_kernels_tf32(int64_t q);
+CudaKernel cuda_kernels_float64(int64_t q);
+CudaKernel cuda_kernels_bfloat16(int64_t q);
+CudaKernel cuda_kernels_float16(int64_t q);
+// On Hopper.
+CudaKernel cuda_kernels_bfloat16_warpgroup(int64_t q);
+CudaKernel cuda_kernels_float16_warpgroup(int64_t q);
+
+}  // namespace odeblock

@@ -1,0 +1,72 @@
+// Chooses a kernel for a problem on a GPU, and launches it on the caller's stream. Nothing is allocated, kept or waited
+// for.
+#include "../api.h"
+#include "kernels.h"
+#include "simt.cuh"
+
+namespace odeblock {
+namespace {
+
+// A warpgroup's products are for wide layers and many rows: it takes 64 rows at once, and on chip rows of 64 numbers.
+// (ODEBLOCK_SM90A: their kernels are in this build; one for sm_90 as such has no instructions for them.)
+#if defined(ODEBLOCK_SM90A) || defined(ODEBLOCK_EMULATED)
+constexpr bool kHasWarpgroupKernels = true;
+#else
+constexpr bool kHasWarpgroupKernels = false;
+#endif
+
+CudaKernel kernel_for(const Problem& p, bool tf32, int device) {
+  const bool warpgroup = kHasWarpgroupKernels && simt::capability(device) == 90 && p.dim > 32 && p.batch >= 64;
+  switch (p.dtype) {
+    case Dtype::float64: return cuda_kernels_float64(p.dim);
+    case Dtype::bfloat16: return warpgroup ? cuda_kernels_bfloat16_warpgroup(p.dim) : cuda_kernels_bfloat16(p.dim);
+    case Dtype::float16: return warpgroup ? cuda_kernels_float16_warpgroup(p.dim) : cuda_kernels_float16(p.dim);
+    default: return tf32 ? cuda_kernels_tf32(p.dim) : cuda_kernels_float32(p.dim);
+  }
+}
+
+struct Launch {
+  CudaKernel kernel;
+  int blocks, threads;
+  size_t shared_bytes;
+};
+
+// As many warps a block as leave no multiprocessor without one: they share what they read of the weights.
+Launch launch_of(const Problem& p, bool tf32, int device) {
+  const CudaKernel kernel = kernel_for(p, tf32, device);
+  const int64_t tiles = (p.batch + kernel.warp_rows - 1) / kernel.warp_rows, all = simt::multiprocessors(device);
+  const int64_t least = kernel.least_warps, wanted = ((tiles + all - 1) / all + least - 1) / least * least;
+  const int warps = static_cast<int>(wanted < kernel.most_warps ? wanted : kernel.most_warps);
+  return {kernel, static_cast<int>((tiles + warps - 1) / warps), 32 * warps, kernel.shared_bytes(warps)};
+}
+
+// Bytes of a layer's weights from which on few rows are better served by a matrix product a step, which all
+// multiprocessors share, than by one multiprocessor, which reads some 100 GB/s: 5 us, two launches.
+constexpr int64_t kWideLayer = 512 << 10;
+
+}  // namespace
+
+const char* cuda_unsupported(int device) {
+  const simt::OnDevice on(device);
+  if (on.error()) return on.error();
+  return simt::unsupported(cuda_kernels_float32(1).forward);
+}
+
+bool cuda_fuses(const Problem& p, bool tf32, int device) {
+  if (p.dim > kMostFeatures || p.reconstruct) return false;
+  if (p.depth * p.hidden > INT32_MAX / 2 || p.batch > INT32_MAX / 2) return false;  // kernels count in int
+  const int64_t bytes = p.dtype == Dtype::float64 ? 8 : p.dtype == Dtype::float32 ? 4 : 2;
+  const bool few = p.batch <= 16 * simt::multiprocessors(device) / 4;
+  if (few && 2 * p.dim * p.hidden * bytes > kWideLayer) return false;
+  return launch_of(p, tf32, device).shared_bytes <= simt::most_shared_bytes(device);
+}
+
+const char* cuda_forward(const ForwardProblem& p, bool tf32, int device, void* stream) {
+  if (p.batch == 0) return nullptr;
+  const simt::OnDevice on(device);
+  if (on.error()) return on.error();
+  const Launch x = launch_of(p, tf32, device);
+  return simt::launch(x.kernel.forward, x.blocks, x.threads, x.shared_bytes, stream, p);
+}
+
+}  // namespace odeblock

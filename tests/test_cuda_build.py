@@ -1,0 +1,89 @@
+"""The CUDA part without a GPU: kernels compile, hold in registers what they should, and are used if right."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from test_emulated_kernels import CSRC, PRODUCTS
+
+from odeblock import ops, reference
+
+
+def resources(name: str, architecture: str, folder: Path) -> dict[str, tuple[int, int]]:
+    """Registers and bytes of memory for what they do not hold, by kernel: what ptxas reports."""
+    command = [
+        "nvcc",
+        "-std=c++17",
+        f"-arch={architecture}",
+        "-Werror",
+        "all-warnings",
+        "-Xptxas",
+        "-v",
+        "-cubin",
+    ]
+    command += [f"-DODEBLOCK_PRODUCTS={PRODUCTS[name][0]}", f"-DODEBLOCK_CUDA_KERNELS=cuda_kernels_{name}"]
+    command += ["-o", str(folder / f"{name}.{architecture}"), str(CSRC / "cuda" / "kernels.cu")]
+    report = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ).stdout
+    assert "serialized" not in report, report  # products of a warpgroup that wait for each other
+    kernels = re.findall(
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame.*?Used (\d+) registers", report, re.S
+    )
+    return {kernel: (int(registers), int(stack)) for kernel, stack, registers in kernels}
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc: CUDA code is not compiled here")
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_kernels_compile_without_spills(name: str, tmp_path: Path) -> None:
+    warpgroup = name.endswith("warpgroup")
+    architectures = ["sm_90a"] if warpgroup else ["sm_80", "sm_90a"]
+    with ThreadPoolExecutor() as pool:
+        reports = list(pool.map(lambda architecture: resources(name, architecture, tmp_path), architectures))
+    for architecture, kernels in zip(architectures, reports, strict=True):
+        assert len(kernels) == (3 if warpgroup else 5), kernels
+        for kernel, (registers, stack) in kernels.items():
+            assert stack == 0, f"{kernel} for {architecture}: {stack} bytes beside {registers} registers"
+
+
+@pytest.mark.parametrize("dtype", ops.NATIVE_DTYPES, ids=str)
+def test_kernels_that_are_wrong_on_a_gpu_are_left_alone(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong: list[int] = []
+
+    def kernels(*arguments: object) -> tuple[torch.Tensor, ...]:
+        *tensors, activation, scale, save_every, keep_hidden, _ = arguments
+        y, states, checks = reference.forward(*tensors, activation, scale, save_every, False, keep_hidden)
+        if y.shape[1] in wrong:
+            states[1, 3, 150] += 1
+        return y, states, checks
+
+    monkeypatch.setattr(ops, "_forward_cuda", kernels)
+    assert ops._cuda_kernels_agree(torch.device("cpu"), dtype, False)
+    wrong.append(96)
+    with pytest.warns(RuntimeWarning, match=f"{dtype}, 96 features, error .*please report it"):
+        assert not ops._cuda_kernels_agree(torch.device("cpu"), dtype, False)
+
+
+def test_a_gpu_without_kernels_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Core:
+        build_info = staticmethod(lambda: {"cuda_architectures": ["80-real", "90a-real"]})
+        cuda_unsupported = staticmethod(lambda index: "no kernel image is available")
+
+    monkeypatch.setattr(ops, "_core", Core)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "an old GPU")
+    ops._has_cuda_kernels.cache_clear()
+    expected = r"an old GPU \(sm_75; built for 80-real, 90a-real\): no kernel"
+    with pytest.warns(RuntimeWarning, match=expected) as told:
+        found = [ops._has_cuda_kernels(0) for _ in range(2)]
+    ops._has_cuda_kernels.cache_clear()
+    assert found == [False, False]
+    assert len(told) == 1
