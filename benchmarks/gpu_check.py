@@ -1,11 +1,13 @@
 """All that a GPU has to show, in the order in which a fault is best understood: ``make gpu-check``.
 
-Each step runs in a process of its own, whatever became of those before; what it printed goes to
-``outputs/gpu-check``. Needs PyTorch with CUDA, nvcc, pytest, pybind11, cmake and ninja, and no package index.
+Each step runs in a process of its own, whatever became of those before. What they print and measure goes to
+the output folder, the benchmark's figures also to ``benchmarks/results``, by the name of the GPU. Needs
+PyTorch with CUDA, nvcc, pytest, pybind11, cmake and ninja, and no package index.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -16,56 +18,87 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-OUTPUT = ROOT / "outputs" / "gpu-check"
 PYTHON = sys.executable
-SMALL = (
-    "import torch, odeblock\n"
-    "for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):\n"
-    "    for sizes in ((20, 9, 7, 33), (64, 3, 64, 70), (100, 4, 100, 130)):\n"
-    "        dim, depth, hidden, batch = sizes\n"
-    "        block = odeblock.DeepResBlock(dim, depth, hidden, bias=True, device='cuda', dtype=dtype)\n"
-    "        with torch.inference_mode():\n"
-    "            block(torch.randn(batch, dim, device='cuda', dtype=dtype))\n"
-    "torch.cuda.synchronize()\n"
-)
+# For a sanitizer: few rows, inputs that begin anywhere.
+SMALL = """
+import torch, odeblock
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    for dim, depth, hidden, batch in ((20, 9, 7, 33), (64, 3, 64, 70), (65, 3, 67, 130), (200, 2, 40, 70)):
+        block = odeblock.DeepResBlock(dim, depth, hidden, bias=True, device="cuda", dtype=dtype)
+        x = torch.randn(batch * dim + 1, device="cuda", dtype=dtype)[1:].view(batch, dim)
+        with torch.inference_mode():
+            block(x)
+torch.cuda.synchronize()
+"""
+SANITIZER = ["compute-sanitizer", "--error-exitcode", "1", "--tool"]
 STEPS: dict[str, list[str]] = {
     "device": ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv"],
     "build": [PYTHON, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-e", "."],
     "info": [PYTHON, "-m", "odeblock", "info"],
     "primitives": [PYTHON, "-m", "pytest", "-q", "tests/test_emulation.py", "-k", "primitives"],
     "tests": [PYTHON, "-m", "pytest", "-q", "tests/test_cuda.py"],
-    "memcheck": ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1", PYTHON, "-c", SMALL],
-    "racecheck": ["compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "1", PYTHON, "-c", SMALL],
-    "benchmark": [PYTHON, "benchmarks/gpu.py", *sys.argv[1:]],
+    "memcheck": [*SANITIZER, "memcheck", PYTHON, "-c", SMALL],
+    "racecheck": [*SANITIZER, "racecheck", PYTHON, "-c", SMALL],
+    "benchmark": [PYTHON, "benchmarks/gpu.py"],
 }
 
 
 def main() -> int:
-    OUTPUT.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "ODEBLOCK_CUDA": "ON", "ODEBLOCK_NATIVE": "ON"}
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", default=",".join(STEPS), help="which of them, by commas; default: all")
+    parser.add_argument("--quick", action="store_true", help="of the benchmark, one shape a type")
+    parser.add_argument("--limit", type=float, default=540, help="seconds of a step; default: 540")
+    parser.add_argument("--output", type=Path, default=os.environ.get("OUT", ROOT / "outputs" / "gpu-check"))
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    results = arguments.output / "benchmark.json"
+    STEPS["benchmark"] += ["--output", str(results), *(["--quick"] if arguments.quick else [])]
+
     major, minor = torch.cuda.get_device_capability()
     architecture = f"{major}{minor}{'a' if major == 9 else ''}-real"  # of this GPU alone: minutes less
-    environment.setdefault("CMAKE_ARGS", f"-DCMAKE_CUDA_ARCHITECTURES={architecture}")
+    environment = {
+        "CMAKE_ARGS": f"-DCMAKE_CUDA_ARCHITECTURES={architecture}",
+        **os.environ,
+        "ODEBLOCK_CUDA": "ON",
+        "ODEBLOCK_NATIVE": "ON",
+        "PATH": f"{Path(PYTHON).parent}{os.pathsep}{os.environ['PATH']}",  # cmake and ninja
+    }
     failed = []
-    for name, command in STEPS.items():
+    for name in arguments.steps.split(","):
+        command = STEPS[name]
         if shutil.which(command[0]) is None:
             print(f"{name}: left out, {command[0]} is not here", flush=True)
             continue
-        begin = time.perf_counter()
-        run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        output = run.stdout + run.stderr
-        (OUTPUT / f"{name}.log").write_text(output)
-        if run.returncode == 0:
-            verdict, shown = "ok", 40 if name == "benchmark" else 3
-        elif command[0] == "compute-sanitizer" and "not supported" in output:
-            verdict, shown = "refused by this machine", 3
-        else:
-            verdict, shown = f"exit {run.returncode}", 60
+        # Every tensor by itself, so that a sanitizer sees where it ends.
+        uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if command[0] == SANITIZER[0] else {}
+        log, begin = arguments.output / f"{name}.log", time.perf_counter()
+        with log.open("w") as file:
+            try:
+                code = subprocess.run(
+                    command,
+                    cwd=ROOT,
+                    env={**environment, **uncached},
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    timeout=arguments.limit,
+                    check=False,
+                ).returncode
+                verdict = "ok" if code == 0 else f"exit {code}"
+            except subprocess.TimeoutExpired:
+                verdict = f"cut off after {arguments.limit:.0f} s"
+        printed = log.read_text()
+        if uncached and verdict != "ok" and "not supported" in printed:
+            verdict = "refused by this machine"
+        elif verdict != "ok":
             failed.append(name)
+        shown = 40 if name == "benchmark" or name in failed else 3
         print(f"{name}: {verdict}, {time.perf_counter() - begin:.0f} s", flush=True)
-        print("\n".join(output.splitlines()[-shown:]), flush=True)
+        print("\n".join(printed.splitlines()[-shown:]), flush=True)
         if "build" in failed:
             break
+    if results.exists():
+        gpu = torch.cuda.get_device_name().replace(" ", "_")
+        shutil.copy(results, ROOT / "benchmarks" / "results" / f"{gpu}.json")
     print(f"failed: {', '.join(failed)}" if failed else "all is well")
     return len(failed)
 

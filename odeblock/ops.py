@@ -129,35 +129,51 @@ def _runs_on_cuda_kernels(tensor: Tensor) -> bool:
     key = (device, dtype, _tf32(dtype))
     if key not in _agreed:
         if torch.cuda.is_current_stream_capturing():  # which nothing may wait for
+            warnings.warn(
+                f"a CUDA graph captures odeblock's first call with {dtype} on {device}, before its kernels "
+                "could be compared with PyTorch: it will replay slower PyTorch operators; call the block "
+                "once before",
+                RuntimeWarning,
+                stacklevel=2,
+            )
             return False
         _agreed[key] = _cuda_kernels_agree(*key)
     return _agreed[key]
 
 
 def _cuda_kernels_agree(device: torch.device, dtype: torch.dtype, tf32: bool) -> bool:
-    """Whether a GPU's kernels find what PyTorch finds on a few small problems, so that a GPU or a driver on
-    which they never ran makes a block slow, not wrong. Says if they do not."""
+    """Whether a GPU's kernels find what PyTorch finds on small problems, so that a GPU or a driver on which
+    they never ran makes a block slow, not wrong. Says if they do not."""
     tolerance = 2e-3 if tf32 else {2: 4, 4: 100, 8: 100}[dtype.itemsize] * torch.finfo(dtype).eps
     generator = torch.Generator().manual_seed(0)
-    with torch.inference_mode():
-        for dim in (13, 32, 64, 96, 200):  # one for each number of features that kernels are compiled for
-            sizes = ((70, dim), (2, dim, 72), (2, 72, dim), (2, 72), (2, dim))
-            made = [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
-            made[1] /= 72**0.5
-            made[2] /= dim**0.5
-            h, V, W, b, c = (tensor.to(dtype).to(device) for tensor in made)
-            found = _forward_cuda(h, V, W, b, c, "tanh", 0.5, 1, True, tf32)
-            if found is None:  # more features than this GPU's kernels take
-                continue
-            h, V, W, b, c = (tensor.double() for tensor in (h, V, W, b, c))
-            right = reference.forward(h, V, W, b, c, "tanh", 0.5, 1, False, True)
-            for ours, theirs in zip(found[:2], right[:2], strict=True):  # y and the states
-                error = float((ours.double() - theirs)[..., :70, :].abs().max() / theirs.abs().max())
-                if not error <= tolerance:
+    # One for each number of features that kernels are compiled for, rows of every alignment among them; and a
+    # batch for each way to launch them: a warp a block, four, as many as a block takes.
+    for dim, hidden in ((13, 72), (32, 64), (61, 70), (64, 67), (96, 72), (200, 72)):
+        sizes = ((20_000, dim), (2, dim, hidden), (2, hidden, dim), (2, hidden), (2, dim))
+        made = [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
+        made[1] /= hidden**0.5
+        made[2] /= dim**0.5
+        with torch.inference_mode():
+            rows, V, W, b, c = (tensor.to(dtype).to(device) for tensor in made)
+            exact = (V.double(), W.double(), b.double(), c.double())
+            for h in (rows[:40], rows[:70], rows):
+                try:
+                    found = _forward_cuda(h, V, W, b, c, "tanh", 0.5, 1, True, tf32)
+                    if found is None:  # more than this GPU's kernels take
+                        continue
+                    right = reference.forward(h.double(), *exact, "tanh", 0.5, 1, False, True)
+                    error = max(  # of y and the states
+                        float((ours.double() - theirs)[..., : len(h), :].abs().max() / theirs.abs().max())
+                        for ours, theirs in zip(found[:2], right[:2], strict=True)
+                    )
+                    fault = None if error <= tolerance else f"error {error:.1e}"
+                except RuntimeError as raised:
+                    fault = str(raised)
+                if fault is not None:
                     warnings.warn(
-                        f"odeblock's kernels do not find on {device} what PyTorch finds ({dtype}, {dim} "
-                        f"features, error {error:.1e}): please report it. Blocks run there correctly, but on "
-                        "slower PyTorch operators",
+                        f"odeblock's kernels do not find on {device} what PyTorch finds ({dtype}, {len(h)} "
+                        f"rows of {dim} features: {fault}): please report it. Blocks run there correctly, "
+                        "but on slower PyTorch operators",
                         RuntimeWarning,
                         stacklevel=2,
                     )

@@ -18,7 +18,7 @@ T* allocate(int count) {
 }
 template <class... Parameters, class... Arguments>
 void run(void (*kernel)(Parameters...), int threads, size_t shared_bytes, Arguments... arguments) {
-  launch(kernel, 1, threads, shared_bytes, nullptr, arguments...);
+  launch(kernel, 1, threads, shared_bytes, shared_bytes, nullptr, arguments...);
 }
 #else
 void check(const char* error) {
@@ -34,7 +34,7 @@ T* allocate(int count) {
 }
 template <class... Parameters, class... Arguments>
 void run(void (*kernel)(Parameters...), int threads, size_t shared_bytes, Arguments... arguments) {
-  check(launch(kernel, 1, threads, shared_bytes, nullptr, arguments...));
+  check(launch(kernel, 1, threads, shared_bytes, shared_bytes, nullptr, arguments...));
   check(text(cudaDeviceSynchronize()));
 }
 #endif
@@ -128,7 +128,7 @@ struct Tile {
   float x[4];
 };
 
-// D [64, 8 kTiles] += A [64, 16] times columns 16 j and on of M [8 kTiles, kRowBytes / 2], transposed.
+// D [64, 8 kTiles] += 2 A [64, 16] times columns 16 j and on of M [8 kTiles, kRowBytes / 2], transposed.
 template <bool kBfloat16, int kTiles, int kRowBytes>
 ODEBLOCK_KERNEL(128)
 mma_warpgroup(const uint16_t* A, const uint16_t* M, float* D, int j) {
@@ -143,17 +143,22 @@ mma_warpgroup(const uint16_t* A, const uint16_t* M, float* D, int j) {
     sync_block();
     const int g = 16 * warp() + lane() / 4, t = lane() % 4;
     const auto a2 = [&](int r, int c) { return A[16 * r + c] | static_cast<uint32_t>(A[16 * r + c + 1]) << 16; };
-    const uint32_t a[4] = {a2(g, 2 * t), a2(g + 8, 2 * t), a2(g, 2 * t + 8), a2(g + 8, 2 * t + 8)};
-    Tile d[kTiles];
+    uint32_t a[1][4] = {{a2(g, 2 * t), a2(g + 8, 2 * t), a2(g, 2 * t + 8), a2(g + 8, 2 * t + 8)}};
+    Tile d[kTiles], fresh[kTiles];
     const auto entry = [&](int n, int i) { return (g + i / 2 * 8) * 8 * kTiles + 8 * n + 2 * t + i % 2; };
     for (int n = 0; n < kTiles; n++)
       for (int i = 0; i < 4; i++) d[n].x[i] = D[entry(n, i)];
-    before_products(d);
-    multiply_warpgroup<kBfloat16>(d, a, matrix_descriptor<kRowBytes>(shared() + 32 * j));
+    const uint64_t matrix = matrix_descriptor<kRowBytes>(shared() + 32 * j);
+    before_products<false>(d, a);
+    multiply_warpgroup<kBfloat16, false>(d, a[0], matrix);
     commit_products();
     after_products(d);
+    before_products<true>(fresh, a);
+    multiply_warpgroup<kBfloat16, true>(fresh, a[0], matrix);
+    commit_products();
+    after_products(fresh);
     for (int n = 0; n < kTiles; n++)
-      for (int i = 0; i < 4; i++) D[entry(n, i)] = d[n].x[i];
+      for (int i = 0; i < 4; i++) D[entry(n, i)] = d[n].x[i] + fresh[n].x[i];
   }
 }
 

@@ -43,7 +43,7 @@ def resources(name: str, architecture: str, folder: Path) -> dict[str, tuple[int
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_kernels_compile_without_spills(name: str, tmp_path: Path) -> None:
     warpgroup = name.endswith("warpgroup")
-    architectures = ["sm_90a"] if warpgroup else ["sm_80", "sm_90a"]
+    architectures = ["sm_90a"] if warpgroup else ["sm_80", "sm_90a", "sm_100"]
     with ThreadPoolExecutor() as pool:
         reports = list(pool.map(lambda architecture: resources(name, architecture, tmp_path), architectures))
     for architecture, kernels in zip(architectures, reports, strict=True):
@@ -56,19 +56,25 @@ def test_kernels_compile_without_spills(name: str, tmp_path: Path) -> None:
 def test_kernels_that_are_wrong_on_a_gpu_are_left_alone(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong: list[int] = []
+    wrong: list[tuple[int, ...]] = []
+    broken: list[tuple[int, ...]] = []
 
     def kernels(*arguments: object) -> tuple[torch.Tensor, ...]:
         *tensors, activation, scale, save_every, keep_hidden, _ = arguments
         y, states, checks = reference.forward(*tensors, activation, scale, save_every, False, keep_hidden)
-        if y.shape[1] in wrong:
-            states[1, 3, 150] += 1
+        if tuple(y.shape) in wrong:
+            states[1, 39, 150] += 1
+        if tuple(y.shape) in broken:
+            raise RuntimeError("too many resources requested for launch")
         return y, states, checks
 
     monkeypatch.setattr(ops, "_forward_cuda", kernels)
     assert ops._cuda_kernels_agree(torch.device("cpu"), dtype, False)
-    wrong.append(96)
-    with pytest.warns(RuntimeWarning, match=f"{dtype}, 96 features, error .*please report it"):
+    wrong.append((40, 96))
+    with pytest.warns(RuntimeWarning, match=f"{dtype}, 40 rows of 96 features: error .*please report it"):
+        assert not ops._cuda_kernels_agree(torch.device("cpu"), dtype, False)
+    broken.append((20_000, 13))
+    with pytest.warns(RuntimeWarning, match="20000 rows of 13 features: too many resources"):
         assert not ops._cuda_kernels_agree(torch.device("cpu"), dtype, False)
 
 

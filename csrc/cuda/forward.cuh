@@ -35,7 +35,7 @@ struct ForwardShape {
   static constexpr int kBlocks = kSize == 2 && Q <= (P::kApproximate ? 64 : 32) ? 2 : 1;
   static constexpr int units() {
     if (P::kWarps == 4) return Q == 128 ? 64 : 32;
-    if (kSize == 2) return Q <= 128 ? 32 : 16;
+    if (kSize == 2) return Q == 64 || Q == 256 ? 16 : 32;
     return Q <= 512 / kSize || P::kColumns == 16 ? 16 : 8;
   }
   static constexpr int kUnits = units();
@@ -127,6 +127,16 @@ ODEBLOCK_DEVICE void fetch(const typename Layout::Stored* from, int64_t first, i
   fetch_pieces<Layout, kRows, kColumns, kSize>(from, first, step, rows_there, columns_there, to);
 }
 
+// Entries `from` and on of layer k's bias of `size` entries; zeros for null. anything: an address that is valid.
+template <class P, int kCount>
+ODEBLOCK_DEVICE void fetch_bias(const typename P::Stored* bias, int64_t k, int size, int from,
+                                const typename P::Stored* anything, typename P::Stored* to) {
+  if (bias)
+    fetch<Row<P>, 1, kCount>(bias + from, k, size, 1, size - from, to);
+  else
+    fetch<Row<P>, 1, kCount>(anything, 0, 0, 0, 0, to);
+}
+
 // f(tile, i, column) for each number that a lane has of tiles [kRows, N]. kRolled: where tiles are in memory.
 template <class P, int N, bool kRolled = false, class F>
 ODEBLOCK_DEVICE void for_each_number(F f) {
@@ -160,8 +170,8 @@ ODEBLOCK_DEVICE void forward_of_block(const ForwardProblem& p) {
       fetch<P, kUnits, Q>(all_W, k * hidden + unit, dim, hidden - unit, dim, to);
       fetch<P, Q, kUnits>(all_V + unit, k * dim, hidden, dim, hidden - unit, to + Shape::kV);
       to = biases + chunk % kStages * Shape::kBiases;
-      fetch<Row<P>, 1, kUnits>(hidden_bias + unit, k, hidden, hidden_bias ? 1 : 0, hidden - unit, to);
-      fetch<Row<P>, 1, Q>(output_bias, k, dim, output_bias ? 1 : 0, dim, to + kUnits);
+      fetch_bias<P, kUnits>(hidden_bias, k, hidden, static_cast<int>(unit), all_W, to);
+      fetch_bias<P, Q>(output_bias, k, dim, 0, all_W, to + kUnits);
     }
     simt::commit_copies();  // also where there is nothing, for groups are counted
   };
@@ -213,10 +223,9 @@ ODEBLOCK_DEVICE void forward_of_block(const ForwardProblem& p) {
       bias = biases + chunk % kStages * Shape::kBiases;
 
       Tile z[kUnits / 8];
-      for_each_number<P, kUnits>([&](int n, int i, int column) { z[n].x[i] = P::widen(bias[column]); });
-      P::begin(z);
-      P::template multiply<kUnits, Q>(z, operand, W);
+      P::template multiply<true, kUnits, Q>(z, operand, W);
       P::end(z);
+      for_each_number<P, kUnits>([&](int n, int i, int column) { z[n].x[i] += P::widen(bias[column]); });
       if (saves && saves_hidden(p))
         for_each_number<P, kUnits>([&](int n, int i, int column) {
           if (row_of(i) < p.batch && unit + column < hidden) saved(k, row_of(i))[dim + unit + column] = z[n].x[i];
@@ -224,14 +233,21 @@ ODEBLOCK_DEVICE void forward_of_block(const ForwardProblem& p) {
       with_activation(p.activation, [&](auto sigma) {
         for_each_number<P, kUnits>([&](int n, int i, int) { z[n].x[i] = evaluate<P::kApproximate>(sigma, z[n].x[i]); });
       });
-      P::begin(sums);
-      P::template multiply<Q, kUnits>(
+      if (unit + kUnits > hidden)  // what is not there is 0, whatever sigma(0) is, or an infinite row makes of it
+        for_each_number<P, kUnits>([&](int n, int i, int column) {
+          if (unit + column >= hidden) z[n].x[i] = 0;
+        });
+      P::template multiply<false, Q, kUnits>(
           sums, [&](int j) { return P::pack(&z[j * (P::kColumns / 8)], 1); }, W + Shape::kV);
     }
     P::end(sums);
     for_each_number<P, Q>([&](int n, int i, int column) {
       h[n * step].x[i] += static_cast<Number>(p.scale) * (sums[n].x[i] + P::widen(bias[kUnits + column]));
     });
+    if (dim < Q)
+      for_each_number<P, Q, Shape::kWait>([&](int n, int i, int column) {
+        if (column >= dim) h[n * step].x[i] = 0;
+      });
   }
   for_each_number<P, Q, Shape::kWait>([&](int n, int i, int column) {
     if (row_of(i) < p.batch && column < dim)

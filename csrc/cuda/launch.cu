@@ -28,7 +28,7 @@ CudaKernel kernel_for(const Problem& p, bool tf32, int device) {
 struct Launch {
   CudaKernel kernel;
   int blocks, threads;
-  size_t shared_bytes;
+  size_t shared_bytes, most_shared_bytes;
 };
 
 // As many warps a block as leave no multiprocessor without one: they share what they read of the weights.
@@ -37,7 +37,9 @@ Launch launch_of(const Problem& p, bool tf32, int device) {
   const int64_t tiles = (p.batch + kernel.warp_rows - 1) / kernel.warp_rows, all = simt::multiprocessors(device);
   const int64_t least = kernel.least_warps, wanted = ((tiles + all - 1) / all + least - 1) / least * least;
   const int warps = static_cast<int>(wanted < kernel.most_warps ? wanted : kernel.most_warps);
-  return {kernel, static_cast<int>((tiles + warps - 1) / warps), 32 * warps, kernel.shared_bytes(warps)};
+  const size_t most = kernel.shared_bytes(kernel.most_warps), there = simt::most_shared_bytes(device);
+  return {kernel, static_cast<int>((tiles + warps - 1) / warps), 32 * warps, kernel.shared_bytes(warps),
+          most < there ? most : there};
 }
 
 // Bytes of a layer's weights from which on few rows are better served by a matrix product a step, which all
@@ -54,6 +56,7 @@ const char* cuda_unsupported(int device) {
 
 bool cuda_fuses(const Problem& p, bool tf32, int device) {
   if (p.dim > kMostFeatures || p.reconstruct) return false;
+  if (p.batch == 0) return true;
   if (p.depth * p.hidden > INT32_MAX / 2 || p.batch > INT32_MAX / 2) return false;  // kernels count in int
   const int64_t bytes = p.dtype == Dtype::float64 ? 8 : p.dtype == Dtype::float32 ? 4 : 2;
   const bool few = p.batch <= 16 * simt::multiprocessors(device) / 4;
@@ -66,7 +69,7 @@ const char* cuda_forward(const ForwardProblem& p, bool tf32, int device, void* s
   const simt::OnDevice on(device);
   if (on.error()) return on.error();
   const Launch x = launch_of(p, tf32, device);
-  return simt::launch(x.kernel.forward, x.blocks, x.threads, x.shared_bytes, stream, p);
+  return simt::launch(x.kernel.forward, x.blocks, x.threads, x.shared_bytes, x.most_shared_bytes, stream, p);
 }
 
 }  // namespace odeblock

@@ -6,11 +6,12 @@
 // an operand wants columns l % 4 and l % 4 + 4, it gets 2 (l % 4) and the next, for the terms of a sum have no order; B
 // is read the same way.
 //
-//   multiply<N, K>: d += a Mᵀ, d [kRows, N], a [kRows, K], M [N, K] in shared memory as V and W are, row by row, with
-//   element (n, k) at offset<N, K>(n, k): so far apart that the lanes of a warp meet other banks.
+//   multiply<kFresh, N, K>: d = a Mᵀ where kFresh, else d += a Mᵀ; d [kRows, N], a [kRows, K], M [N, K] in shared
+//   memory as V and W are, row by row, with element (n, k) at offset<N, K>(n, k): so far apart that the lanes of a warp
+//   meet other banks.
 //
-// a comes from operand(j), columns kColumns j and on. Between begin(d) and end(d) products may be under way, which
-// touch d, their operands and M.
+// a comes from operand(j), columns kColumns j and on. From multiply to end(d) products may be under way, which touch d,
+// a and M.
 #pragma once
 
 #include "simt.cuh"
@@ -35,9 +36,16 @@ struct OneWarp {
   }
   ODEBLOCK_DEVICE static void before_barrier() {}
   template <class Tiles>
-  ODEBLOCK_DEVICE static void begin(Tiles&) {}
-  template <class Tiles>
   ODEBLOCK_DEVICE static void end(Tiles&) {}
+
+ protected:
+  template <bool kFresh, class Tile, int kTiles>
+  ODEBLOCK_DEVICE static void begin(Tile (&d)[kTiles]) {
+    if constexpr (kFresh) {
+#pragma unroll
+      for (int n = 0; n < kTiles; n++) d[n] = {};
+    }
+  }
 };
 
 // bfloat16 or float16, sums in float.
@@ -49,7 +57,7 @@ struct HalfProducts : OneWarp {
   static constexpr int kColumns = 16;    // of A in one product
   static constexpr bool kRounds = true;  // A is not what it is packed from
   static constexpr bool kApproximate = kBfloat16;
-  struct Tile {
+  struct alignas(16) Tile {
     float x[kNumbers];
   };
   struct A {
@@ -68,8 +76,9 @@ struct HalfProducts : OneWarp {
     return {{pair(left.x[0], left.x[1]), pair(left.x[2], left.x[3]), pair(right.x[0], right.x[1]),
              pair(right.x[2], right.x[3])}};
   }
-  template <int N, int K, class Operand>
+  template <bool kFresh, int N, int K, class Operand>
   ODEBLOCK_DEVICE static void multiply(Tile (&d)[N / 8], Operand operand, const Stored* M) {
+    begin<kFresh>(d);
     const Stored* row = M + offset<N, K>(simt::lane() % 8 + simt::lane() / 16 * 8, simt::lane() / 8 % 2 * 8);
 #pragma unroll
     for (int j = 0; j < K / 16; j++) {
@@ -92,13 +101,13 @@ struct HalfProducts : OneWarp {
 
 // float32: x = x_0 + x_1 + x_2, each bfloat16, exactly, for 3 x 8 bits are 24. Of the nine products six are taken;
 // those left out are 2^-24 of the whole, float32's own rounding. What sixteen terms give is added in float, since
-// tensor cores cut off what they sum.
+// tensor cores cut off what they sum. What float32 has as infinite, and what bfloat16 rounds to it, comes out as NaN.
 struct FloatProducts : OneWarp {
   typedef float Stored;
   typedef float Number;
   static constexpr int kRows = 16, kNumbers = 4, kColumns = 16;
   static constexpr bool kRounds = false, kApproximate = false;
-  struct Tile {
+  struct alignas(16) Tile {
     float x[kNumbers];
   };
   struct A {
@@ -117,8 +126,9 @@ struct FloatProducts : OneWarp {
     split(right.x[2], right.x[3], a.x[0][3], a.x[1][3], a.x[2][3]);
     return a;
   }
-  template <int N, int K, class Operand>
+  template <bool kFresh, int N, int K, class Operand>
   ODEBLOCK_DEVICE static void multiply(Tile (&d)[N / 8], Operand operand, const Stored* M) {
+    begin<kFresh>(d);
     const Stored* row = M + offset<N, K>(simt::lane() / 4, simt::lane() % 4 * 2);
     // Operands of 256 features come from shared memory: some at a time.
 #pragma unroll(K > 128 ? 4 : 8)
@@ -162,7 +172,7 @@ struct Tf32Products : OneWarp {
   typedef float Number;
   static constexpr int kRows = 16, kNumbers = 4, kColumns = 8;
   static constexpr bool kRounds = false, kApproximate = false;
-  struct Tile {
+  struct alignas(16) Tile {
     float x[kNumbers];
   };
   struct A {
@@ -176,8 +186,9 @@ struct Tf32Products : OneWarp {
     return {
         {simt::to_tf32(tile->x[0]), simt::to_tf32(tile->x[2]), simt::to_tf32(tile->x[1]), simt::to_tf32(tile->x[3])}};
   }
-  template <int N, int K, class Operand>
+  template <bool kFresh, int N, int K, class Operand>
   ODEBLOCK_DEVICE static void multiply(Tile (&d)[N / 8], Operand operand, const Stored* M) {
+    begin<kFresh>(d);
     const Stored* row = M + offset<N, K>(simt::lane() / 4, simt::lane() % 4 * 2);
 #pragma unroll(K > 128 ? 4 : 16)  // as above
     for (int j = 0; j < K / 8; j++) {
@@ -196,7 +207,7 @@ struct DoubleProducts : OneWarp {
   typedef double Number;
   static constexpr int kRows = 8, kNumbers = 2, kColumns = 8;
   static constexpr bool kRounds = false, kApproximate = false;
-  struct Tile {
+  struct alignas(16) Tile {
     double x[kNumbers];
   };
   typedef Tile A;
@@ -205,8 +216,9 @@ struct DoubleProducts : OneWarp {
   ODEBLOCK_DEVICE static double narrow(double x) { return x; }
 
   ODEBLOCK_DEVICE static A pack(const Tile* tile, int) { return *tile; }
-  template <int N, int K, class Operand>
+  template <bool kFresh, int N, int K, class Operand>
   ODEBLOCK_DEVICE static void multiply(Tile (&d)[N / 8], Operand operand, const Stored* M) {
+    begin<kFresh>(d);
     const Stored* row = M + offset<N, K>(simt::lane() / 4, simt::lane() % 4 * 2);
 #pragma unroll(K > 128 ? 4 : 16)  // as above
     for (int j = 0; j < K / 8; j++) {
@@ -245,22 +257,29 @@ struct WarpgroupProducts : HalfProducts<kBfloat16> {
   }
   ODEBLOCK_DEVICE static void before_barrier() { simt::fence_async(); }
   template <class Tiles>
-  ODEBLOCK_DEVICE static void begin(Tiles& d) {
-    simt::before_products(d);
-  }
-  template <class Tiles>
   ODEBLOCK_DEVICE static void end(Tiles& d) {
     simt::after_products(d);
   }
 
-  template <int N, int K, class Operand>
+  template <bool kFresh, int N, int K, class Operand>
   ODEBLOCK_DEVICE static void multiply(Tile (&d)[N / 8], Operand operand, const Stored* M) {
     constexpr int kBlock = K < 64 ? K : 64;
+    uint32_t a[K / 16][4];
 #pragma unroll
     for (int j = 0; j < K / 16; j++) {
-      const A a = operand(j);
+      const A columns = operand(j);
+#pragma unroll
+      for (int i = 0; i < 4; i++) a[j][i] = columns.x[i];
+    }
+    simt::before_products<kFresh>(d, a);
+#pragma unroll
+    for (int j = 0; j < K / 16; j++) {
       const Stored* columns = M + 16 * j / kBlock * N * kBlock + 16 * j % kBlock;
-      simt::multiply_warpgroup<kBfloat16>(d, a.x, simt::matrix_descriptor<2 * kBlock>(columns));
+      const uint64_t matrix = simt::matrix_descriptor<2 * kBlock>(columns);
+      if (kFresh && j == 0)
+        simt::multiply_warpgroup<kBfloat16, true>(d, a[j], matrix);
+      else
+        simt::multiply_warpgroup<kBfloat16, false>(d, a[j], matrix);
     }
     simt::commit_products();
   }

@@ -92,13 +92,15 @@ ODEBLOCK_DEVICE void load_matrices_transposed(uint32_t (&to)[4], const void* row
 // 16-bit operands, a [16, 16], b [16, 8], two neighbours a register: a[0] as d's first two; a[1] 8 rows below; a[2] and
 // a[3] 8 columns on; b0 of column l / 4 rows 2 (l % 4) and the next, b1 8 rows below.
 ODEBLOCK_DEVICE void mma_bfloat16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 ODEBLOCK_DEVICE void mma_float16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -106,7 +108,8 @@ ODEBLOCK_DEVICE void mma_float16(float (&d)[4], const uint32_t (&a)[4], uint32_t
 // tf32, a [16, 8], b [8, 8]: a[0] row l / 4, column l % 4; a[1] 8 rows below; a[2] and a[3] 4 columns on; b0 row
 // l % 4, column l / 4; b1 4 rows below.
 ODEBLOCK_DEVICE void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -114,9 +117,9 @@ ODEBLOCK_DEVICE void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0
 // float64, d [8, 8]: row l / 4, columns 2 (l % 4) and the next; a [8, 4]: row l / 4, column l % 4; b [4, 8]: row l % 4,
 // column l / 4.
 ODEBLOCK_DEVICE void mma_float64(double (&d)[2], double a, double b) {
-  asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
-      : "+d"(d[0]), "+d"(d[1])
-      : "d"(a), "d"(b));
+  asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+               : "+d"(d[0]), "+d"(d[1])
+               : "d"(a), "d"(b));
 }
 
 // Two numbers, rounded to nearest, in one register; the first in its lower half.
@@ -220,13 +223,14 @@ const char* unsupported(void (*kernel)(Parameters...)) {
   return text(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
 }
 
-// Does not wait.
+// Does not wait. most_shared_bytes: of any launch of this kernel. The limit is the kernel's, not the launch's, and
+// others may be about to launch it: it never falls.
 template <class... Parameters>
-const char* launch(void (*kernel)(Parameters...), int blocks, int threads, size_t shared_bytes, void* stream,
-                   typename Same<Parameters>::type... arguments) {
+const char* launch(void (*kernel)(Parameters...), int blocks, int threads, size_t shared_bytes,
+                   size_t most_shared_bytes, void* stream, typename Same<Parameters>::type... arguments) {
   const void* function = reinterpret_cast<const void*>(kernel);
-  const char* error =
-      text(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+  const char* error = text(
+      cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most_shared_bytes)));
   if (error) return error;
   void* pointers[] = {&arguments...};
   return text(cudaLaunchKernel(function, dim3(blocks), dim3(threads), pointers, shared_bytes,

@@ -82,7 +82,7 @@ int main(int, char** arguments) {
   };
   odeblock::emulation::seed() = std::strtoull(arguments[2], nullptr, 10);
   try {
-    launch(kernels.at(arguments[1]), 1, 64, 256, nullptr);
+    launch(kernels.at(arguments[1]), 1, 64, 256, 256, nullptr);
   } catch (const std::runtime_error& error) {
     std::printf("%s\n", error.what());
     return 0;

@@ -291,8 +291,8 @@ const char* unsupported(void (*)(Parameters...)) {
 
 // Runs kernel(arguments) in `blocks` blocks; throws what it finds.
 template <class... Parameters, class... Arguments>
-const char* launch(void (*kernel)(Parameters...), int blocks, int threads, size_t shared_bytes, void* /*stream*/,
-                   Arguments... arguments) {
+const char* launch(void (*kernel)(Parameters...), int blocks, int threads, size_t shared_bytes,
+                   size_t /*most_shared_bytes*/, void* /*stream*/, Arguments... arguments) {
   const std::function<void()> body = [=] { kernel(arguments...); };
   Machine machine(threads, shared_bytes, emulation::seed());
   for (int block = 0; block < blocks; block++) machine.run(block, blocks, body);

@@ -54,7 +54,7 @@ inline std::vector<float> sums_of(const PendingProduct& product) {
 }
 
 template <float (*widen)(uint16_t)>
-void begin_product(float* d, int tiles, const uint32_t (&a)[4], uint64_t matrix) {
+void begin_product(float* d, int tiles, bool fresh, const uint32_t (&a)[4], uint64_t matrix) {
   struct Lane {
     const uint32_t* a;
     float A[2][16];
@@ -74,8 +74,11 @@ void begin_product(float* d, int tiles, const uint32_t (&a)[4], uint64_t matrix)
   LaneProducts& mine = lane_products();
   if (!mine.ordered) machine.fail("wgmma: no wgmma.fence since what its registers held was waited for or written");
   for (const auto& [target, values] : mine.before)
-    if (target == d) return mine.begun.push_back(std::move(product));
-  mine.before.push_back({d, std::vector<float>(d, d + 4 * tiles)});
+    if (target == d) {
+      if (fresh) machine.fail("wgmma: begins anew what it has begun");
+      return mine.begun.push_back(std::move(product));
+    }
+  mine.before.push_back({d, fresh ? std::vector<float>(4 * tiles) : std::vector<float>(d, d + 4 * tiles)});
   for (int i = 0; i < 4 * tiles; i++) d[i] = NAN;
   mine.begun.push_back(std::move(product));
 }
@@ -117,9 +120,10 @@ uint64_t matrix_descriptor(const void* first) {
          static_cast<uint64_t>(address) >> 4;
 }
 
-template <class Tile, int kTiles>
-void before_products(Tile (&)[kTiles]) {
+template <bool kFresh, class Tile, int kTiles, int kOperands>
+void before_products(Tile (&)[kTiles], uint32_t (&)[kOperands][4]) {
   Machine::current().together("wgmma.fence", Machine::current(), [](Machine**) {});
+  const emulation::Unseen unseen;
   emulation::lane_products().ordered = true;
 }
 inline void commit_products() {
@@ -133,11 +137,11 @@ void after_products(Tile (&)[kTiles]) {
   emulation::finish_products();
 }
 
-template <bool kBfloat16, class Tile, int kTiles>
+template <bool kBfloat16, bool kFresh, class Tile, int kTiles>
 void multiply_warpgroup(Tile (&d)[kTiles], const uint32_t (&a)[4], uint64_t matrix) {
   static_assert(sizeof(Tile) == 4 * sizeof(float));
   constexpr auto widen = kBfloat16 ? emulation::from_bfloat16 : emulation::from_float16;
-  emulation::begin_product<widen>(d[0].x, kTiles, a, matrix);
+  emulation::begin_product<widen>(d[0].x, kTiles, kFresh, a, matrix);
 }
 
 }  // namespace simt
