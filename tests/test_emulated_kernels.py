@@ -185,7 +185,12 @@ def test_an_infinite_number_stays_where_eager_has_it(program: Path) -> None:
 
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_emulated_forward_under_sanitizers(sanitizer: str, tmp_path: Path) -> None:
-    shapes = {"bfloat16": (70, 20, 72, 2), "float32": (3, 17, 72, 2), "float64": (40, 32, 40, 2)}
+    shapes = {
+        "bfloat16": (70, 20, 72, 2),
+        "bfloat16_warpgroup": (70, 40, 72, 2),
+        "float32": (3, 17, 72, 2),
+        "float64": (40, 32, 40, 2),
+    }
     program = build(tmp_path, shapes, f"-fsanitize={sanitizer}")
     for products, shape in shapes.items():
         check(program, make_case(*shape), products)
