@@ -132,6 +132,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="three rounds, the first shape of each type")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<gpu>.json")
     arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error(f"PyTorch {torch.__version__} sees no GPU here")
     name = torch.cuda.get_device_name()
     output = arguments.output or Path(__file__).parent / "results" / f"{name.replace(' ', '_')}.json"
     rounds = 3 if arguments.quick else 15

@@ -50,6 +50,11 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=540, help="seconds of a step; default: 540")
     parser.add_argument("--output", type=Path, default=os.environ.get("OUT", ROOT / "outputs" / "gpu-check"))
     arguments = parser.parse_args()
+    unknown = [name for name in arguments.steps.split(",") if name not in STEPS]
+    if unknown:
+        parser.error(f"--steps: expected some of {', '.join(STEPS)}, got {', '.join(unknown)}")
+    if not torch.cuda.is_available():
+        parser.error(f"PyTorch {torch.__version__} sees no GPU here")
     arguments.output.mkdir(parents=True, exist_ok=True)
     results = arguments.output / "benchmark.json"
     STEPS["benchmark"] += ["--output", str(results), *(["--quick"] if arguments.quick else [])]
