@@ -1,13 +1,10 @@
 // The native CPU core without Python: reads one problem from standard input, runs it forward and backward, and
 // writes the results to standard output. test_core.py builds it for other processors and under sanitizers.
-// Every array is a block of its own of exactly its size, so that a sanitizer sees any access beyond it.
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
-#include <memory>
-#include <vector>
 
 #include "api.h"
+#include "arrays.h"
 
 namespace {
 
@@ -15,18 +12,6 @@ struct Header {
   int64_t dtype, activation, batch, dim, hidden, depth, save_every, reconstruct, slots, keep_hidden, threads, biases;
   double scale;
 };
-
-typedef std::unique_ptr<char[]> Bytes;
-
-Bytes allocate(size_t size) { return Bytes(new char[size]); }
-
-Bytes read(size_t size) {
-  Bytes bytes = allocate(size);
-  if (std::fread(bytes.get(), 1, size, stdin) != size) std::exit(2);
-  return bytes;
-}
-
-void write(const Bytes& bytes, size_t size) { std::fwrite(bytes.get(), 1, size, stdout); }
 
 }  // namespace
 

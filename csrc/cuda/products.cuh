@@ -48,18 +48,22 @@ struct OneWarp {
   }
 };
 
-// bfloat16 or float16, sums in float.
-template <bool kBfloat16>
-struct HalfProducts : OneWarp {
-  typedef uint16_t Stored;
+// Sums in float, of 16 rows.
+struct FloatSums : OneWarp {
   typedef float Number;
   static constexpr int kRows = 16, kNumbers = 4;
-  static constexpr int kColumns = 16;    // of A in one product
-  static constexpr bool kRounds = true;  // A is not what it is packed from
-  static constexpr bool kApproximate = kBfloat16;
   struct alignas(16) Tile {
     float x[kNumbers];
   };
+};
+
+// bfloat16 or float16.
+template <bool kBfloat16>
+struct HalfProducts : FloatSums {
+  typedef uint16_t Stored;
+  static constexpr int kColumns = 16;    // of A in one product
+  static constexpr bool kRounds = true;  // A is not what it is packed from
+  static constexpr bool kApproximate = kBfloat16;
   struct A {
     uint32_t x[4];
   };
@@ -99,23 +103,23 @@ struct HalfProducts : OneWarp {
   }
 };
 
-// float32: x = x_0 + x_1 + x_2, each bfloat16, exactly, for 3 x 8 bits are 24. Of the nine products six are taken;
-// those left out are 2^-24 of the whole, float32's own rounding. What sixteen terms give is added in float, since
-// tensor cores cut off what they sum. What float32 has as infinite, and what bfloat16 rounds to it, comes out as NaN.
-struct FloatProducts : OneWarp {
+// float32 is stored as it is summed.
+struct OfFloat : FloatSums {
   typedef float Stored;
-  typedef float Number;
-  static constexpr int kRows = 16, kNumbers = 4, kColumns = 16;
   static constexpr bool kRounds = false, kApproximate = false;
-  struct alignas(16) Tile {
-    float x[kNumbers];
-  };
-  struct A {
-    uint32_t x[3][4];
-  };
 
   ODEBLOCK_DEVICE static float widen(float x) { return x; }
   ODEBLOCK_DEVICE static float narrow(float x) { return x; }
+};
+
+// float32: x = x_0 + x_1 + x_2, each bfloat16, exactly, for 3 x 8 bits are 24. Of the nine products six are taken;
+// those left out are 2^-24 of the whole, float32's own rounding. What sixteen terms give is added in float, since
+// tensor cores cut off what they sum. What float32 has as infinite, and what bfloat16 rounds to it, comes out as NaN.
+struct FloatProducts : OfFloat {
+  static constexpr int kColumns = 16;
+  struct A {
+    uint32_t x[3][4];
+  };
 
   ODEBLOCK_DEVICE static A pack(const Tile* tiles, int step) {
     const Tile &left = tiles[0], &right = tiles[step];
@@ -167,20 +171,11 @@ struct FloatProducts : OneWarp {
 };
 
 // float32 rounded to the 11 bits of tf32.
-struct Tf32Products : OneWarp {
-  typedef float Stored;
-  typedef float Number;
-  static constexpr int kRows = 16, kNumbers = 4, kColumns = 8;
-  static constexpr bool kRounds = false, kApproximate = false;
-  struct alignas(16) Tile {
-    float x[kNumbers];
-  };
+struct Tf32Products : OfFloat {
+  static constexpr int kColumns = 8;
   struct A {
     uint32_t x[4];
   };
-
-  ODEBLOCK_DEVICE static float widen(float x) { return x; }
-  ODEBLOCK_DEVICE static float narrow(float x) { return x; }
 
   ODEBLOCK_DEVICE static A pack(const Tile* tile, int) {
     return {

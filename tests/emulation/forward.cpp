@@ -1,9 +1,8 @@
 // The CUDA forward, emulated: reads one problem from standard input, writes y and the saved states. Linked with
 // csrc/cuda/launch.cu and the kinds of kernels.cu that a test needs.
 #include <cstdio>
-#include <cstdlib>
-#include <memory>
 
+#include "../arrays.h"
 #include "api.h"
 #include "cuda/simt.cuh"
 
@@ -16,17 +15,6 @@ struct Header {
       multiprocessors, seed;
   double scale;
 };
-
-typedef std::unique_ptr<char[]> Bytes;
-
-// 16-byte aligned and of exactly this size, so that a sanitizer sees any access beyond it.
-Bytes allocate(size_t size) { return Bytes(new char[size]); }
-
-Bytes read(size_t size) {
-  Bytes bytes = allocate(size);
-  if (std::fread(bytes.get(), 1, size, stdin) != size) std::exit(2);
-  return bytes;
-}
 
 }  // namespace
 
@@ -58,8 +46,7 @@ int main() {
     std::fprintf(stderr, "%s\n", error.what());
     return 1;
   }
-  std::fwrite(y.get(), 1, rows, stdout);
-  std::fwrite(states.get(), 1, saved, stdout);
+  write(y, rows), write(states, saved);
   std::fprintf(stderr, "bank conflicts %lld\n", static_cast<long long>(emulation::counts().bank_conflicts));
   return 0;
 }
