@@ -146,9 +146,10 @@ def _cuda_kernels_agree(device: torch.device, dtype: torch.dtype, tf32: bool) ->
     they never ran makes a block slow, not wrong. Says if they do not."""
     tolerance = 2e-3 if tf32 else {2: 4, 4: 100, 8: 100}[dtype.itemsize] * torch.finfo(dtype).eps
     generator = torch.Generator().manual_seed(0)
-    # One for each number of features that kernels are compiled for, rows of every alignment among them; and a
-    # batch for each way to launch them: a warp a block, four, as many as a block takes.
-    for dim, hidden in ((13, 72), (32, 64), (61, 70), (64, 67), (96, 72), (200, 72)):
+    # One for each number of features that kernels are compiled for, rows of every alignment among them, and
+    # more hidden units than fit on chip; and a batch for each way to launch them: a warp a block, four, as
+    # many as a block takes.
+    for dim, hidden in ((13, 72), (32, 64), (61, 70), (64, 67), (64, 264), (96, 328), (200, 72)):
         sizes = ((20_000, dim), (2, dim, hidden), (2, hidden, dim), (2, hidden), (2, dim))
         made = [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
         made[1] /= hidden**0.5

@@ -1,10 +1,11 @@
-// One warp and each primitive of csrc/cuda/simt.cuh: full matrices in, full matrices out, placed by the documentation
+// One warp and each primitive of csrc/cuda: full matrices in, full matrices out, placed by the documentation
 // of PTX and not by the kernels' own code. Prints a line a result; tests/test_emulation.py knows what must come. Built
 // by nvcc it runs on a GPU, with ODEBLOCK_EMULATED on the CPU.
 #include <cstdio>
 #include <cstdlib>
+#include <string>
 
-#include "cuda/simt.cuh"
+#include "cuda/bulk.cuh"
 #include "cuda/warpgroup.cuh"
 
 using namespace odeblock::simt;
@@ -16,10 +17,8 @@ template <class T>
 T* allocate(int count) {
   return static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64));
 }
-template <class... Parameters, class... Arguments>
-void run(void (*kernel)(Parameters...), int threads, size_t shared_bytes, Arguments... arguments) {
-  launch(kernel, 1, threads, shared_bytes, shared_bytes, nullptr, arguments...);
-}
+void check(const char*) {}
+void finish() {}
 #else
 void check(const char* error) {
   if (!error) return;
@@ -32,12 +31,17 @@ T* allocate(int count) {
   check(text(cudaMallocManaged(&memory, count * sizeof(T))));
   return static_cast<T*>(memory);
 }
+void finish() { check(text(cudaDeviceSynchronize())); }
+#endif
+template <class... Parameters, class... Arguments>
+void run_cluster(void (*kernel)(Parameters...), int blocks, int threads, size_t shared_bytes, Arguments... arguments) {
+  check(launch(kernel, blocks, blocks, threads, shared_bytes, shared_bytes, nullptr, arguments...));
+  finish();
+}
 template <class... Parameters, class... Arguments>
 void run(void (*kernel)(Parameters...), int threads, size_t shared_bytes, Arguments... arguments) {
-  check(launch(kernel, 1, threads, shared_bytes, shared_bytes, nullptr, arguments...));
-  check(text(cudaDeviceSynchronize()));
+  run_cluster(kernel, 1, threads, shared_bytes, arguments...);
 }
-#endif
 
 // Matrices A [16, 16], B [16, 8] of 16-bit numbers, D [16, 8].
 template <bool kBfloat16>
@@ -150,15 +154,52 @@ mma_warpgroup(const uint16_t* A, const uint16_t* M, float* D, int j) {
       for (int i = 0; i < 4; i++) d[n].x[i] = D[entry(n, i)];
     const uint64_t matrix = matrix_descriptor<kRowBytes>(shared() + 32 * j);
     before_products<false>(d, a);
-    multiply_warpgroup<kBfloat16, false>(d, a[0], matrix);
+    multiply_warpgroup<kBfloat16>(false, d, a[0], matrix);
     commit_products();
     after_products(d);
     before_products<true>(fresh, a);
-    multiply_warpgroup<kBfloat16, true>(fresh, a[0], matrix);
+    multiply_warpgroup<kBfloat16>(true, fresh, a[0], matrix);
     commit_products();
     after_products(fresh);
     for (int n = 0; n < kTiles; n++)
       for (int i = 0; i < 4; i++) D[entry(n, i)] = d[n].x[i] + fresh[n].x[i];
+  }
+}
+
+// Two rounds, each of a box of 16 rows in shares that go to all blocks of the cluster, of layers 1 and 2 of `map`, from
+// column 32 and rows 12 and 4 on, and of 16 of the `numbers`, another 16 for each block; out [blocks, 2, 1024 + 16].
+ODEBLOCK_KERNEL(32)
+boxes(const ODEBLOCK_PARAMETER Boxes map, const uint16_t* numbers, int columns, uint16_t* out) {
+  if constexpr (kWarpgroups) {
+    uint16_t* const box = reinterpret_cast<uint16_t*>(shared());
+    uint64_t *const full = reinterpret_cast<uint64_t*>(shared() + 2048 + 32), *const empty = full + 1;
+    const int blocks = cluster_blocks(), rank = cluster_rank();
+    if (thread() == 0) {
+      init_barrier(full, 1);
+      init_barrier(empty, blocks);
+      fence_barriers();
+    }
+    for (int i = thread(); i < 1024; i += 32) box[i] = 0;
+    sync_cluster();
+    for (int round = 0; round < 2; round++) {
+      if (thread() == 0) {
+        if (round > 0) wait_phase(empty, 0);
+        arrive_expecting(full, 16 * columns * 2 + 32);
+        const int first = rank * (16 / blocks), row = (round == 0 ? 12 : 4) + first;
+        if (blocks > 1)
+          copy_box_to((1u << blocks) - 1, box + first * columns, map, 32, row, 1 + round, full);
+        else
+          copy_box(box, map, 32, row, 1 + round, full);
+        copy_bulk(box + 1024, numbers + 16 * (rank + round), 32, full);
+      }
+      sync_warp();
+      wait_phase(full, round);
+      for (int i = thread(); i < 1024 + 16; i += 32) out[((rank * 2) + round) * (1024 + 16) + i] = box[i];
+      sync_warp();
+      if (thread() == 0)
+        for (int other = 0; other < blocks; other++) arrive(empty, other);
+    }
+    sync_cluster();
   }
 }
 
@@ -233,6 +274,18 @@ int main() {
     warpgroup("warpgroup_128_128_0", mma_warpgroup<true, 16, 128>, 16, 128, 0);
     warpgroup("warpgroup_256_128_1", mma_warpgroup<true, 32, 128>, 32, 128, 1);
     warpgroup("warpgroup_256_64_1", mma_warpgroup<true, 32, 64>, 32, 64, 1);
+
+    constexpr int kLayers = 3, kRows = 20, kColumns = 72, kOut = 2 * (1024 + 16);  // of a block
+    uint16_t *layers = allocate<uint16_t>(kLayers * kRows * kColumns), *out = allocate<uint16_t>(2 * kOut);
+    for (int i = 0; i < kLayers * kRows * kColumns; i++) layers[i] = static_cast<uint16_t>(i);
+    for (const int blocks : {1, 2})
+      for (const int columns : {32, 64}) {
+        Boxes map;
+        check(describe(map, layers, kLayers, kRows, kColumns, 16 / blocks, columns));
+        run_cluster(boxes, blocks, 32, 2048 + 48, map, layers, columns, out);
+        const std::string name = "boxes_" + std::to_string(blocks) + "_" + std::to_string(columns);
+        print(name.c_str(), out, blocks * kOut);
+      }
   }
   for (int i = 0; i < 128; i++) D[i] = i;
   run(mma_32, 32, 0, A, B, D);

@@ -65,6 +65,20 @@ def check_primitives(output: str) -> None:
         product = before + 2 * found["A_rows"].reshape(64, 16) @ M.T
         np.testing.assert_array_equal(found[name].reshape(64, -1), product, name)
 
+    layers = np.zeros((3, 40, 128), int)  # zero beyond the matrix
+    layers[:, :20, :72] = np.arange(3 * 20 * 72).reshape(3, 20, 72)
+    for name in [name for name in found if name.startswith("boxes")]:
+        blocks, columns = map(int, name.split("_")[1:])
+        results = found[name].reshape(blocks, 2, 1024 + 16)
+        place = np.arange(16 * columns)  # pieces of 8 numbers trade places
+        place ^= (place >> 6 & columns // 8 - 1) << 3
+        for turn, row in ((0, 12), (1, 4)):
+            box = layers[1 + turn, row : row + 16, 32 : 32 + columns].reshape(-1)
+            for block in range(blocks):
+                np.testing.assert_array_equal(results[block, turn, place], box, name)
+                expected = np.arange(16) + 16 * (block + turn)
+                np.testing.assert_array_equal(results[block, turn, 1024:], expected)
+
     matrices = np.arange(256).reshape(4, 8, 8)
     for name, rows in (("matrices", matrices), ("matrices_transposed", matrices.transpose(0, 2, 1))):
         pairs = rows.reshape(4, 8, 4, 2)  # lane 4 g + t has of row g the columns 2 t and the next
@@ -135,7 +149,19 @@ FAULTS = {
     "an_unaligned_copy": "cp.async: not aligned",
     "a_copy_not_waited_for": "left the kernel without waiting for its copies",
     "a_group_too_early": "",
+    "no_fault_of_bulk": "",
+    "a_box_not_waited_for": "",
+    "a_box_of_other_bytes": "deadlock",
+    "the_wrong_parity": "deadlock",
+    "one_arrival_more": "more arrivals than the 1 of a phase",
+    "an_unpublished_barrier": "without fence.mbarrier_init",
+    "a_barrier_written_over": "a barrier that was written over",
+    "a_copy_to_one_that_left": "while copies to it are under way",
+    "a_barrier_of_one_that_left": "a block that has left the kernel",
+    "a_warp_apart": "without a barrier of the warp",
 }
+# Those that depend on who is faster.
+OF_SOME_SCHEDULES = ("a_copy_to_one_that_left", "a_barrier_of_one_that_left")
 
 
 @pytest.fixture(scope="module")
@@ -155,12 +181,13 @@ def test_faults_of_emulated_kernels_are_found(name: str, faults: dict[str, Path]
     right = " ".join(map(str, reversed(range(64))))
     plain = [run("plain", seed).stdout.strip() for seed in SEEDS]
     thread = run("thread", 0)
-    if name == "no_fault":
+    if name.startswith("no_fault"):
         assert plain == [right] * len(SEEDS)
         assert thread.returncode == 0, thread.stderr[-3000:]
         assert run("address", 0).returncode == 0, run("address", 0).stderr[-3000:]
     elif FAULTS[name]:
-        assert all(FAULTS[name] in text for text in plain), plain
+        found = any if name in OF_SOME_SCHEDULES else all
+        assert found(FAULTS[name] in text for text in plain), plain
     else:  # wrong numbers: in some schedule, and always what the poison or the thread sanitizer shows
         assert any(text != right for text in plain)
         assert "data race" in thread.stderr or all("-1" in text for text in plain), thread.stderr[-3000:]

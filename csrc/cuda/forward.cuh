@@ -1,8 +1,8 @@
 // The forward on a GPU: one launch, all L steps, for q up to kMostFeatures.
 //
 // A warp takes rows of its own through all layers: their states, what a layer adds to them, and hidden units stay in
-// its lanes, in the layout that tensor cores sum in. Weights stream through shared memory in chunks of hidden units,
-// some rows of W and columns of V with their biases, several chunks ahead; all warps of a block read them. A chunk's
+// its lanes, in the layout that tensor cores sum in. Weights stream through shared memory in chunks of hidden units
+// (chunks.cuh); all warps of a block read them. A chunk's
 //
 //   z = W h + hidden_bias,  s = sigma(z),  sums += V s;     once a layer  h += scale (sums + output_bias)
 //
@@ -17,8 +17,7 @@
 #include "math.cuh"
 // math.cuh before activations.h, which is written on its functions
 #include "../activations.h"
-#include "kernels.h"
-#include "products.cuh"
+#include "chunks.cuh"
 
 namespace odeblock {
 namespace {
@@ -38,12 +37,8 @@ struct ForwardShape {
     if (kSize == 2) return Q == 64 || Q == 256 ? 16 : 32;
     return Q <= 512 / kSize || P::kColumns == 16 ? 16 : 8;
   }
-  static constexpr int kUnits = units();
 
-  // A chunk: elements of W [kUnits, Q] and V [Q, kUnits], and apart hidden_bias [kUnits] and output_bias [Q].
-  static constexpr int kV = P::template elements<kUnits, Q>(), kMatrices = kV + P::template elements<Q, kUnits>();
-  static constexpr int kBiases = kUnits + Q;
-  static_assert(kMatrices * kSize % P::kAlignment == 0 && kBiases * kSize % 16 == 0);
+  typedef ChunkShape<P, Q, units()> Chunk;
 
   static constexpr size_t waiting_bytes(int warps) {
     return kWait ? static_cast<size_t>(warps) * 32 * (Q / 8) * sizeof(typename P::Tile) : 0;
@@ -53,12 +48,12 @@ struct ForwardShape {
     const size_t most = P::kSharedBytes, room = Q <= 64                   ? most / 2
                                                 : kWait || P::kWarps == 4 ? most - waiting_bytes(kMostWarps)
                                                                           : 99 << 10;
-    const int fit = static_cast<int>(room / (kSize * (kMatrices + kBiases)));
+    const int fit = static_cast<int>(room / Chunk::kBytes);
     return fit < 8 ? fit : 8;
   }
   static constexpr int kStages = stages();
-  static_assert(kStages >= 2 + P::kReading);
-  static constexpr size_t kStageBytes = static_cast<size_t>(kStages) * kSize * (kMatrices + kBiases);
+  static constexpr size_t kStageBytes = static_cast<size_t>(kStages) * Chunk::kBytes;
+  typedef std::conditional_t<Chunk::kBulk, BulkChunks<Chunk, kStages>, CopiedChunks<Chunk, kStages>> Stream;
   static constexpr size_t shared_bytes(int warps) { return kStageBytes + waiting_bytes(warps); }
 };
 
@@ -82,61 +77,6 @@ ODEBLOCK_DEVICE T evaluate(Sigma, T z) {
   }
 }
 
-// A matrix of one row, in shared memory as it is.
-template <class P>
-struct Row {
-  typedef typename P::Stored Stored;
-  template <int, int>
-  ODEBLOCK_DEVICE static int offset(int, int column) {
-    return column;
-  }
-};
-
-// To shared memory, laid out as Layout has it, M [kRows, kColumns], rows `first` and on of a matrix at `from` with rows
-// of `step` elements; zero beyond `rows_there` and `columns_there`. By all threads of the block, in pieces of kBytes.
-template <class Layout, int kRows, int kColumns, int kBytes>
-ODEBLOCK_DEVICE void fetch_pieces(const typename Layout::Stored* from, int64_t first, int step, int rows_there,
-                                  int columns_there, typename Layout::Stored* to) {
-  typedef typename Layout::Stored Stored;
-  constexpr int kSize = sizeof(Stored), kPiece = kBytes / kSize, kPieces = kColumns / kPiece;
-#pragma unroll 1  // while registers are full
-  for (int i = simt::thread(); i < kRows * kPieces; i += simt::threads()) {
-    const int row = i / kPieces, column = i % kPieces * kPiece;
-    const int left = row < rows_there ? columns_there - column : 0;
-    const int count = left >= kPiece ? kPiece : left > 0 ? left : 0;
-    const Stored* source = from + (first + (count > 0 ? row : 0)) * step + (count > 0 ? column : 0);
-    Stored* target = to + Layout::template offset<kRows, kColumns>(row, column);
-    if constexpr (kBytes >= 4)
-      simt::copy_async<kBytes>(target, source, count * kSize);
-    else
-      simt::store(target, count > 0 ? *source : Stored(0));
-  }
-}
-
-// In the largest pieces that every row begins at a multiple of.
-template <class Layout, int kRows, int kColumns>
-ODEBLOCK_DEVICE void fetch(const typename Layout::Stored* from, int64_t first, int step, int rows_there,
-                           int columns_there, typename Layout::Stored* to) {
-  constexpr int kSize = sizeof(typename Layout::Stored);
-  const uint64_t places = reinterpret_cast<uintptr_t>(from) | static_cast<uint64_t>(step) * kSize;
-  if (places % 16 == 0)
-    return fetch_pieces<Layout, kRows, kColumns, 16>(from, first, step, rows_there, columns_there, to);
-  if constexpr (kSize == 2)
-    if (places % 4 == 0)
-      return fetch_pieces<Layout, kRows, kColumns, 4>(from, first, step, rows_there, columns_there, to);
-  fetch_pieces<Layout, kRows, kColumns, kSize>(from, first, step, rows_there, columns_there, to);
-}
-
-// Entries `from` and on of layer k's bias of `size` entries; zeros for null. anything: an address that is valid.
-template <class P, int kCount>
-ODEBLOCK_DEVICE void fetch_bias(const typename P::Stored* bias, int64_t k, int size, int from,
-                                const typename P::Stored* anything, typename P::Stored* to) {
-  if (bias)
-    fetch<Row<P>, 1, kCount>(bias + from, k, size, 1, size - from, to);
-  else
-    fetch<Row<P>, 1, kCount>(anything, 0, 0, 0, 0, to);
-}
-
 // f(tile, i, column) for each number that a lane has of tiles [kRows, N]. kRolled: where tiles are in memory.
 template <class P, int N, bool kRolled = false, class F>
 ODEBLOCK_DEVICE void for_each_number(F f) {
@@ -147,40 +87,35 @@ ODEBLOCK_DEVICE void for_each_number(F f) {
     for (int i = 0; i < P::kNumbers; i++) f(n, i, 8 * n + first + i % 2);
 }
 
+// f(tile, i, bias of the column), likewise; bias [N] in shared memory.
+template <class P, int N, class F>
+ODEBLOCK_DEVICE void for_each_biased(const typename P::Stored* bias, F f) {
+  bias += simt::opaque(simt::lane() % 4 * 2);  // as above
+#pragma unroll
+  for (int n = 0; n < N / 8; n++) {
+    const simt::Pair<typename P::Stored> pair = simt::load_pair(bias + 8 * n);
+#pragma unroll
+    for (int i = 0; i < P::kNumbers; i++) f(n, i, P::widen(i % 2 ? pair.y : pair.x));
+  }
+}
+
 template <class P, int Q>
-ODEBLOCK_DEVICE void forward_of_block(const ForwardProblem& p) {
+ODEBLOCK_DEVICE void forward_of_block(const ForwardArguments& arguments) {
   typedef typename P::Stored Stored;
   typedef typename P::Number Number;
   typedef typename P::Tile Tile;
   typedef ForwardShape<P, Q> Shape;
-  constexpr int kUnits = Shape::kUnits, kStages = Shape::kStages;
+  constexpr int kUnits = Shape::Chunk::kUnits;
 
+  const ForwardProblem& p = arguments.problem;
   const int dim = static_cast<int>(p.dim), hidden = static_cast<int>(p.hidden);
-  const int chunks = (hidden + kUnits - 1) / kUnits, total = static_cast<int>(p.depth) * chunks;  // of a layer, of all
-  const Stored *all_W = static_cast<const Stored*>(p.W), *all_V = static_cast<const Stored*>(p.V);
-  const Stored* hidden_bias = static_cast<const Stored*>(p.hidden_bias);
-  const Stored* output_bias = static_cast<const Stored*>(p.output_bias);
+  typename Shape::Stream chunks(arguments);
 
-  Stored* const matrices = reinterpret_cast<Stored*>(simt::shared());
-  Stored* const biases = matrices + kStages * Shape::kMatrices;
-  const auto fetch_chunk = [&](int chunk) {
-    if (chunk < total) {
-      const int64_t k = chunk / chunks, unit = chunk % chunks * kUnits;
-      Stored* to = matrices + chunk % kStages * Shape::kMatrices;
-      fetch<P, kUnits, Q>(all_W, k * hidden + unit, dim, hidden - unit, dim, to);
-      fetch<P, Q, kUnits>(all_V + unit, k * dim, hidden, dim, hidden - unit, to + Shape::kV);
-      to = biases + chunk % kStages * Shape::kBiases;
-      fetch_bias<P, kUnits>(hidden_bias, k, hidden, static_cast<int>(unit), all_W, to);
-      fetch_bias<P, Q>(output_bias, k, dim, 0, all_W, to + kUnits);
-    }
-    simt::commit_copies();  // also where there is nothing, for groups are counted
+  // Number i of a tile is of this row. (opaque: worked out where it is needed, while registers are full.)
+  const auto row_of = [&](int i) {
+    const int warp = simt::opaque(simt::block()) * (simt::threads() / 32) + simt::warp();
+    return static_cast<int64_t>(warp * P::kRows + simt::lane() / 4 + i / 2 * 8);
   };
-  constexpr int kAhead = kStages - 1 - P::kReading;
-  for (int chunk = 0; chunk < kAhead; chunk++) fetch_chunk(chunk);
-
-  // Number i of a tile is of this row.
-  const int first = (simt::block() * (simt::threads() / 32) + simt::warp()) * P::kRows;
-  const auto row_of = [&](int i) { return static_cast<int64_t>(simt::opaque(first) + simt::lane() / 4 + i / 2 * 8); };
 
   Tile own[Shape::kWait ? 1 : Q / 8];
   Tile* const h = Shape::kWait ? reinterpret_cast<Tile*>(simt::shared() + Shape::kStageBytes) + simt::thread() : own;
@@ -197,39 +132,36 @@ ODEBLOCK_DEVICE void forward_of_block(const ForwardProblem& p) {
     else
       return P::pack(&h[j * (P::kColumns / 8) * step], step);
   };
-  // Where a row of this layer is saved.
-  const auto saved = [&](int k, int64_t row) {
-    return static_cast<Number*>(p.states) + (k / p.save_every * padded_rows(p.batch) + row) * saved_width(p);
+  const int save_every = static_cast<int>(p.save_every);
+  // Where layer k is saved.
+  const auto saved = [&](int k) {
+    return static_cast<Number*>(p.states) + simt::opaque(k) / save_every * (padded_rows(p.batch) * saved_width(p));
   };
-  int chunk = 0;
   for (int k = 0; k < p.depth; k++) {
-    const bool saves = p.save_every && k % p.save_every == 0;
-    if (saves)
+    if (save_every && k % save_every == 0) {
+      Number* const to = saved(k);
       for_each_number<P, Q, Shape::kWait>([&](int n, int i, int column) {
-        if (row_of(i) < p.batch && column < dim) saved(k, row_of(i))[column] = h[n * step].x[i];
+        if (row_of(i) < p.batch && column < dim) to[row_of(i) * saved_width(p) + column] = h[n * step].x[i];
       });
+    }
     if constexpr (P::kRounds) {
 #pragma unroll
       for (int j = 0; j < Q / P::kColumns; j++) packed[j] = P::pack(&h[j * (P::kColumns / 8) * step], step);
     }
-    Tile sums[Q / 8] = {};
-    const Stored* bias = nullptr;
-    for (int unit = 0; unit < hidden; unit += kUnits, chunk++) {
-      simt::wait_copies<kAhead - 1>();
-      P::before_barrier();
-      simt::sync_block();  // this chunk is there for all, and all are done with the one that the next will replace
-      fetch_chunk(chunk + kAhead);
-      const Stored* W = matrices + chunk % kStages * Shape::kMatrices;
-      bias = biases + chunk % kStages * Shape::kBiases;
-
+    Tile sums[Q / 8];
+    P::clear(sums);
+    for (int unit = 0; unit < hidden; unit += kUnits) {
+      chunks.wait();
       Tile z[kUnits / 8];
-      P::template multiply<true, kUnits, Q>(z, operand, W);
+      P::template multiply<kUnits, Q>(z, operand, chunks.W());
       P::end(z);
-      for_each_number<P, kUnits>([&](int n, int i, int column) { z[n].x[i] += P::widen(bias[column]); });
-      if (saves && saves_hidden(p))
+      for_each_biased<P, kUnits>(chunks.hidden_bias(), [&](int n, int i, Number bias) { z[n].x[i] += bias; });
+      if (saves_hidden(p)) {  // of every layer
+        Number* const to = saved(k) + dim + unit;
         for_each_number<P, kUnits>([&](int n, int i, int column) {
-          if (row_of(i) < p.batch && unit + column < hidden) saved(k, row_of(i))[dim + unit + column] = z[n].x[i];
+          if (row_of(i) < p.batch && unit + column < hidden) to[row_of(i) * saved_width(p) + column] = z[n].x[i];
         });
+      }
       with_activation(p.activation, [&](auto sigma) {
         for_each_number<P, kUnits>([&](int n, int i, int) { z[n].x[i] = evaluate<P::kApproximate>(sigma, z[n].x[i]); });
       });
@@ -237,12 +169,13 @@ ODEBLOCK_DEVICE void forward_of_block(const ForwardProblem& p) {
         for_each_number<P, kUnits>([&](int n, int i, int column) {
           if (unit + column >= hidden) z[n].x[i] = 0;
         });
-      P::template multiply<false, Q, kUnits>(
-          sums, [&](int j) { return P::pack(&z[j * (P::kColumns / 8)], 1); }, W + Shape::kV);
+      P::template add<Q, kUnits>(
+          unit == 0, sums, [&](int j) { return P::pack(&z[j * (P::kColumns / 8)], 1); }, chunks.V());
+      chunks.release();
     }
     P::end(sums);
-    for_each_number<P, Q>([&](int n, int i, int column) {
-      h[n * step].x[i] += static_cast<Number>(p.scale) * (sums[n].x[i] + P::widen(bias[kUnits + column]));
+    for_each_biased<P, Q>(chunks.output_bias(), [&](int n, int i, Number bias) {
+      h[n * step].x[i] += static_cast<Number>(p.scale) * (sums[n].x[i] + bias);
     });
     if (dim < Q)
       for_each_number<P, Q, Shape::kWait>([&](int n, int i, int column) {
@@ -253,13 +186,14 @@ ODEBLOCK_DEVICE void forward_of_block(const ForwardProblem& p) {
     if (row_of(i) < p.batch && column < dim)
       static_cast<Stored*>(p.y)[row_of(i) * dim + column] = P::narrow(h[n * step].x[i]);
   });
+  chunks.end();
 }
 
 template <class P, int Q>
 ODEBLOCK_KERNEL(ForwardShape<P, Q>::kMostThreads, ForwardShape<P, Q>::kBlocks)
-forward_kernel(const ForwardProblem p) {
+forward_kernel(const ODEBLOCK_PARAMETER ForwardArguments arguments) {
   if constexpr (P::kWarps == 1 || simt::kWarpgroups)
-    forward_of_block<P, Q>(p);
+    forward_of_block<P, Q>(arguments);
   else
     simt::trap();
 }
@@ -267,7 +201,13 @@ forward_kernel(const ForwardProblem p) {
 template <class P, int Q>
 CudaKernel kernel_of() {
   typedef ForwardShape<P, Q> Shape;
-  return {Q, P::kRows, P::kWarps, Shape::kMostWarps, Shape::shared_bytes, forward_kernel<P, Q>};
+  return {Q,
+          P::kRows,
+          P::kWarps,
+          Shape::kMostWarps,
+          Shape::Chunk::kBulk ? Shape::Chunk::kUnits : 0,
+          Shape::shared_bytes,
+          forward_kernel<P, Q>};
 }
 
 }  // namespace

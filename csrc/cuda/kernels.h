@@ -2,17 +2,24 @@
 #pragma once
 
 #include "../problem.h"
+#include "bulk.cuh"
 
 namespace odeblock {
 
 constexpr int64_t kMostFeatures = 256;
 
+struct ForwardArguments {
+  ForwardProblem problem;
+  simt::Boxes W, V;  // of the kernels whose chunks come in bulk
+};
+
 struct CudaKernel {
   int features;                 // that it has room for
   int warp_rows;                // that a warp takes
   int least_warps, most_warps;  // of a block; a multiple of the least
+  int bulk_units;               // of a chunk that comes in bulk, or 0
   size_t (*shared_bytes)(int warps);
-  void (*forward)(ForwardProblem);
+  void (*forward)(ForwardArguments);
 };
 
 // The kernel for q <= kMostFeatures features, by how products are taken.

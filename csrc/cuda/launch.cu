@@ -8,6 +8,7 @@ namespace odeblock {
 namespace {
 
 // A warpgroup's products are for wide layers and many rows: it takes 64 rows at once, and on chip rows of 64 numbers.
+// Their weights come in bulk, in pieces of 16 bytes at multiples of 16.
 // (ODEBLOCK_SM90A: their kernels are in this build; one for sm_90 as such has no instructions for them.)
 #if defined(ODEBLOCK_SM90A) || defined(ODEBLOCK_EMULATED)
 constexpr bool kHasWarpgroupKernels = true;
@@ -15,8 +16,15 @@ constexpr bool kHasWarpgroupKernels = true;
 constexpr bool kHasWarpgroupKernels = false;
 #endif
 
+bool comes_in_bulk(const Problem& p) {
+  const auto aligned = [](const void* array) { return reinterpret_cast<uintptr_t>(array) % 16 == 0; };
+  return p.dim % 8 == 0 && p.hidden % 8 == 0 && aligned(p.V) && aligned(p.W) && aligned(p.hidden_bias) &&
+         aligned(p.output_bias);
+}
+
 CudaKernel kernel_for(const Problem& p, bool tf32, int device) {
-  const bool warpgroup = kHasWarpgroupKernels && simt::capability(device) == 90 && p.dim > 32 && p.batch >= 64;
+  const bool warpgroup =
+      kHasWarpgroupKernels && simt::capability(device) == 90 && p.dim > 32 && p.batch >= 64 && comes_in_bulk(p);
   switch (p.dtype) {
     case Dtype::float64: return cuda_kernels_float64(p.dim);
     case Dtype::bfloat16: return warpgroup ? cuda_kernels_bfloat16_warpgroup(p.dim) : cuda_kernels_bfloat16(p.dim);
@@ -27,18 +35,24 @@ CudaKernel kernel_for(const Problem& p, bool tf32, int device) {
 
 struct Launch {
   CudaKernel kernel;
-  int blocks, threads;
+  int blocks, cluster, threads;
   size_t shared_bytes, most_shared_bytes;
 };
 
-// As many warps a block as leave no multiprocessor without one: they share what they read of the weights.
+// As many warps a block as leave no multiprocessor without one: they share what they read of the weights, as two blocks
+// of a cluster do what comes in bulk.
 Launch launch_of(const Problem& p, bool tf32, int device) {
   const CudaKernel kernel = kernel_for(p, tf32, device);
   const int64_t tiles = (p.batch + kernel.warp_rows - 1) / kernel.warp_rows, all = simt::multiprocessors(device);
   const int64_t least = kernel.least_warps, wanted = ((tiles + all - 1) / all + least - 1) / least * least;
   const int warps = static_cast<int>(wanted < kernel.most_warps ? wanted : kernel.most_warps);
+  const int blocks = static_cast<int>((tiles + warps - 1) / warps), cluster = kernel.bulk_units && blocks > 1 ? 2 : 1;
   const size_t most = kernel.shared_bytes(kernel.most_warps), there = simt::most_shared_bytes(device);
-  return {kernel, static_cast<int>((tiles + warps - 1) / warps), 32 * warps, kernel.shared_bytes(warps),
+  return {kernel,
+          (blocks + cluster - 1) / cluster * cluster,
+          cluster,
+          32 * warps,
+          kernel.shared_bytes(warps),
           most < there ? most : there};
 }
 
@@ -69,7 +83,15 @@ const char* cuda_forward(const ForwardProblem& p, bool tf32, int device, void* s
   const simt::OnDevice on(device);
   if (on.error()) return on.error();
   const Launch x = launch_of(p, tf32, device);
-  return simt::launch(x.kernel.forward, x.blocks, x.threads, x.shared_bytes, x.most_shared_bytes, stream, p);
+  ForwardArguments arguments{p, {}, {}};
+  if (const int units = x.kernel.bulk_units) {
+    const char* error = simt::describe(arguments.W, p.W, p.depth, p.hidden, p.dim, units / x.cluster, 64);
+    if (!error)
+      error = simt::describe(arguments.V, p.V, p.depth, p.dim, p.hidden, x.kernel.features / x.cluster, units);
+    if (error) return error;
+  }
+  return simt::launch(x.kernel.forward, x.blocks, x.cluster, x.threads, x.shared_bytes, x.most_shared_bytes, stream,
+                      arguments);
 }
 
 }  // namespace odeblock

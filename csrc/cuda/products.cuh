@@ -6,9 +6,9 @@
 // an operand wants columns l % 4 and l % 4 + 4, it gets 2 (l % 4) and the next, for the terms of a sum have no order; B
 // is read the same way.
 //
-//   multiply<kFresh, N, K>: d = a Mᵀ where kFresh, else d += a Mᵀ; d [kRows, N], a [kRows, K], M [N, K] in shared
-//   memory as V and W are, row by row, with element (n, k) at offset<N, K>(n, k): so far apart that the lanes of a warp
-//   meet other banks.
+//   multiply<N, K>(d, a, M): d = a Mᵀ; d [kRows, N], a [kRows, K], M [N, K] in shared memory as V and W are, row by
+//   row, with element (n, k) at offset<N, K>(n, k): so far apart that the lanes of a warp meet other banks.
+//   add<N, K>(first, d, a, M): d += a Mᵀ, for a d that went through clear(d); first: the first of its products.
 //
 // a comes from operand(j), columns kColumns j and on. From multiply to end(d) products may be under way, which touch d,
 // a and M.
@@ -23,7 +23,6 @@ namespace {
 // Of products of one warp. Rows of K elements end 8 elements later, but for those that fill banks as they are.
 struct OneWarp {
   static constexpr int kWarps = 1, kAlignment = 16;
-  static constexpr int kReading = 0;                 // chunks that products may still read when the next begins
   static constexpr size_t kSharedBytes = 163 << 10;  // of a block, at most: sm_80 has no more
 
   template <int N, int K>
@@ -34,18 +33,13 @@ struct OneWarp {
   ODEBLOCK_DEVICE static int offset(int row, int column) {
     return row * (K == 8 ? 8 : K + 8) + column;
   }
-  ODEBLOCK_DEVICE static void before_barrier() {}
+  template <class Tile, int kTiles>
+  ODEBLOCK_DEVICE static void clear(Tile (&d)[kTiles]) {
+#pragma unroll
+    for (int n = 0; n < kTiles; n++) d[n] = {};
+  }
   template <class Tiles>
   ODEBLOCK_DEVICE static void end(Tiles&) {}
-
- protected:
-  template <bool kFresh, class Tile, int kTiles>
-  ODEBLOCK_DEVICE static void begin(Tile (&d)[kTiles]) {
-    if constexpr (kFresh) {
-#pragma unroll
-      for (int n = 0; n < kTiles; n++) d[n] = {};
-    }
-  }
 };
 
 // Sums in float, of 16 rows.
@@ -80,9 +74,13 @@ struct HalfProducts : FloatSums {
     return {{pair(left.x[0], left.x[1]), pair(left.x[2], left.x[3]), pair(right.x[0], right.x[1]),
              pair(right.x[2], right.x[3])}};
   }
-  template <bool kFresh, int N, int K, class Operand>
+  template <int N, int K, class Operand>
   ODEBLOCK_DEVICE static void multiply(Tile (&d)[N / 8], Operand operand, const Stored* M) {
-    begin<kFresh>(d);
+    OneWarp::clear(d);
+    add<N, K>(true, d, operand, M);
+  }
+  template <int N, int K, class Operand>
+  ODEBLOCK_DEVICE static void add(bool, Tile (&d)[N / 8], Operand operand, const Stored* M) {
     const Stored* row = M + offset<N, K>(simt::lane() % 8 + simt::lane() / 16 * 8, simt::lane() / 8 % 2 * 8);
 #pragma unroll
     for (int j = 0; j < K / 16; j++) {
@@ -130,9 +128,13 @@ struct FloatProducts : OfFloat {
     split(right.x[2], right.x[3], a.x[0][3], a.x[1][3], a.x[2][3]);
     return a;
   }
-  template <bool kFresh, int N, int K, class Operand>
+  template <int N, int K, class Operand>
   ODEBLOCK_DEVICE static void multiply(Tile (&d)[N / 8], Operand operand, const Stored* M) {
-    begin<kFresh>(d);
+    OneWarp::clear(d);
+    add<N, K>(true, d, operand, M);
+  }
+  template <int N, int K, class Operand>
+  ODEBLOCK_DEVICE static void add(bool, Tile (&d)[N / 8], Operand operand, const Stored* M) {
     const Stored* row = M + offset<N, K>(simt::lane() / 4, simt::lane() % 4 * 2);
     // Operands of 256 features come from shared memory: some at a time.
 #pragma unroll(K > 128 ? 4 : 8)
@@ -181,9 +183,13 @@ struct Tf32Products : OfFloat {
     return {
         {simt::to_tf32(tile->x[0]), simt::to_tf32(tile->x[2]), simt::to_tf32(tile->x[1]), simt::to_tf32(tile->x[3])}};
   }
-  template <bool kFresh, int N, int K, class Operand>
+  template <int N, int K, class Operand>
   ODEBLOCK_DEVICE static void multiply(Tile (&d)[N / 8], Operand operand, const Stored* M) {
-    begin<kFresh>(d);
+    OneWarp::clear(d);
+    add<N, K>(true, d, operand, M);
+  }
+  template <int N, int K, class Operand>
+  ODEBLOCK_DEVICE static void add(bool, Tile (&d)[N / 8], Operand operand, const Stored* M) {
     const Stored* row = M + offset<N, K>(simt::lane() / 4, simt::lane() % 4 * 2);
 #pragma unroll(K > 128 ? 4 : 16)  // as above
     for (int j = 0; j < K / 8; j++) {
@@ -211,9 +217,13 @@ struct DoubleProducts : OneWarp {
   ODEBLOCK_DEVICE static double narrow(double x) { return x; }
 
   ODEBLOCK_DEVICE static A pack(const Tile* tile, int) { return *tile; }
-  template <bool kFresh, int N, int K, class Operand>
+  template <int N, int K, class Operand>
   ODEBLOCK_DEVICE static void multiply(Tile (&d)[N / 8], Operand operand, const Stored* M) {
-    begin<kFresh>(d);
+    OneWarp::clear(d);
+    add<N, K>(true, d, operand, M);
+  }
+  template <int N, int K, class Operand>
+  ODEBLOCK_DEVICE static void add(bool, Tile (&d)[N / 8], Operand operand, const Stored* M) {
     const Stored* row = M + offset<N, K>(simt::lane() / 4, simt::lane() % 4 * 2);
 #pragma unroll(K > 128 ? 4 : 16)  // as above
     for (int j = 0; j < K / 8; j++) {
@@ -236,7 +246,7 @@ struct WarpgroupProducts : HalfProducts<kBfloat16> {
   using typename Base::A;
   using typename Base::Stored;
   using typename Base::Tile;
-  static constexpr int kWarps = 4, kAlignment = 1024, kReading = 1;
+  static constexpr int kWarps = 4, kAlignment = 1024;
   static constexpr size_t kSharedBytes = 227 << 10;
 
   template <int N, int K>
@@ -250,14 +260,25 @@ struct WarpgroupProducts : HalfProducts<kBfloat16> {
     const int element = (column / kBlock * N + row) * kBlock + column % kBlock;
     return element ^ (element >> 6 & (kBlock / 8 - 1)) << 3;
   }
-  ODEBLOCK_DEVICE static void before_barrier() { simt::fence_async(); }
+  template <class Tiles>
+  ODEBLOCK_DEVICE static void clear(Tiles&) {}  // its first product does not read it
   template <class Tiles>
   ODEBLOCK_DEVICE static void end(Tiles& d) {
     simt::after_products(d);
   }
 
-  template <bool kFresh, int N, int K, class Operand>
+  template <int N, int K, class Operand>
   ODEBLOCK_DEVICE static void multiply(Tile (&d)[N / 8], Operand operand, const Stored* M) {
+    begin<true, N, K>(true, d, operand, M);
+  }
+  template <int N, int K, class Operand>
+  ODEBLOCK_DEVICE static void add(bool first, Tile (&d)[N / 8], Operand operand, const Stored* M) {
+    begin<false, N, K>(first, d, operand, M);
+  }
+
+ private:
+  template <bool kFresh, int N, int K, class Operand>
+  ODEBLOCK_DEVICE static void begin(bool first, Tile (&d)[N / 8], Operand operand, const Stored* M) {
     constexpr int kBlock = K < 64 ? K : 64;
     uint32_t a[K / 16][4];
 #pragma unroll
@@ -271,10 +292,7 @@ struct WarpgroupProducts : HalfProducts<kBfloat16> {
     for (int j = 0; j < K / 16; j++) {
       const Stored* columns = M + 16 * j / kBlock * N * kBlock + 16 * j % kBlock;
       const uint64_t matrix = simt::matrix_descriptor<2 * kBlock>(columns);
-      if (kFresh && j == 0)
-        simt::multiply_warpgroup<kBfloat16, true>(d, a[j], matrix);
-      else
-        simt::multiply_warpgroup<kBfloat16, false>(d, a[j], matrix);
+      simt::multiply_warpgroup<kBfloat16>(first && j == 0, d, a[j], matrix);
     }
     simt::commit_products();
   }

@@ -17,6 +17,7 @@
 
 #define ODEBLOCK_DEVICE __device__ __forceinline__
 #define ODEBLOCK_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
+#define ODEBLOCK_PARAMETER __grid_constant__  // of a kernel, which takes its address
 
 namespace odeblock {
 namespace simt {
@@ -223,18 +224,26 @@ const char* unsupported(void (*kernel)(Parameters...)) {
   return text(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
 }
 
-// Does not wait. most_shared_bytes: of any launch of this kernel. The limit is the kernel's, not the launch's, and
-// others may be about to launch it: it never falls.
+// Does not wait. In clusters of blocks, if of more than one. most_shared_bytes: of any launch of this kernel. The limit
+// is the kernel's, not the launch's, and others may be about to launch it: it never falls.
 template <class... Parameters>
-const char* launch(void (*kernel)(Parameters...), int blocks, int threads, size_t shared_bytes,
+const char* launch(void (*kernel)(Parameters...), int blocks, int cluster, int threads, size_t shared_bytes,
                    size_t most_shared_bytes, void* stream, typename Same<Parameters>::type... arguments) {
   const void* function = reinterpret_cast<const void*>(kernel);
   const char* error = text(
       cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most_shared_bytes)));
   if (error) return error;
   void* pointers[] = {&arguments...};
-  return text(cudaLaunchKernel(function, dim3(blocks), dim3(threads), pointers, shared_bytes,
-                               static_cast<cudaStream_t>(stream)));
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks), config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute, config.numAttrs = cluster > 1;
+  return text(cudaLaunchKernelExC(&config, function, pointers));
 }
 
 }  // namespace simt

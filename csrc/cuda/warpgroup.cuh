@@ -56,7 +56,7 @@ ODEBLOCK_DEVICE void after_products(Tile (&d)[kTiles]) {
   pin(d);
 }
 
-// d += a Mᵀ, or kFresh: d = a Mᵀ, for a warpgroup: d [64, 8 kTiles], of which warp w has rows 16 w and on as in mma; a
+// d += a Mᵀ, or fresh: d = a Mᵀ, for a warpgroup: d [64, 8 kTiles], of which warp w has rows 16 w and on as in mma; a
 // [64, 16] likewise; M [8 kTiles, 16] in shared memory.
 #define ODEBLOCK_FOUR(n) "+f"(d[n].x[0]), "+f"(d[n].x[1]), "+f"(d[n].x[2]), "+f"(d[n].x[3])
 #define ODEBLOCK_SIXTEEN(n) ODEBLOCK_FOUR(n), ODEBLOCK_FOUR(n + 1), ODEBLOCK_FOUR(n + 2), ODEBLOCK_FOUR(n + 3)
@@ -66,7 +66,7 @@ ODEBLOCK_DEVICE void after_products(Tile (&d)[kTiles]) {
   asm volatile("{ .reg .pred add; setp.ne.b32 add, " adds ", 0; wgmma.mma_async.sync.aligned.m64n" columns          \
                "k16.f32." type "." type " {" registers "}, {" a_registers "}, " matrix_register ", add, 1, 1, 0; }" \
                : __VA_ARGS__                                                                                        \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix), "n"(kFresh ? 0 : 1)                       \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix), "r"(fresh ? 0 : 1)                        \
                : "memory")
 #define ODEBLOCK_REGISTERS_0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define ODEBLOCK_REGISTERS_1 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -79,8 +79,8 @@ ODEBLOCK_DEVICE void after_products(Tile (&d)[kTiles]) {
 #define ODEBLOCK_REGISTERS_7 \
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-template <bool kBfloat16, bool kFresh, class Tile, int kTiles>
-ODEBLOCK_DEVICE void multiply_warpgroup(Tile (&d)[kTiles], const uint32_t (&a)[4], uint64_t matrix) {
+template <bool kBfloat16, class Tile, int kTiles>
+ODEBLOCK_DEVICE void multiply_warpgroup(bool fresh, Tile (&d)[kTiles], const uint32_t (&a)[4], uint64_t matrix) {
   static_assert(kTiles == 4 || kTiles == 8 || kTiles == 16 || kTiles == 32);
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   if constexpr (kTiles == 4) {

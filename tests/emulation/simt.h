@@ -1,5 +1,5 @@
 // The names of csrc/cuda/simt.cuh for the CPU, with the semantics that CUDA and PTX document: a kernel compiled with
-// ODEBLOCK_EMULATED runs here, one block after the other, each thread of a block a fiber.
+// ODEBLOCK_EMULATED runs here, one block or cluster after the other, each thread a fiber.
 //
 // A thread gives way only where it must wait, so that between two calls it runs alone. Which thread goes on is random
 // (by the seed): one warp runs as far ahead as barriers let it, lanes of a warp in any order. What a schedule cannot
@@ -20,6 +20,7 @@
 
 #define ODEBLOCK_DEVICE inline
 #define ODEBLOCK_KERNEL(...) static void
+#define ODEBLOCK_PARAMETER
 
 namespace odeblock {
 namespace emulation {
@@ -291,11 +292,12 @@ const char* unsupported(void (*)(Parameters...)) {
 
 // Runs kernel(arguments) in `blocks` blocks; throws what it finds.
 template <class... Parameters, class... Arguments>
-const char* launch(void (*kernel)(Parameters...), int blocks, int threads, size_t shared_bytes,
+const char* launch(void (*kernel)(Parameters...), int blocks, int cluster, int threads, size_t shared_bytes,
                    size_t /*most_shared_bytes*/, void* /*stream*/, Arguments... arguments) {
   const std::function<void()> body = [=] { kernel(arguments...); };
-  Machine machine(threads, shared_bytes, emulation::seed());
-  for (int block = 0; block < blocks; block++) machine.run(block, blocks, body);
+  if (blocks % cluster) throw std::runtime_error("launch: blocks that are in no cluster");
+  Machine machine(threads, shared_bytes, emulation::seed(), cluster);
+  for (int block = 0; block < blocks; block += cluster) machine.run(block, blocks, body);
   emulation::counts() = machine.counts;
   return nullptr;
 }

@@ -26,8 +26,8 @@ struct LaneProducts {
 };
 
 inline LaneProducts& lane_products() {
-  static thread_local std::vector<LaneProducts> lanes(kLanes * kMaxWarps);
-  return lanes[Machine::current().thread()];
+  static thread_local std::vector<LaneProducts> lanes(kLanes * kMaxWarps * kMaxBlocks);
+  return lanes[Machine::current().thread_of_cluster()];
 }
 
 inline std::vector<float> sums_of(const PendingProduct& product) {
@@ -60,6 +60,10 @@ void begin_product(float* d, int tiles, bool fresh, const uint32_t (&a)[4], uint
     float A[2][16];
   } lane = {a, {}};
   Machine& machine = Machine::current();
+  {
+    const Unseen unseen;
+    machine.check_together("wgmma");
+  }
   machine.together("wgmma", lane, [](Lane** lanes) {
     for (int l = 0; l < kLanes; l++)
       for (int t = 0; t < 4; t++)
@@ -89,6 +93,7 @@ inline void finish_products() {
   std::vector<PendingProduct> due;
   {
     const Unseen unseen;
+    machine.check_together("wgmma.wait_group");
     if (!mine.begun.empty()) machine.fail("wgmma: waited for products that are in no group");
     due.swap(mine.committed);
     for (auto& [d, values] : mine.before) std::memcpy(d, values.data(), values.size() * sizeof(float));
@@ -122,8 +127,9 @@ uint64_t matrix_descriptor(const void* first) {
 
 template <bool kFresh, class Tile, int kTiles, int kOperands>
 void before_products(Tile (&)[kTiles], uint32_t (&)[kOperands][4]) {
-  Machine::current().together("wgmma.fence", Machine::current(), [](Machine**) {});
   const emulation::Unseen unseen;
+  Machine::current().check_together("wgmma.fence");
+  Machine::current().together("wgmma.fence", Machine::current(), [](Machine**) {});
   emulation::lane_products().ordered = true;
 }
 inline void commit_products() {
@@ -137,11 +143,11 @@ void after_products(Tile (&)[kTiles]) {
   emulation::finish_products();
 }
 
-template <bool kBfloat16, bool kFresh, class Tile, int kTiles>
-void multiply_warpgroup(Tile (&d)[kTiles], const uint32_t (&a)[4], uint64_t matrix) {
+template <bool kBfloat16, class Tile, int kTiles>
+void multiply_warpgroup(bool fresh, Tile (&d)[kTiles], const uint32_t (&a)[4], uint64_t matrix) {
   static_assert(sizeof(Tile) == 4 * sizeof(float));
   constexpr auto widen = kBfloat16 ? emulation::from_bfloat16 : emulation::from_float16;
-  emulation::begin_product<widen>(d[0].x, kTiles, kFresh, a, matrix);
+  emulation::begin_product<widen>(d[0].x, kTiles, fresh, a, matrix);
 }
 
 }  // namespace simt

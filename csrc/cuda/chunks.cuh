@@ -1,0 +1,247 @@
+// Weights on their way through shared memory: chunks of hidden units, of each layer in turn, some rows of W and columns
+// of V with their biases, several of them ahead of the products that read them.
+//
+// Two ways, for products P: all threads of a block copy, piece by piece, and meet once a chunk (CopiedChunks); or, on
+// Hopper, one asks an engine for whole boxes, which come to all blocks of a cluster, and warps go on at their own pace,
+// as barriers in shared memory let them (BulkChunks).
+//
+//   wait()          the next chunk is there, until its successor has been released
+//   W(), V()        of it: [kUnits, Q] and [Q, kUnits], laid out as P has them; zero beyond the layer
+//   hidden_bias(), output_bias()  of it: [kUnits], of which those beyond m are anything; [Q], likewise beyond q
+//   release()       this warp has read what came before the chunk that it waited for last
+#pragma once
+
+#include "bulk.cuh"
+#include "kernels.h"
+#include "products.cuh"
+
+namespace odeblock {
+namespace {
+
+// A chunk of `Units` hidden units: elements of W and V, and apart their biases.
+template <class P, int Q, int Units>
+struct ChunkShape {
+  typedef P Products;
+  typedef typename P::Stored Stored;
+  static constexpr int kFeatures = Q, kUnits = Units, kSize = sizeof(Stored);
+  static constexpr int kV = P::template elements<kUnits, Q>(), kMatrices = kV + P::template elements<Q, kUnits>();
+  static constexpr int kBiases = kUnits + Q;
+  static constexpr bool kBulk = P::kWarps > 1;
+  static_assert(kMatrices * kSize % P::kAlignment == 0 && kBiases * kSize % 16 == 0);
+
+  // And two barriers, for those that come in bulk.
+  static constexpr int kBytes = kSize * (kMatrices + kBiases) + (kBulk ? 2 * sizeof(uint64_t) : 0);
+};
+
+// Where the chunks of one block are in shared memory, `Stages` of them.
+template <class Shape, int Stages>
+class Chunks {
+ public:
+  typedef typename Shape::Stored Stored;
+
+  ODEBLOCK_DEVICE const Stored* W() const { return matrices(chunk_); }
+  ODEBLOCK_DEVICE const Stored* V() const { return matrices(chunk_) + Shape::kV; }
+  ODEBLOCK_DEVICE const Stored* hidden_bias() const { return biases(chunk_); }
+  ODEBLOCK_DEVICE const Stored* output_bias() const { return biases(chunk_) + Shape::kUnits; }
+
+ protected:
+  ODEBLOCK_DEVICE explicit Chunks(const ForwardProblem& p) : p_(p) {}
+
+  // Worked out where they are asked for, while registers are full.
+  ODEBLOCK_DEVICE int in_layer() const { return (static_cast<int>(p_.hidden) + Shape::kUnits - 1) / Shape::kUnits; }
+  ODEBLOCK_DEVICE int all() const { return static_cast<int>(p_.depth) * in_layer(); }
+
+  ODEBLOCK_DEVICE static Stored* memory() { return reinterpret_cast<Stored*>(simt::shared()); }
+  ODEBLOCK_DEVICE static Stored* matrices(int chunk) { return memory() + chunk % Stages * Shape::kMatrices; }
+  ODEBLOCK_DEVICE static Stored* biases(int chunk) {
+    return memory() + Stages * Shape::kMatrices + chunk % Stages * Shape::kBiases;
+  }
+
+  const ForwardProblem& p_;
+  int chunk_ = -1;
+};
+
+// A matrix of one row, in shared memory as it is.
+template <class P>
+struct Row {
+  typedef typename P::Stored Stored;
+  template <int, int>
+  ODEBLOCK_DEVICE static int offset(int, int column) {
+    return column;
+  }
+};
+
+// To shared memory, laid out as Layout has it, M [kRows, kColumns], rows `first` and on of a matrix at `from` with rows
+// of `step` elements; zero beyond `rows_there` and `columns_there`. By all threads of the block, in pieces of kBytes.
+template <class Layout, int kRows, int kColumns, int kBytes>
+ODEBLOCK_DEVICE void fetch_pieces(const typename Layout::Stored* from, int64_t first, int step, int rows_there,
+                                  int columns_there, typename Layout::Stored* to) {
+  typedef typename Layout::Stored Stored;
+  constexpr int kSize = sizeof(Stored), kPiece = kBytes / kSize, kPieces = kColumns / kPiece;
+#pragma unroll 1  // while registers are full
+  for (int i = simt::thread(); i < kRows * kPieces; i += simt::threads()) {
+    const int row = i / kPieces, column = i % kPieces * kPiece;
+    const int left = row < rows_there ? columns_there - column : 0;
+    const int count = left >= kPiece ? kPiece : left > 0 ? left : 0;
+    const Stored* source = from + (first + (count > 0 ? row : 0)) * step + (count > 0 ? column : 0);
+    Stored* target = to + Layout::template offset<kRows, kColumns>(row, column);
+    if constexpr (kBytes >= 4)
+      simt::copy_async<kBytes>(target, source, count * kSize);
+    else
+      simt::store(target, count > 0 ? *source : Stored(0));
+  }
+}
+
+// In the largest pieces that every row begins at a multiple of.
+template <class Layout, int kRows, int kColumns>
+ODEBLOCK_DEVICE void fetch(const typename Layout::Stored* from, int64_t first, int step, int rows_there,
+                           int columns_there, typename Layout::Stored* to) {
+  constexpr int kSize = sizeof(typename Layout::Stored);
+  const uint64_t places = reinterpret_cast<uintptr_t>(from) | static_cast<uint64_t>(step) * kSize;
+  if (places % 16 == 0)
+    return fetch_pieces<Layout, kRows, kColumns, 16>(from, first, step, rows_there, columns_there, to);
+  if constexpr (kSize == 2)
+    if (places % 4 == 0)
+      return fetch_pieces<Layout, kRows, kColumns, 4>(from, first, step, rows_there, columns_there, to);
+  fetch_pieces<Layout, kRows, kColumns, kSize>(from, first, step, rows_there, columns_there, to);
+}
+
+template <class Shape, int Stages>
+class CopiedChunks : public Chunks<Shape, Stages> {
+  typedef Chunks<Shape, Stages> Base;
+  typedef typename Shape::Products P;
+  static constexpr int kUnits = Shape::kUnits, Q = Shape::kFeatures, kAhead = Stages - 1;
+  static_assert(Stages >= 2);
+
+ public:
+  typedef typename Shape::Stored Stored;
+
+  ODEBLOCK_DEVICE explicit CopiedChunks(const ForwardArguments& arguments) : Base(arguments.problem) {
+    for (int chunk = 0; chunk < kAhead; chunk++) fetch_chunk(chunk);
+  }
+
+  ODEBLOCK_DEVICE void wait() {
+    this->chunk_++;
+    simt::wait_copies<kAhead - 1>();
+    simt::sync_block();  // this chunk is there for all, and all are done with the one that the next will replace
+    fetch_chunk(this->chunk_ + kAhead);
+  }
+  ODEBLOCK_DEVICE void release() {}
+  ODEBLOCK_DEVICE void end() {}
+
+ private:
+  ODEBLOCK_DEVICE void fetch_chunk(int chunk) {
+    if (chunk < this->all()) {
+      const ForwardProblem& p = this->p_;
+      const int dim = static_cast<int>(p.dim), hidden = static_cast<int>(p.hidden);
+      const int64_t k = chunk / this->in_layer();
+      const int unit = chunk % this->in_layer() * kUnits;
+      Stored *to = this->matrices(chunk), *biases = this->biases(chunk);
+      fetch<P, kUnits, Q>(of(p.W), k * hidden + unit, dim, hidden - unit, dim, to);
+      fetch<P, Q, kUnits>(of(p.V) + unit, k * dim, hidden, dim, hidden - unit, to + Shape::kV);
+      fetch_bias<kUnits>(p.hidden_bias, k, hidden, unit, biases);
+      fetch_bias<Q>(p.output_bias, k, dim, 0, biases + kUnits);
+    }
+    simt::commit_copies();  // also where there is nothing, for groups are counted
+  }
+  // Entries `from` and on of layer k's bias of `size` entries; zeros for null.
+  template <int kCount>
+  ODEBLOCK_DEVICE void fetch_bias(const void* bias, int64_t k, int size, int from, Stored* to) {
+    if (bias)
+      fetch<Row<P>, 1, kCount>(of(bias) + from, k, size, 1, size - from, to);
+    else
+      fetch<Row<P>, 1, kCount>(of(this->p_.W), 0, 0, 0, 0, to);
+  }
+  ODEBLOCK_DEVICE static const Stored* of(const void* p) { return static_cast<const Stored*>(p); }
+};
+
+// Each block of a cluster asks for a share of a chunk's rows, which come to all of them; its first thread does. A stage
+// is `full` when a chunk has come, `empty` when all warps of the cluster have read it.
+template <class Shape, int Stages>
+class BulkChunks : public Chunks<Shape, Stages> {
+  typedef Chunks<Shape, Stages> Base;
+  static constexpr int kUnits = Shape::kUnits, Q = Shape::kFeatures;
+  static_assert(Stages >= 3 && Shape::kSize == 2 && Q % 64 == 0 && kUnits <= 64);
+  // A stage is filled again so many chunks after the one that it held: the first thread waits for the slowest warp.
+  static constexpr int kLag = Stages > 3 ? 2 : 1;
+
+ public:
+  typedef typename Shape::Stored Stored;
+
+  ODEBLOCK_DEVICE explicit BulkChunks(const ForwardArguments& arguments)
+      : Base(arguments.problem), arguments_(arguments) {
+    if (simt::thread() == 0) {
+      for (int stage = 0; stage < Stages; stage++) {
+        simt::init_barrier(full(stage), 1);
+        simt::init_barrier(empty(stage), simt::threads() / 32 * simt::cluster_blocks());
+      }
+      simt::fence_barriers();
+    }
+    // What never comes.
+    for (int i = simt::thread(); i < Stages * Shape::kBiases; i += simt::threads())
+      simt::store(this->biases(0) + i, Stored(0));
+    simt::sync_cluster();  // barriers are made
+    if (simt::thread() == 0)
+      for (int chunk = 0; chunk < Stages && chunk < this->all(); chunk++) fetch_chunk(chunk);
+    simt::sync_warp();
+  }
+
+  ODEBLOCK_DEVICE void wait() {
+    this->chunk_++;
+    simt::wait_phase(full(this->chunk_), this->chunk_ / Stages % 2);
+  }
+  ODEBLOCK_DEVICE void release() {
+    simt::sync_warp();  // all lanes have read
+    if (simt::lane() == 0) {
+      const int read = this->chunk_ - 1, again = this->chunk_ - kLag;
+      if (read >= 0)
+        for (int rank = 0; rank < simt::cluster_blocks(); rank++) simt::arrive(empty(read), rank);
+      if (simt::warp() == 0 && again >= 0 && again + Stages < this->all()) {
+        simt::wait_phase(empty(again), again / Stages % 2);
+        fetch_chunk(again + Stages);
+      }
+    }
+    simt::sync_warp();  // together again
+  }
+  // No block leaves while others may arrive at its barriers.
+  ODEBLOCK_DEVICE void end() { simt::sync_cluster(); }
+
+ private:
+  ODEBLOCK_DEVICE static uint64_t* full(int chunk) {
+    return reinterpret_cast<uint64_t*>(Base::memory() + Stages * (Shape::kMatrices + Shape::kBiases)) + chunk % Stages;
+  }
+  ODEBLOCK_DEVICE static uint64_t* empty(int chunk) { return full(chunk) + Stages; }
+
+  ODEBLOCK_DEVICE void fetch_chunk(int chunk) {
+    const ForwardProblem& p = this->p_;
+    const int k = chunk / this->in_layer(), unit = chunk % this->in_layer() * kUnits;
+    const int left = static_cast<int>(p.hidden) - unit, units = left < kUnits ? left : kUnits;
+    const int hidden_bytes = p.hidden_bias ? 2 * units : 0,
+              output_bytes = p.output_bias ? 2 * static_cast<int>(p.dim) : 0;
+    Stored *to = this->matrices(chunk), *biases = this->biases(chunk);
+    simt::arrive_expecting(full(chunk), 2 * Shape::kMatrices + hidden_bytes + output_bytes);
+    const int blocks = simt::cluster_blocks(), rank = simt::cluster_rank();
+    const int first_unit = rank * (kUnits / blocks), first = rank * (Q / blocks);
+#pragma unroll 1  // while registers are full
+    for (int column = 0; column < Q; column += 64)
+      copy(to + column * kUnits + first_unit * 64, arguments_.W, column, unit + first_unit, k, full(chunk));
+    copy(to + Shape::kV + first * kUnits, arguments_.V, unit, first, k, full(chunk));
+    if (hidden_bytes)
+      simt::copy_bulk(biases, static_cast<const Stored*>(p.hidden_bias) + k * p.hidden + unit, hidden_bytes,
+                      full(chunk));
+    if (output_bytes)
+      simt::copy_bulk(biases + kUnits, static_cast<const Stored*>(p.output_bias) + k * p.dim, output_bytes,
+                      full(chunk));
+  }
+  ODEBLOCK_DEVICE void copy(Stored* to, const simt::Boxes& from, int column, int row, int layer, uint64_t* barrier) {
+    if (simt::cluster_blocks() > 1)
+      simt::copy_box_to((1u << simt::cluster_blocks()) - 1, to, from, column, row, layer, barrier);
+    else
+      simt::copy_box(to, from, column, row, layer, barrier);
+  }
+
+  const ForwardArguments& arguments_;
+};
+
+}  // namespace
+}  // namespace odeblock
