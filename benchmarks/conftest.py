@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import odeblock
-from odeblock import ops
+from odeblock import native
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,5 +26,5 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         odeblock=odeblock.__version__,
         torch=torch.__version__,
         threads=torch.get_num_threads(),
-        core=ops.core_build_info(),
+        core=native.build_info(),
     )

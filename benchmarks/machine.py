@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from odeblock import ops
+from odeblock import native
 
 HERE = Path(__file__).resolve().parent
 FMA_ROUNDS = 3_000_000  # some milliseconds
@@ -31,7 +31,7 @@ def _fma_library() -> ctypes.CDLL | None:
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return None
-    build = ops.core_build_info() or {}
+    build = native.build_info() or {}
     width = {"avx512": 64, "avx2": 32}.get(build.get("cpu_features", ""), 16)
     target = Path(tempfile.mkdtemp()) / "fma_peak.so"
     options = [
@@ -85,7 +85,7 @@ def main() -> None:
     run = contenders.WORKS[work]
     run(name, contenders.make_inputs(batch, dim, hidden, 2))  # libraries, thread pools, compiled steps
     inputs = contenders.make_inputs(batch, dim, hidden, depth)
-    ops.release_memory()  # what the first run left
+    native.release_memory()  # what the first run left
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     results = run(name, inputs)

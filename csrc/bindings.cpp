@@ -190,16 +190,18 @@ bool cuda_fuses(int dtype, int activation, int64_t batch, int64_t dim, int64_t h
 }
 
 void cuda_forward(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth, double scale,
-                  uintptr_t h, uintptr_t V, uintptr_t W, uintptr_t hidden_bias, uintptr_t output_bias, uintptr_t y,
-                  uintptr_t states, int64_t save_every, bool keep_hidden, bool tf32, int device, uintptr_t stream) {
+                  uintptr_t V, uintptr_t W, uintptr_t hidden_bias, uintptr_t output_bias, uintptr_t h, uintptr_t start,
+                  uintptr_t y, uintptr_t end, uintptr_t states, int64_t save_every, bool tf32, int device,
+                  uintptr_t stream) {
   ForwardProblem p{};
   set_sizes(p, dtype, activation, batch, dim, hidden, depth, 0);
   set_weights(p, V, W, hidden_bias, output_bias);
   p.scale = scale;
   p.save_every = save_every;
-  p.keep_hidden = keep_hidden;
   p.h = pointer<const void>(h);
+  p.start = pointer<const void>(start);
   p.y = pointer<void>(y);
+  p.end = pointer<void>(end);
   p.states = pointer<void>(states);
   const char* error;
   {
@@ -207,6 +209,28 @@ void cuda_forward(int dtype, int activation, int64_t batch, int64_t dim, int64_t
     error = odeblock::cuda_forward(p, tf32, device, pointer<void>(stream));
   }
   if (error) throw std::runtime_error("odeblock: forward on GPU " + std::to_string(device) + ": " + error);
+}
+
+void cuda_sweep(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth, double scale,
+                uintptr_t V, uintptr_t W, uintptr_t hidden_bias, uintptr_t output_bias, uintptr_t states, uintptr_t a,
+                uintptr_t layer_a, uintptr_t layer_h, uintptr_t layer_s, uintptr_t layer_g, bool tf32, int device,
+                uintptr_t stream) {
+  odeblock::SweepProblem p{};
+  set_sizes(p, dtype, activation, batch, dim, hidden, depth, 0);
+  set_weights(p, V, W, hidden_bias, output_bias);
+  p.scale = scale;
+  p.states = pointer<const void>(states);
+  p.a = pointer<void>(a);
+  p.layer_a = pointer<void>(layer_a);
+  p.layer_h = pointer<void>(layer_h);
+  p.layer_s = pointer<void>(layer_s);
+  p.layer_g = pointer<void>(layer_g);
+  const char* error;
+  {
+    py::gil_scoped_release release;
+    error = odeblock::cuda_sweep(p, tf32, device, pointer<void>(stream));
+  }
+  if (error) throw std::runtime_error("odeblock: backward on GPU " + std::to_string(device) + ": " + error);
 }
 
 std::vector<std::string> split(const std::string& list) {
@@ -248,5 +272,6 @@ PYBIND11_MODULE(_core, module) {
   module.def("cuda_unsupported", &cuda_unsupported);
   module.def("cuda_fuses", &cuda_fuses);
   module.def("cuda_forward", &cuda_forward);
+  module.def("cuda_sweep", &cuda_sweep);
   module.def("build_info", &build_info);
 }

@@ -72,6 +72,24 @@ struct ForwardProblem : Problem {
   void* states;       // [n, padded_rows(B), q or q + m]  written, as computed
   const void* probe;  // [q]  read where reconstruct, as computed
   void* checks;       // [(L - 1) / c, B up to a multiple of 16]  written where reconstruct, as computed
+  // On a GPU, where y may be null.
+  const void* start;  // [B, q]  read in the place of h, as computed; or null
+  void* end;          // [B, q]  written: h_L as computed; or null
+};
+
+// On a GPU: the part of the backward that goes from row to row through the layers. What it leaves for each layer is
+// what matrix products over the rows make the gradients of the weights from,
+//
+//   dV = scale aᵀs,  dW = gᵀh,  dhidden_bias = Σ g,  doutput_bias = scale Σ a
+//
+struct SweepProblem : Problem {
+  const void* states;  // [L, padded_rows(B), q]  read: h_k as computed
+  void* a;             // [B, q]  read and written, as computed: d loss / d h_L, then d loss / d h_0
+  // Written; null where no weight needs a gradient.
+  void* layer_a;  // [L, B, q]  a of h_{k+1}
+  void* layer_h;  // [L, B, q]  h_k; null for float32 and float64, which have it in `states`
+  void* layer_s;  // [L, B, m]  sigma(z)
+  void* layer_g;  // [L, B, m]
 };
 
 struct BackwardProblem : Problem {

@@ -9,8 +9,8 @@ from . import diagnostics, functional, initializers, limit, reference
 from .autograd import DriftError, DriftWarning
 from .block import DeepResBlock
 from .build import build_info
+from .native import release_memory
 from .network import DeepResNet
-from .ops import release_memory
 
 __version__ = _version("odeblock")
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import native, ops, reference
 
 
 class DriftWarning(RuntimeWarning):
@@ -97,7 +97,7 @@ class DeepResidual(torch.autograd.Function):
                 need_weights,
             )
             if ctx.reconstruct:
-                judge_drift(report, grad.dtype, ctx.strict, ctx.record, not ops.runs_natively(grad))
+                judge_drift(report, grad.dtype, ctx.strict, ctx.record, not native.runs_natively(grad))
         needed = (g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False))
         return (*needed, *(None,) * 8)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import ops
+from . import native
 
 _NO_CORE: dict[str, Any] = {
     "compiler": None,
@@ -35,18 +35,18 @@ def build_info() -> dict[str, Any]:
         torch, threads: PyTorch's version, and the number of threads a call uses now.
         paths: which code serves a block, by device and dtype.
     """
-    native = ops.core_build_info()
-    cpu = "native core" if native else "PyTorch reference (no native core in this build)"
+    core = native.build_info()
+    cpu = "native core" if core else "PyTorch reference (no native core in this build)"
     return {
         "version": version("odeblock"),
-        "native": native is not None,
-        **(native or _NO_CORE),
+        "native": core is not None,
+        **(core or _NO_CORE),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "paths": {
             "cpu": cpu,
-            "cuda": "native core, forward up to 256 features; PyTorch reference for what is left"
-            if native and native["cuda_architectures"]
+            "cuda": "native core up to 256 features, adjoint on the PyTorch reference"
+            if core and core["cuda_architectures"]
             else "PyTorch reference",
             "other devices": "PyTorch reference",
         },

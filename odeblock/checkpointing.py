@@ -66,23 +66,37 @@ def sweep(
     bottom: int,
     top: int,
     slots: int,
-    advance: Callable[[Any, int], Any],
-    visit: Callable[[Any, int], None],
+    advance: Callable[[Any, int, int], Any],
+    visit: Callable[[Any, int, int], None],
 ) -> None:
-    """visit(h_k, k) for k = top-1 .. bottom, from ``state`` = h_bottom: advance(h_k, k) is h_{k+1}."""
+    """From the top to the bottom of a segment, from ``state`` = h_bottom, by parts that slots are enough for:
+    visit(h_k, k, n) goes from n to k with the n - k - 1 states between held; advance(h_k, k, n) is h_n."""
     while top - bottom - 1 > slots:
         cut = bottom + best_cut(top - bottom, slots)
-        middle = state
-        for k in range(bottom, cut):
-            middle = advance(middle, k)
-        sweep(middle, cut, top, slots - 1, advance, visit)
-        del middle
+        sweep(advance(state, bottom, cut), cut, top, slots - 1, advance, visit)
         top = cut
-    states = [state]
-    for k in range(bottom, top - 1):
-        states.append(advance(states[-1], k))
-    for k in reversed(range(bottom, top)):
-        visit(states.pop(), k)
+    visit(state, bottom, top)
+
+
+def by_layers(
+    advance: Callable[[Any, int], Any], visit: Callable[[Any, int], None]
+) -> tuple[Callable[[Any, int, int], Any], Callable[[Any, int, int], None]]:
+    """What ``sweep`` wants of parts, by what is done at one layer: advance(h_k, k) is h_{k+1}."""
+
+    def advance_part(state: Any, bottom: int, top: int) -> Any:
+        for k in range(bottom, top):
+            state = advance(state, k)
+        return state
+
+    def visit_part(state: Any, bottom: int, top: int) -> None:
+        states = [state]
+        del state
+        for k in range(bottom, top - 1):
+            states.append(advance(states[-1], k))
+        for k in reversed(range(bottom, top)):
+            visit(states.pop(), k)
+
+    return advance_part, visit_part
 
 
 @functools.lru_cache(maxsize=256)

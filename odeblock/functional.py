@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checkpointing, ops, reference
+from . import checkpointing, native, reference
 from .autograd import Drift, choose_function
 from .scan import residual_scan
 from .validation import check_arguments
@@ -91,14 +91,14 @@ def recorded(record: Drift, *arguments: Any) -> Tensor:
     return result
 
 
-def _sizes(rows: Tensor, hidden: int) -> tuple[int, int, tuple[int, int]]:
+def _sizes(rows: Tensor, hidden: int) -> tuple[int, int, tuple[int, int] | None]:
     """Bytes of a state of the whole batch, and of the rows that the CPU's kernels take through all layers
     at a time (at most: a tile of ``backward_tiles`` in ``csrc/cpu/backward.h`` for each thread); then of the
-    hidden values of either."""
+    hidden values of either. (None on a GPU, where another product takes less time than its memory.)"""
     number = torch.finfo(reference.state_dtype(rows.dtype)).bits // 8
     row, z = rows.shape[1] * number, hidden * number
     held = batch = reference.padded_rows(rows.shape[0])
-    if ops.runs_natively(rows) and not torch.compiler.is_compiling():  # which cannot ask for the threads
+    if native.runs_natively(rows) and not torch.compiler.is_compiling():  # which cannot ask for the threads
         tile = max(64, min(batch // 8, max(128, (128 << 10) // row))) + reference.ROW_PADDING
         held = min(batch, torch.get_num_threads() * tile)
-    return batch * row, held * row, (batch * z, held * z)
+    return batch * row, held * row, None if rows.is_cuda else (batch * z, held * z)

@@ -256,7 +256,11 @@ def backward(
             bottom = n * save_every
             top_layer = min(bottom + save_every, depth)
             checkpointing.sweep(
-                states[n, :batch, :dim].contiguous(), bottom, top_layer, slots, advance, visit
+                states[n, :batch, :dim].contiguous(),
+                bottom,
+                top_layer,
+                slots,
+                *checkpointing.by_layers(advance, visit),
             )
     low = V.dtype
     return a.to(grad.dtype, copy=True), dV.to(low), dW.to(low), dhidden.to(low), doutput.to(low), report

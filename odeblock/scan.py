@@ -312,7 +312,7 @@ def _gradients(
         for n in reversed(range(len(known))):
             bottom = n * plan.save_every
             top = min(bottom + plan.save_every, steps.depth)
-            checkpointing.sweep(known[n], bottom, top, plan.slots, advance, visit)
+            checkpointing.sweep(known[n], bottom, top, plan.slots, *checkpointing.by_layers(advance, visit))
     return [adjoint.a.to(h.dtype) if needed[0] else None, *adjoint.gradients]
 
 

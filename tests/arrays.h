@@ -1,4 +1,4 @@
-// How the test programs (core_host.cpp, emulation/forward.cpp) read and write arrays: each a block of its own of
+// How the test programs (core_host.cpp, emulation/kernels.cpp) read and write arrays: each a block of its own of
 // exactly its size, so that a sanitizer sees any access beyond it.
 #pragma once
 

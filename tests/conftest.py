@@ -30,3 +30,20 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def emulated_parts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Object files of every CUDA kernel, compiled for the CPU."""
+    from test_emulated_kernels import PRODUCTS, compile_parts
+
+    return compile_parts(tmp_path_factory.mktemp("emulated"), PRODUCTS, "-fPIC")
+
+
+@pytest.fixture(scope="session")
+def program(emulated_parts: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program that runs one of them."""
+    from test_emulation import TESTS, build_emulated
+
+    target = tmp_path_factory.mktemp("program") / "program"
+    return build_emulated(TESTS / "emulation" / "kernels.cpp", target, objects=emulated_parts)

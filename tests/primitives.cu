@@ -180,6 +180,7 @@ boxes(const ODEBLOCK_PARAMETER Boxes map, const uint16_t* numbers, int columns, 
       fence_barriers();
     }
     for (int i = thread(); i < 1024; i += 32) box[i] = 0;
+    fence_async();
     sync_cluster();
     for (int round = 0; round < 2; round++) {
       if (thread() == 0) {

@@ -15,7 +15,7 @@ from oracle import FLOOR_ULP, Case, baseline, check_results, errors, make_case, 
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from odeblock import DeepResBlock, DriftError, DriftWarning, functional, initializers, ops, reference
+from odeblock import DeepResBlock, DriftError, DriftWarning, functional, initializers, native, reference
 from odeblock.functional import deep_residual
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -113,15 +113,15 @@ def test_500_times_less_error_than_in_2022_for_half_the_evaluations() -> None:
 def test_the_pytorch_twin_decides_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     for weights, depth in (("smooth", 128), ("noisy", 64), ("iid", 64)):
         case = rounded(weights_case(weights, depth), torch.float32)
-        native: dict[str, float] = {}
+        ours: dict[str, float] = {}
         twin: dict[str, float] = {}
-        run(adjoint(native), case, torch.float32)
+        run(adjoint(ours), case, torch.float32)
         with monkeypatch.context() as patch:
-            patch.setattr(ops, "_core", None)
+            patch.setattr(native, "core", None)
             results = run(adjoint(twin), case, torch.float32)
         check_results(results, case, torch.float32)
-        assert twin["evaluations"] == pytest.approx(native["evaluations"], rel=0.05)
-        assert twin["order"] == pytest.approx(native["order"], rel=0.05, abs=0.05)
+        assert twin["evaluations"] == pytest.approx(ours["evaluations"], rel=0.05)
+        assert twin["order"] == pytest.approx(ours["order"], rel=0.05, abs=0.05)
 
 
 def test_a_rough_row_changes_nothing_for_its_neighbours() -> None:
@@ -231,9 +231,9 @@ def test_auto_is_exact_in_every_case(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("size", [1e2, 1e3, 1e5])
-@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("natively", [True, False])
 def test_a_large_feature_does_not_hide_the_others(
-    size: float, native: bool, monkeypatch: pytest.MonkeyPatch
+    size: float, natively: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No weight touches feature 0, which is ``size`` times as large as the others."""
     case = weights_case("smooth", 64)
@@ -241,8 +241,8 @@ def test_a_large_feature_does_not_hide_the_others(
     case.tensors["V"][:, 0] = 0
     case.tensors["W"][:, :, 0] = 0
     case = rounded(case, torch.float32)
-    if not native:
-        monkeypatch.setattr(ops, "_core", None)
+    if not natively:
+        monkeypatch.setattr(native, "core", None)
     check_results(run(adjoint({}, strict=True), case, torch.float32), case, torch.float32)
 
 

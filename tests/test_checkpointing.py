@@ -11,7 +11,7 @@ from oracle import NAMES, make_case
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from odeblock import DeepResBlock, checkpointing, ops, reference
+from odeblock import DeepResBlock, checkpointing, native, reference
 from odeblock.functional import deep_residual
 
 
@@ -56,7 +56,7 @@ def test_the_sweep_is_optimal(slots: int) -> None:
             assert state.k == k
             visited.append(k)
 
-        checkpointing.sweep(State(5), 5, 5 + length, slots, advance, visit)
+        checkpointing.sweep(State(5), 5, 5 + length, slots, *checkpointing.by_layers(advance, visit))
         assert visited == list(reversed(range(5, 5 + length)))
         assert run == checkpointing.steps_again(length, slots) == fewest_steps(length, slots)
         assert most <= slots + 2  # the first state, the slots, and one that replaces another
@@ -97,11 +97,11 @@ def test_a_budget_of_less_than_two_states_is_refused() -> None:
         deep_residual(h, V, W, backward="checkpoint", memory_budget=1)
 
 
-@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("natively", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_no_budget_changes_a_bit(dtype: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not native:
-        monkeypatch.setattr(ops, "_core", None)
+def test_no_budget_changes_a_bit(dtype: torch.dtype, natively: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not natively:
+        monkeypatch.setattr(native, "core", None)
     depth, (batch, dim, hidden) = 23, (19, 7, 11)
     case = make_case(batch, dim, hidden, depth)
     inputs = [case.tensors[name].to(dtype).requires_grad_() for name in NAMES]
@@ -129,7 +129,8 @@ def test_a_block_takes_a_budget() -> None:
 
 def test_a_small_budget_does_not_recurse_with_the_depth() -> None:
     visited: list[int] = []
-    checkpointing.sweep(0, 0, 3000, 1, lambda state, k: k + 1, lambda state, k: visited.append(state))
+    steps = checkpointing.by_layers(lambda state, k: k + 1, lambda state, k: visited.append(state))
+    checkpointing.sweep(0, 0, 3000, 1, *steps)
     assert visited == list(reversed(range(3000)))
     V = torch.zeros(3000, 1, 1, requires_grad=True)
     deep_residual(torch.ones(16, 1), V, V, backward="checkpoint", memory_budget=128).sum().backward()

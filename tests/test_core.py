@@ -17,7 +17,7 @@ import torch
 from oracle import NAMES, Case, check_results, make_case, rounded
 from torch import Tensor
 
-from odeblock import build_info, checkpointing, ops
+from odeblock import build_info, checkpointing, native
 from odeblock.activations import ACTIVATIONS
 from odeblock.reconstruction import probe
 from odeblock.reference import state_dtype
@@ -71,7 +71,7 @@ def run_host(
     tensors = [case.tensors[name] for name in NAMES]
     depth, dim, hidden = tensors[1].shape
     sizes = [
-        ops.NATIVE_DTYPES[dtype],
+        native.NATIVE_DTYPES[dtype],
         ACTIVATIONS[case.activation].native_id,
         len(tensors[0]),
         dim,

@@ -7,7 +7,7 @@ import torch
 from oracle import FLOOR_ULP, NAMES, Case, baseline, check_rule, errors, make_case, rounded, run
 from test_emulated_kernels import SHAPES
 
-from odeblock import DeepResBlock, ops, reference
+from odeblock import DeepResBlock, gpu, reference
 from odeblock.functional import deep_residual, residual_scan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -50,7 +50,7 @@ WIDE = [(1000, 128, 128, 20), (300, 256, 300, 10), (5000, 64, 64, 50), (129, 257
 @pytest.mark.parametrize("shape", SHAPES + WIDE, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_the_forward_kernels(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    assert ops._has_cuda_kernels(torch.cuda.current_device())
+    assert gpu.has_kernels(torch.cuda.current_device())
     for activation in ("gelu_tanh", "tanh"):
         case = rounded(make_case(*shape, activation=activation), dtype)
         truth = run(reference.deep_residual, case, torch.float64)

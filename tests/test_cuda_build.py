@@ -7,12 +7,13 @@ import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_emulated_kernels import CSRC, PRODUCTS
 
-from odeblock import ops, reference
+from odeblock import gpu, native, reference
 
 
 def resources(name: str, architecture: str, folder: Path) -> dict[str, tuple[int, int]]:
@@ -48,35 +49,49 @@ def test_kernels_compile_without_spills(name: str, tmp_path: Path) -> None:
     with ThreadPoolExecutor() as pool:
         reports = list(pool.map(lambda architecture: resources(name, architecture, tmp_path), architectures))
     for architecture, kernels in zip(architectures, reports, strict=True):
-        assert len(kernels) == (3 if warpgroup else 5), kernels
+        assert len(kernels) == (3 if warpgroup else 10), kernels
         for kernel, (registers, stack) in kernels.items():
             assert stack == 0, f"{kernel} for {architecture}: {stack} bytes beside {registers} registers"
 
 
-@pytest.mark.parametrize("dtype", ops.NATIVE_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", native.NATIVE_DTYPES, ids=str)
 def test_kernels_that_are_wrong_on_a_gpu_are_left_alone(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong: list[tuple[int, ...]] = []
+    wrong: dict[str, list[tuple[int, ...]]] = {"state": [], "dW": []}
     broken: list[tuple[int, ...]] = []
 
-    def kernels(*arguments: object) -> tuple[torch.Tensor, ...]:
-        *tensors, activation, scale, save_every, keep_hidden, _ = arguments
-        y, states, checks = reference.forward(*tensors, activation, scale, save_every, False, keep_hidden)
-        if tuple(y.shape) in wrong:
-            states[1, 39, 150] += 1
-        if tuple(y.shape) in broken:
-            raise RuntimeError("too many resources requested for launch")
-        return y, states, checks
+    def forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        y, states, _ = reference.forward(*arguments, False, False)
+        if tuple(y.shape) in wrong["state"]:
+            states[1, 39, 90] += 1
+        return y, states
 
-    monkeypatch.setattr(ops, "_forward_cuda", kernels)
-    assert ops._cuda_kernels_agree(torch.device("cpu"), dtype, False)
-    wrong.append((40, 96))
+    def backward(grad: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
+        *given, states, activation, scale, save_every, slots, weight_gradients = arguments
+        if tuple(grad.shape) in broken:
+            raise RuntimeError("too many resources requested for launch")
+        options = (activation, scale, save_every, False, slots, False, weight_gradients)
+        *gradients, _ = reference.backward(grad, None, *given, states, states, *options)
+        if tuple(grad.shape) in wrong["dW"]:
+            gradients[2][0, 0, 0] += 100 * gradients[2].abs().max()
+        return tuple(gradients)
+
+    def agree() -> bool:
+        return gpu.kernels_agree(torch.device("cpu"), dtype)
+
+    monkeypatch.setattr(gpu, "forward", forward)
+    monkeypatch.setattr(gpu, "backward", backward)
+    assert agree()
+    wrong["state"].append((40, 96))
     with pytest.warns(RuntimeWarning, match=f"{dtype}, 40 rows of 96 features: error .*please report it"):
-        assert not ops._cuda_kernels_agree(torch.device("cpu"), dtype, False)
+        assert not agree()
+    wrong["dW"].append((64, 32))
+    with pytest.warns(RuntimeWarning, match=f"{dtype}, 64 rows of 32 features: error .*please report it"):
+        assert not agree()
     broken.append((20_000, 13))
     with pytest.warns(RuntimeWarning, match="20000 rows of 13 features: too many resources"):
-        assert not ops._cuda_kernels_agree(torch.device("cpu"), dtype, False)
+        assert not agree()
 
 
 def test_a_gpu_without_kernels_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,13 +99,13 @@ def test_a_gpu_without_kernels_is_told_once(monkeypatch: pytest.MonkeyPatch) -> 
         build_info = staticmethod(lambda: {"cuda_architectures": ["80-real", "90a-real"]})
         cuda_unsupported = staticmethod(lambda index: "no kernel image is available")
 
-    monkeypatch.setattr(ops, "_core", Core)
+    monkeypatch.setattr(native, "core", Core)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "an old GPU")
-    ops._has_cuda_kernels.cache_clear()
+    gpu.has_kernels.cache_clear()
     expected = r"an old GPU \(sm_75; built for 80-real, 90a-real\): no kernel"
     with pytest.warns(RuntimeWarning, match=expected) as told:
-        found = [ops._has_cuda_kernels(0) for _ in range(2)]
-    ops._has_cuda_kernels.cache_clear()
+        found = [gpu.has_kernels(0) for _ in range(2)]
+    gpu.has_kernels.cache_clear()
     assert found == [False, False]
     assert len(told) == 1

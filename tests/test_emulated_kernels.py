@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import struct
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from odeblock import reference
 from odeblock.activations import ACTIVATIONS
-from odeblock.ops import NATIVE_DTYPES
+from odeblock.native import NATIVE_DTYPES
 
 CSRC = ROOT / "csrc"
 PRODUCTS = {  # what CMakeLists.txt compiles kernels.cu for
@@ -48,41 +49,54 @@ def compile_kernels(folder: Path, name: str, *flags: str, csrc: Path = CSRC) -> 
     return compile_emulated(csrc / "cuda" / "kernels.cu", folder / f"{name}.o", *defines, *flags, csrc=csrc)
 
 
-def build(folder: Path, names: Iterable[str], *flags: str, csrc: Path = CSRC) -> Path:
-    """The program with the kernels of ``names``; it ends where others are asked for."""
+def compile_parts(folder: Path, names: Iterable[str], *flags: str, csrc: Path = CSRC) -> list[Path]:
+    """Object files of the CUDA part with the kernels of ``names``; it ends where others are asked for."""
     folder.mkdir(exist_ok=True)
     missing = [name for name in PRODUCTS if name not in names]
     stub = folder / "missing.cpp"
     stub.write_text(
         '#include "cuda/kernels.h"\n#include <cstdlib>\nnamespace odeblock {\n'
-        + "".join(f"CudaKernel cuda_kernels_{name}(int64_t) {{ std::abort(); }}\n" for name in missing)
+        "template <class Arguments> CudaKernel<Arguments> none() {\n"
+        "  return {0, 16, 1, 8, 0, [](int) { return size_t(0); }, [](Arguments) { std::abort(); }};\n}\n"
+        + "".join(
+            f"CudaKernels cuda_kernels_{name}(int64_t) {{ return {{none<ForwardArguments>(), "
+            "none<SweepProblem>()}; }\n"
+            for name in missing
+        )
         + "}\n"
     )
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         kernels = pool.map(lambda name: compile_kernels(folder, name, *flags, csrc=csrc), names)
-        objects = [
+        return [
             compile_emulated(CSRC / "cuda" / "launch.cu", folder / "launch.o", *flags),
             compile_emulated(stub, folder / "missing.o", *flags),
             *kernels,
         ]
-    return build_emulated(TESTS / "emulation" / "forward.cpp", folder / "program", *flags, objects=objects)
 
 
-@pytest.fixture(scope="session")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("emulated"), PRODUCTS)
+def build(folder: Path, names: Iterable[str], *flags: str, csrc: Path = CSRC) -> Path:
+    """The program with those kernels."""
+    parts = compile_parts(folder, names, *flags, csrc=csrc)
+    return build_emulated(TESTS / "emulation" / "kernels.cpp", folder / "program", *flags, objects=parts)
 
 
-def forward(
-    program: Path, case: Case, products: str, *, seed: int = 0, save_every: int = 0, keep_hidden: bool = False
-) -> tuple[dict[str, Tensor], Tensor]:
-    """y and y - h in float64, and the saved states."""
+def launch(
+    program: Path,
+    case: Case,
+    products: str,
+    *arrays: Tensor,
+    sweep: int = 0,
+    seed: int = 0,
+    save_every: int = 0,
+    resumes: bool = False,
+) -> bytes:
+    """What a kernel leaves: weights of a case, and ``arrays`` in."""
     dtype = PRODUCTS[products][1]
-    tensors = [case.tensors[name] for name in NAMES]
-    (batch, dim), (depth, hidden, _) = tensors[0].shape, tensors[2].shape
-    scale = 1 / depth if case.scale is None else case.scale
+    h, V, W, b, c = (case.tensors[name] for name in NAMES)
+    (batch, dim), (depth, hidden, _) = h.shape, W.shape
     header = struct.pack(
-        "13qd",
+        "14qd",
+        sweep,
         NATIVE_DTYPES[dtype],
         products == "tf32",
         ACTIVATIONS[case.activation].native_id,
@@ -91,30 +105,46 @@ def forward(
         hidden,
         depth,
         save_every,
-        keep_hidden,
-        tensors[3] is not None,
+        resumes,
+        b is not None,
         90 if products.endswith("warpgroup") else 80,
         1 + seed % 3,  # multiprocessors, which decide on the warps of a block
         seed,
-        scale,
+        1 / depth if case.scale is None else case.scale,
     )
-    given = [t.to(dtype).contiguous().view(torch.uint8) for t in tensors if t is not None]
-    data = header + b"".join(t.numpy().tobytes() for t in given)
+    weights = [t.to(dtype) for t in (V, W, b, c) if t is not None]
+    given = [t.contiguous().view(torch.uint8).numpy().tobytes() for t in (*weights, *arrays)]
     environment = {**os.environ, "TSAN_OPTIONS": "exitcode=66", "ASAN_OPTIONS": "detect_leaks=0"}
+    data = header + b"".join(given)
     out = subprocess.run([program], input=data, capture_output=True, env=environment, check=False)
     assert out.returncode == 0, out.stderr.decode()[-3000:]
     assert "bank conflicts 0" in out.stderr.decode()
-    split = batch * dim * dtype.itemsize
-    y = torch.zeros(0, dim).double()
-    if batch:
-        y = torch.frombuffer(bytearray(out.stdout[:split]), dtype=dtype).view(batch, dim).double()
-    shape = reference.states_shape(batch, dim, hidden, depth, save_every, False, keep_hidden)
-    states = torch.empty(shape)
-    if save_every:
-        states = torch.frombuffer(bytearray(out.stdout[split:]), dtype=reference.state_dtype(dtype)).view(
-            shape
-        )
-    return {"y": y, "increment": y - tensors[0]}, states[:, :batch]
+    return out.stdout
+
+
+def take(data: bytes, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
+    """Arrays of these shapes, which follow each other."""
+    arrays, place = [], 0
+    for shape in shapes:
+        size = math.prod(shape) * dtype.itemsize
+        part = bytearray(data[place : place + size])
+        arrays.append(torch.frombuffer(part, dtype=dtype).view(shape) if part else torch.empty(shape))
+        place += size
+    return arrays
+
+
+def forward(
+    program: Path, case: Case, products: str, *, seed: int = 0, save_every: int = 0
+) -> tuple[dict[str, Tensor], Tensor]:
+    """y and y - h in float64, and the saved states."""
+    dtype = PRODUCTS[products][1]
+    h, W = case.tensors["h"], case.tensors["W"]
+    out = launch(program, case, products, h.to(dtype), seed=seed, save_every=save_every)
+    (y,) = take(out, dtype, tuple(h.shape))
+    y = y.double()
+    shape = reference.states_shape(*h.shape, W.shape[1], W.shape[0], save_every, False, False)
+    (states,) = take(out[h.numel() * dtype.itemsize :], reference.state_dtype(dtype), shape)
+    return {"y": y, "increment": y - h}, states[:, : len(h)]
 
 
 def check(program: Path, case: Case, products: str, seed: int = 0) -> None:
@@ -128,6 +158,21 @@ def check(program: Path, case: Case, products: str, seed: int = 0) -> None:
     # tf32 has the 11 bits of float16.
     allowed, found = baseline(case, torch.float16, truth), errors({**truth, **results}, truth)
     assert all(found[name] <= max(2 * allowed[name], 2.0**-10) for name in found), (found, allowed)
+
+
+def sweep(program: Path, case: Case, products: str, seed: int = 0) -> None:
+    """That a sweep runs and finds dℓ/dh_0, roughly: tests/test_emulated_backward.py has the rule."""
+    dtype = PRODUCTS[products][1]
+    case = rounded(case, dtype)
+    tensors = [case.tensors[name] for name in NAMES]
+    h, V = tensors[:2]
+    _, states, _ = reference.forward(*tensors, case.activation, 1 / len(V), 1, False, False)
+    computed = reference.state_dtype(dtype)
+    states, grad = states.to(computed), case.grad.to(computed)
+    out = launch(program, case, products, states, grad, sweep=2, seed=seed)
+    (a,) = take(out, computed, tuple(h.shape))
+    expected = run(reference.deep_residual, case, torch.float64)["h"]
+    torch.testing.assert_close(a.double(), expected, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize(
@@ -158,13 +203,29 @@ def test_emulated_forward_of_any_scale(scale: float, program: Path) -> None:
         check(program, make_case(4, 8, 6, 3, scale=scale), products)
 
 
-@pytest.mark.parametrize(("save_every", "keep_hidden"), [(3, False), (3, True), (1, False), (1, True)])
-def test_emulated_forward_saves_states(save_every: int, keep_hidden: bool, program: Path) -> None:
+@pytest.mark.parametrize("save_every", [1, 3])
+def test_emulated_forward_saves_states(save_every: int, program: Path) -> None:
     case = make_case(70, 20, 37, 7)
-    _, states = forward(program, case, "float64", save_every=save_every, keep_hidden=keep_hidden)
+    _, states = forward(program, case, "float64", save_every=save_every)
     tensors = [case.tensors[name] for name in NAMES]
-    expected = reference.forward(*tensors, case.activation, 1 / 7, save_every, False, keep_hidden)[1]
+    expected = reference.forward(*tensors, case.activation, 1 / 7, save_every, False, False)[1]
     torch.testing.assert_close(states, expected[:, :70], rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("products", PRODUCTS)
+def test_emulated_forward_goes_on_from_a_state(products: str, program: Path) -> None:
+    """In two parts, the second from the state that the first left, bit for bit as in one."""
+    case = rounded(make_case(70, 40, 24, 5, scale=0.2), PRODUCTS[products][1])
+    whole = forward(program, case, products, save_every=1)[1]
+    computed = whole.dtype
+    upper = {name: t[3:] if name != "h" and t is not None else t for name, t in case.tensors.items()}
+    out = launch(
+        program, replace(case, tensors=upper), products, whole[3].contiguous(), save_every=1, resumes=True
+    )
+    end, states = take(out, computed, (70, 40), (2, reference.padded_rows(70), 40))
+    assert torch.equal(states[:, :70], whole[3:])
+    y = forward(program, case, products)[0]["y"]
+    assert torch.equal(end.to(PRODUCTS[products][1]).double(), y)
 
 
 def test_emulated_rows_do_not_depend_on_each_other(program: Path) -> None:
@@ -205,6 +266,8 @@ def test_emulated_forward_under_sanitizers(sanitizer: str, tmp_path: Path) -> No
     program = build(tmp_path, shapes, f"-fsanitize={sanitizer}")
     for products, shape in shapes.items():
         check(program, make_case(*shape), products)
+        if not products.endswith("warpgroup"):
+            sweep(program, make_case(*shape), products)
 
 
 @pytest.mark.long
@@ -223,8 +286,12 @@ def test_emulated_forward_over_seeds(sanitizer: str, program: Path, tmp_path: Pa
                 *drawn, activation=activation, hidden_bias=seed % 2 == 0, output_bias=seed % 2 == 0
             )
             check(program, case, products, seed)
+            if not products.endswith("warpgroup"):
+                sweep(program, case, products, seed)
             if seed < 6:
                 check(watched, case, products, seed)
+                if not products.endswith("warpgroup"):
+                    sweep(watched, case, products, seed)
 
 
 # What orders the threads of a block: without one of them, the emulation must see that something is wrong.

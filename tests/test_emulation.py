@@ -38,8 +38,11 @@ def compile_emulated(source: Path, target: Path, *flags: str, csrc: Path = ROOT 
 def build_emulated(source: Path, target: Path, *flags: str, objects: Sequence[Path] = ()) -> Path:
     """A program of kernels for the CPU."""
     own = compile_emulated(source, target.with_suffix(".o"), *flags)
-    sanitizers = [flag for flag in flags if flag.startswith("-fsanitize")]
-    command = [os.environ.get("CXX", "g++"), *sanitizers, str(own), *map(str, objects), "-o", str(target)]
+    return link_emulated([own, *objects], target, *(flag for flag in flags if flag.startswith("-fsanitize")))
+
+
+def link_emulated(objects: Sequence[Path], target: Path, *flags: str) -> Path:
+    command = [os.environ.get("CXX", "g++"), *flags, *map(str, objects), "-o", str(target)]
     subprocess.run(command, check=True)
     return target
 

@@ -9,7 +9,7 @@ import torch
 from oracle import NAMES, make_case, run
 from torch import Tensor
 
-from odeblock import DeepResBlock, DriftError, DriftWarning, checkpointing, ops, reference
+from odeblock import DeepResBlock, DriftError, DriftWarning, checkpointing, native, reference
 from odeblock.activations import ACTIVATIONS
 from odeblock.build import build_info
 from odeblock.functional import deep_residual
@@ -59,7 +59,7 @@ def test_half_precision_on_the_reference(
     dtype: torch.dtype, strategy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Float32 states: gradients within a few roundings of the storage dtype at depth 200."""
-    monkeypatch.setattr(ops, "_core", None)
+    monkeypatch.setattr(native, "core", None)
     case = make_case(9, 16, 12, 200, activation="tanh", smooth=True)
     truth = run(reference.deep_residual, case, torch.float64)
     with warnings.catch_warnings():

@@ -93,7 +93,8 @@ ODEBLOCK_DEVICE void copy_bulk(void* to, const void* from, int bytes, uint64_t* 
                : "memory");
 }
 
-// An error's text, or null. `first` at a multiple of 16 bytes, columns a multiple of 8.
+// An error's text, or null. `first` at a multiple of 16 bytes, columns a multiple of 8. A call of the driver, which
+// wants this thread to have a context: `unsupported` sees to that.
 inline const char* describe(Boxes& boxes, const void* first, int64_t layers, int64_t rows, int64_t columns,
                             int box_rows, int box_columns) {
   void* encode = nullptr;
@@ -115,7 +116,12 @@ inline const char* describe(Boxes& boxes, const void* first, int64_t layers, int
       &boxes, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(first), sizes, strides, box, steps,
       CU_TENSOR_MAP_INTERLEAVE_NONE, box_columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled: invalid value";
+  switch (result) {
+    case CUDA_SUCCESS: return nullptr;
+    case CUDA_ERROR_INVALID_VALUE: return "cuTensorMapEncodeTiled: invalid value";
+    case CUDA_ERROR_INVALID_CONTEXT: return "cuTensorMapEncodeTiled: this thread has no context";
+    default: return "cuTensorMapEncodeTiled: an error of an earlier kernel";
+  }
 }
 
 }  // namespace simt

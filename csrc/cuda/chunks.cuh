@@ -1,5 +1,5 @@
-// Weights on their way through shared memory: chunks of hidden units, of each layer in turn, some rows of W and columns
-// of V with their biases, several of them ahead of the products that read them.
+// Weights on their way through shared memory: chunks of hidden units, of each layer in turn (from the first on, or from
+// the last), some rows of W and columns of V with their biases, several of them ahead of the products that read them.
 //
 // Two ways, for products P: all threads of a block copy, piece by piece, and meet once a chunk (CopiedChunks); or, on
 // Hopper, one asks an engine for whole boxes, which come to all blocks of a cluster, and warps go on at their own pace,
@@ -9,6 +9,7 @@
 //   W(), V()        of it: [kUnits, Q] and [Q, kUnits], laid out as P has them; zero beyond the layer
 //   hidden_bias(), output_bias()  of it: [kUnits], of which those beyond m are anything; [Q], likewise beyond q
 //   release()       this warp has read what came before the chunk that it waited for last
+//   more(), layer() whether there is a next chunk, and of which layer (kept nowhere else, while registers are full)
 #pragma once
 
 #include "bulk.cuh"
@@ -31,10 +32,11 @@ struct ChunkShape {
 
   // And two barriers, for those that come in bulk.
   static constexpr int kBytes = kSize * (kMatrices + kBiases) + (kBulk ? 2 * sizeof(uint64_t) : 0);
+  static constexpr size_t bytes(int stages) { return static_cast<size_t>(stages) * kBytes + (kBulk ? 16 : 0); }
 };
 
 // Where the chunks of one block are in shared memory, `Stages` of them.
-template <class Shape, int Stages>
+template <class Shape, int Stages, bool kFromLast>
 class Chunks {
  public:
   typedef typename Shape::Stored Stored;
@@ -43,13 +45,19 @@ class Chunks {
   ODEBLOCK_DEVICE const Stored* V() const { return matrices(chunk_) + Shape::kV; }
   ODEBLOCK_DEVICE const Stored* hidden_bias() const { return biases(chunk_); }
   ODEBLOCK_DEVICE const Stored* output_bias() const { return biases(chunk_) + Shape::kUnits; }
+  ODEBLOCK_DEVICE bool more() const { return chunk_ + 1 < all(); }
+  ODEBLOCK_DEVICE int layer() const { return layer_of(chunk_ + 1); }
 
  protected:
-  ODEBLOCK_DEVICE explicit Chunks(const ForwardProblem& p) : p_(p) {}
+  ODEBLOCK_DEVICE explicit Chunks(const Problem& p) : p_(p) {}
 
   // Worked out where they are asked for, while registers are full.
   ODEBLOCK_DEVICE int in_layer() const { return (static_cast<int>(p_.hidden) + Shape::kUnits - 1) / Shape::kUnits; }
   ODEBLOCK_DEVICE int all() const { return static_cast<int>(p_.depth) * in_layer(); }
+  ODEBLOCK_DEVICE int layer_of(int chunk) const {
+    return kFromLast ? static_cast<int>(p_.depth) - 1 - chunk / in_layer() : chunk / in_layer();
+  }
+  ODEBLOCK_DEVICE int unit_of(int chunk) const { return chunk % in_layer() * Shape::kUnits; }
 
   ODEBLOCK_DEVICE static Stored* memory() { return reinterpret_cast<Stored*>(simt::shared()); }
   ODEBLOCK_DEVICE static Stored* matrices(int chunk) { return memory() + chunk % Stages * Shape::kMatrices; }
@@ -57,7 +65,7 @@ class Chunks {
     return memory() + Stages * Shape::kMatrices + chunk % Stages * Shape::kBiases;
   }
 
-  const ForwardProblem& p_;
+  const Problem& p_;
   int chunk_ = -1;
 };
 
@@ -106,9 +114,9 @@ ODEBLOCK_DEVICE void fetch(const typename Layout::Stored* from, int64_t first, i
   fetch_pieces<Layout, kRows, kColumns, kSize>(from, first, step, rows_there, columns_there, to);
 }
 
-template <class Shape, int Stages>
-class CopiedChunks : public Chunks<Shape, Stages> {
-  typedef Chunks<Shape, Stages> Base;
+template <class Shape, int Stages, bool kFromLast = false>
+class CopiedChunks : public Chunks<Shape, Stages, kFromLast> {
+  typedef Chunks<Shape, Stages, kFromLast> Base;
   typedef typename Shape::Products P;
   static constexpr int kUnits = Shape::kUnits, Q = Shape::kFeatures, kAhead = Stages - 1;
   static_assert(Stages >= 2);
@@ -116,7 +124,7 @@ class CopiedChunks : public Chunks<Shape, Stages> {
  public:
   typedef typename Shape::Stored Stored;
 
-  ODEBLOCK_DEVICE explicit CopiedChunks(const ForwardArguments& arguments) : Base(arguments.problem) {
+  ODEBLOCK_DEVICE explicit CopiedChunks(const Problem& p) : Base(p) {
     for (int chunk = 0; chunk < kAhead; chunk++) fetch_chunk(chunk);
   }
 
@@ -132,10 +140,9 @@ class CopiedChunks : public Chunks<Shape, Stages> {
  private:
   ODEBLOCK_DEVICE void fetch_chunk(int chunk) {
     if (chunk < this->all()) {
-      const ForwardProblem& p = this->p_;
-      const int dim = static_cast<int>(p.dim), hidden = static_cast<int>(p.hidden);
-      const int64_t k = chunk / this->in_layer();
-      const int unit = chunk % this->in_layer() * kUnits;
+      const Problem& p = this->p_;
+      const int dim = static_cast<int>(p.dim), hidden = static_cast<int>(p.hidden), unit = this->unit_of(chunk);
+      const int64_t k = this->layer_of(chunk);
       Stored *to = this->matrices(chunk), *biases = this->biases(chunk);
       fetch<P, kUnits, Q>(of(p.W), k * hidden + unit, dim, hidden - unit, dim, to);
       fetch<P, Q, kUnits>(of(p.V) + unit, k * dim, hidden, dim, hidden - unit, to + Shape::kV);
@@ -155,11 +162,12 @@ class CopiedChunks : public Chunks<Shape, Stages> {
   ODEBLOCK_DEVICE static const Stored* of(const void* p) { return static_cast<const Stored*>(p); }
 };
 
-// Each block of a cluster asks for a share of a chunk's rows, which come to all of them; its first thread does. A stage
-// is `full` when a chunk has come, `empty` when all warps of the cluster have read it.
+// Each of the two blocks of a cluster asks for half of a chunk's rows, which come to both; its first thread does. A
+// stage is `full` when a chunk has come, `empty` when all warps of the cluster have read it: W and V by products that
+// have ended, biases into numbers that have been used, so that nothing is left to fence.
 template <class Shape, int Stages>
-class BulkChunks : public Chunks<Shape, Stages> {
-  typedef Chunks<Shape, Stages> Base;
+class BulkChunks : public Chunks<Shape, Stages, false> {
+  typedef Chunks<Shape, Stages, false> Base;
   static constexpr int kUnits = Shape::kUnits, Q = Shape::kFeatures;
   static_assert(Stages >= 3 && Shape::kSize == 2 && Q % 64 == 0 && kUnits <= 64);
   // A stage is filled again so many chunks after the one that it held: the first thread waits for the slowest warp.
@@ -177,12 +185,15 @@ class BulkChunks : public Chunks<Shape, Stages> {
       }
       simt::fence_barriers();
     }
-    // What never comes.
+    // What never comes; written before the engine writes.
     for (int i = simt::thread(); i < Stages * Shape::kBiases; i += simt::threads())
       simt::store(this->biases(0) + i, Stored(0));
+    simt::fence_async();
     simt::sync_cluster();  // barriers are made
-    if (simt::thread() == 0)
+    if (simt::thread() == 0) {
+      *next() = {0, 0};
       for (int chunk = 0; chunk < Stages && chunk < this->all(); chunk++) fetch_chunk(chunk);
+    }
     simt::sync_warp();
   }
 
@@ -211,21 +222,25 @@ class BulkChunks : public Chunks<Shape, Stages> {
     return reinterpret_cast<uint64_t*>(Base::memory() + Stages * (Shape::kMatrices + Shape::kBiases)) + chunk % Stages;
   }
   ODEBLOCK_DEVICE static uint64_t* empty(int chunk) { return full(chunk) + Stages; }
+  // Layer and first unit of the chunk that the first thread asks for next.
+  ODEBLOCK_DEVICE static simt::Pair<int>* next() { return reinterpret_cast<simt::Pair<int>*>(full(0) + 2 * Stages); }
 
   ODEBLOCK_DEVICE void fetch_chunk(int chunk) {
-    const ForwardProblem& p = this->p_;
-    const int k = chunk / this->in_layer(), unit = chunk % this->in_layer() * kUnits;
+    const Problem& p = this->p_;
+    const int k = next()->x, unit = next()->y;
+    *next() = unit + kUnits < p.hidden ? simt::Pair<int>{k, unit + kUnits} : simt::Pair<int>{k + 1, 0};
     const int left = static_cast<int>(p.hidden) - unit, units = left < kUnits ? left : kUnits;
     const int hidden_bytes = p.hidden_bias ? 2 * units : 0,
               output_bytes = p.output_bias ? 2 * static_cast<int>(p.dim) : 0;
     Stored *to = this->matrices(chunk), *biases = this->biases(chunk);
     simt::arrive_expecting(full(chunk), 2 * Shape::kMatrices + hidden_bytes + output_bytes);
-    const int blocks = simt::cluster_blocks(), rank = simt::cluster_rank();
-    const int first_unit = rank * (kUnits / blocks), first = rank * (Q / blocks);
+    const bool shares = simt::cluster_blocks() > 1;  // with one other block
+    const int rank = simt::cluster_rank(), first_unit = shares ? rank * (kUnits / 2) : 0,
+              first = shares ? rank * (Q / 2) : 0;
 #pragma unroll 1  // while registers are full
     for (int column = 0; column < Q; column += 64)
-      copy(to + column * kUnits + first_unit * 64, arguments_.W, column, unit + first_unit, k, full(chunk));
-    copy(to + Shape::kV + first * kUnits, arguments_.V, unit, first, k, full(chunk));
+      copy(shares, to + column * kUnits + first_unit * 64, arguments_.W, column, unit + first_unit, k, full(chunk));
+    copy(shares, to + Shape::kV + first * kUnits, arguments_.V, unit, first, k, full(chunk));
     if (hidden_bytes)
       simt::copy_bulk(biases, static_cast<const Stored*>(p.hidden_bias) + k * p.hidden + unit, hidden_bytes,
                       full(chunk));
@@ -233,9 +248,10 @@ class BulkChunks : public Chunks<Shape, Stages> {
       simt::copy_bulk(biases + kUnits, static_cast<const Stored*>(p.output_bias) + k * p.dim, output_bytes,
                       full(chunk));
   }
-  ODEBLOCK_DEVICE void copy(Stored* to, const simt::Boxes& from, int column, int row, int layer, uint64_t* barrier) {
-    if (simt::cluster_blocks() > 1)
-      simt::copy_box_to((1u << simt::cluster_blocks()) - 1, to, from, column, row, layer, barrier);
+  ODEBLOCK_DEVICE static void copy(bool shares, Stored* to, const simt::Boxes& from, int column, int row, int layer,
+                                   uint64_t* barrier) {
+    if (shares)
+      simt::copy_box_to(3, to, from, column, row, layer, barrier);
     else
       simt::copy_box(to, from, column, row, layer, barrier);
   }

@@ -12,12 +12,8 @@
 // What does not fill a tile or a chunk is zero in shared memory: V of a unit beyond m, W of a feature beyond q.
 #pragma once
 
-#include <type_traits>
-
-#include "math.cuh"
-// math.cuh before activations.h, which is written on its functions
-#include "../activations.h"
 #include "chunks.cuh"
+#include "tiles.cuh"
 
 namespace odeblock {
 namespace {
@@ -48,56 +44,14 @@ struct ForwardShape {
     const size_t most = P::kSharedBytes, room = Q <= 64                   ? most / 2
                                                 : kWait || P::kWarps == 4 ? most - waiting_bytes(kMostWarps)
                                                                           : 99 << 10;
-    const int fit = static_cast<int>(room / Chunk::kBytes);
+    const int fit = static_cast<int>((room - Chunk::bytes(0)) / Chunk::kBytes);
     return fit < 8 ? fit : 8;
   }
   static constexpr int kStages = stages();
-  static constexpr size_t kStageBytes = static_cast<size_t>(kStages) * Chunk::kBytes;
+  static constexpr size_t kStageBytes = Chunk::bytes(kStages);
   typedef std::conditional_t<Chunk::kBulk, BulkChunks<Chunk, kStages>, CopiedChunks<Chunk, kStages>> Stream;
   static constexpr size_t shared_bytes(int warps) { return kStageBytes + waiting_bytes(warps); }
 };
-
-// sigma(z). Where it is rounded to 16 bits at once, bfloat16's 8 of them, with the tanh that the hardware has (an error
-// of 2^-11): an operation where exp and a division are two, and many more.
-template <bool kApproximate, class Sigma, class T>
-ODEBLOCK_DEVICE T evaluate(Sigma, T z) {
-  using namespace activation;
-  if constexpr (kApproximate && std::is_same_v<Sigma, Tanh>) {
-    return simt::tanh_approximate(z);
-  } else if constexpr (kApproximate && std::is_same_v<Sigma, Sigmoid>) {
-    return fma(0.5f, simt::tanh_approximate(0.5f * z), 0.5f);
-  } else if constexpr (kApproximate && std::is_same_v<Sigma, Silu>) {
-    const float half = 0.5f * z;
-    return fma(half, simt::tanh_approximate(half), half);
-  } else if constexpr (kApproximate && std::is_same_v<Sigma, GeluTanh>) {
-    const float half = 0.5f * z;
-    return fma(half, simt::tanh_approximate(z * fma(0.035677408f, z * z, 0.79788456f)), half);
-  } else {
-    return Sigma::at(z).s;
-  }
-}
-
-// f(tile, i, column) for each number that a lane has of tiles [kRows, N]. kRolled: where tiles are in memory.
-template <class P, int N, bool kRolled = false, class F>
-ODEBLOCK_DEVICE void for_each_number(F f) {
-  const int first = simt::opaque(simt::lane() % 4 * 2);  // or what follows from it would fill registers between layers
-#pragma unroll(kRolled ? 1 : N / 8)
-  for (int n = 0; n < N / 8; n++)
-#pragma unroll
-    for (int i = 0; i < P::kNumbers; i++) f(n, i, 8 * n + first + i % 2);
-}
-
-// f(tile, i, bias of the column), likewise; bias [N] in shared memory.
-template <class P, int N, class F>
-ODEBLOCK_DEVICE void for_each_biased(const typename P::Stored* bias, F f) {
-  bias += simt::opaque(simt::lane() % 4 * 2);  // as above
-#pragma unroll
-  for (int n = 0; n < N / 8; n++) {
-    const simt::Pair<typename P::Stored> pair = simt::load_pair(bias + 8 * n);
-#pragma unroll
-    for (int i = 0; i < P::kNumbers; i++) f(n, i, P::widen(i % 2 ? pair.y : pair.x));
-  }
-}
 
 template <class P, int Q>
 ODEBLOCK_DEVICE void forward_of_block(const ForwardArguments& arguments) {
@@ -109,21 +63,32 @@ ODEBLOCK_DEVICE void forward_of_block(const ForwardArguments& arguments) {
 
   const ForwardProblem& p = arguments.problem;
   const int dim = static_cast<int>(p.dim), hidden = static_cast<int>(p.hidden);
-  typename Shape::Stream chunks(arguments);
-
-  // Number i of a tile is of this row. (opaque: worked out where it is needed, while registers are full.)
-  const auto row_of = [&](int i) {
-    const int warp = simt::opaque(simt::block()) * (simt::threads() / 32) + simt::warp();
-    return static_cast<int64_t>(warp * P::kRows + simt::lane() / 4 + i / 2 * 8);
-  };
+  typename Shape::Stream chunks = [&] {
+    if constexpr (Shape::Chunk::kBulk)
+      return typename Shape::Stream(arguments);
+    else
+      return typename Shape::Stream(p);
+  }();
 
   Tile own[Shape::kWait ? 1 : Q / 8];
   Tile* const h = Shape::kWait ? reinterpret_cast<Tile*>(simt::shared() + Shape::kStageBytes) + simt::thread() : own;
   const int step = Shape::kWait ? simt::threads() : 1;  // from one tile of h to the next
-  for_each_number<P, Q, Shape::kWait>([&](int n, int i, int column) {
-    const bool there = row_of(i) < p.batch && column < dim;
-    h[n * step].x[i] = there ? P::widen(static_cast<const Stored*>(p.h)[row_of(i) * dim + column]) : Number(0);
-  });
+  const auto read = [&](auto* from) {
+    const Rows<P, std::remove_pointer_t<decltype(from)>> rows(from, dim, dim, p.batch);
+    for_each_pair<P, Q, Shape::kWait>([&](int n, int i) {
+      const simt::Pair<Number> pair = rows.read(n, i);
+      h[n * step].x[i] = pair.x, h[n * step].x[i + 1] = pair.y;
+    });
+  };
+  if (p.start)
+    read(static_cast<const Number*>(p.start));
+  else
+    read(static_cast<const Stored*>(p.h));
+  const auto write = [&](auto* to) {
+    const int width = simt::opaque(dim);  // as in row_of
+    const Rows<P, std::remove_pointer_t<decltype(to)>> rows(to, width, width, p.batch);
+    for_each_pair<P, Q, Shape::kWait>([&](int n, int i) { rows.write(n, i, h[n * step].x[i], h[n * step].x[i + 1]); });
+  };
 
   typename P::A packed[P::kRounds ? Q / P::kColumns : 1] = {};
   const auto operand = [&](int j) {
@@ -132,17 +97,10 @@ ODEBLOCK_DEVICE void forward_of_block(const ForwardArguments& arguments) {
     else
       return P::pack(&h[j * (P::kColumns / 8) * step], step);
   };
-  const int save_every = static_cast<int>(p.save_every);
-  // Where layer k is saved.
-  const auto saved = [&](int k) {
-    return static_cast<Number*>(p.states) + simt::opaque(k) / save_every * (padded_rows(p.batch) * saved_width(p));
-  };
-  for (int k = 0; k < p.depth; k++) {
-    if (save_every && k % save_every == 0) {
-      Number* const to = saved(k);
-      for_each_number<P, Q, Shape::kWait>([&](int n, int i, int column) {
-        if (row_of(i) < p.batch && column < dim) to[row_of(i) * saved_width(p) + column] = h[n * step].x[i];
-      });
+  while (chunks.more()) {
+    if (const int save_every = static_cast<int>(p.save_every)) {
+      const int k = chunks.layer();
+      if (k % save_every == 0) write(static_cast<Number*>(p.states) + k / save_every * padded_rows(p.batch) * dim);
     }
     if constexpr (P::kRounds) {
 #pragma unroll
@@ -153,24 +111,18 @@ ODEBLOCK_DEVICE void forward_of_block(const ForwardArguments& arguments) {
     for (int unit = 0; unit < hidden; unit += kUnits) {
       chunks.wait();
       Tile z[kUnits / 8];
-      P::template multiply<kUnits, Q>(z, operand, chunks.W());
+      multiply<P, kUnits, Q>(z, operand, chunks.W());
       P::end(z);
       for_each_biased<P, kUnits>(chunks.hidden_bias(), [&](int n, int i, Number bias) { z[n].x[i] += bias; });
-      if (saves_hidden(p)) {  // of every layer
-        Number* const to = saved(k) + dim + unit;
-        for_each_number<P, kUnits>([&](int n, int i, int column) {
-          if (row_of(i) < p.batch && unit + column < hidden) to[row_of(i) * saved_width(p) + column] = z[n].x[i];
-        });
-      }
       with_activation(p.activation, [&](auto sigma) {
-        for_each_number<P, kUnits>([&](int n, int i, int) { z[n].x[i] = evaluate<P::kApproximate>(sigma, z[n].x[i]); });
+        for_each_number<P, kUnits>(
+            [&](int n, int i, int) { z[n].x[i] = evaluate<P::kApproximate>(sigma, z[n].x[i]).s; });
       });
       if (unit + kUnits > hidden)  // what is not there is 0, whatever sigma(0) is, or an infinite row makes of it
         for_each_number<P, kUnits>([&](int n, int i, int column) {
           if (unit + column >= hidden) z[n].x[i] = 0;
         });
-      P::template add<Q, kUnits>(
-          unit == 0, sums, [&](int j) { return P::pack(&z[j * (P::kColumns / 8)], 1); }, chunks.V());
+      add<P, Q, kUnits>(unit == 0, sums, [&](int j) { return P::pack(&z[j * (P::kColumns / 8)], 1); }, chunks.V());
       chunks.release();
     }
     P::end(sums);
@@ -182,10 +134,8 @@ ODEBLOCK_DEVICE void forward_of_block(const ForwardArguments& arguments) {
         if (column >= dim) h[n * step].x[i] = 0;
       });
   }
-  for_each_number<P, Q, Shape::kWait>([&](int n, int i, int column) {
-    if (row_of(i) < p.batch && column < dim)
-      static_cast<Stored*>(p.y)[row_of(i) * dim + column] = P::narrow(h[n * step].x[i]);
-  });
+  if (p.end) write(static_cast<Number*>(p.end));
+  if (p.y) write(static_cast<Stored*>(p.y));
   chunks.end();
 }
 
@@ -199,7 +149,7 @@ forward_kernel(const ODEBLOCK_PARAMETER ForwardArguments arguments) {
 }
 
 template <class P, int Q>
-CudaKernel kernel_of() {
+CudaKernel<ForwardArguments> forward_kernel_of() {
   typedef ForwardShape<P, Q> Shape;
   return {Q,
           P::kRows,

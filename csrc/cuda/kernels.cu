@@ -3,17 +3,29 @@
 //   ODEBLOCK_PRODUCTS      the struct of products.cuh
 //   ODEBLOCK_CUDA_KERNELS  the function of kernels.h
 #include "forward.cuh"
+#include "sweep.cuh"
 
 namespace odeblock {
+namespace {
 
-CudaKernel ODEBLOCK_CUDA_KERNELS(int64_t q) {
+template <class P, int Q>
+CudaKernels kernels_of() {
+  if constexpr (P::kWarps == 1)
+    return {forward_kernel_of<P, Q>(), sweep_kernel_of<P, Q>()};
+  else
+    return {forward_kernel_of<P, Q>(), {}};
+}
+
+}  // namespace
+
+CudaKernels ODEBLOCK_CUDA_KERNELS(int64_t q) {
   if constexpr (ODEBLOCK_PRODUCTS::kWarps == 1) {
-    if (q <= 16) return kernel_of<ODEBLOCK_PRODUCTS, 16>();
-    if (q <= 32) return kernel_of<ODEBLOCK_PRODUCTS, 32>();
+    if (q <= 16) return kernels_of<ODEBLOCK_PRODUCTS, 16>();
+    if (q <= 32) return kernels_of<ODEBLOCK_PRODUCTS, 32>();
   }
-  if (q <= 64) return kernel_of<ODEBLOCK_PRODUCTS, 64>();
-  if (q <= 128) return kernel_of<ODEBLOCK_PRODUCTS, 128>();
-  return kernel_of<ODEBLOCK_PRODUCTS, 256>();
+  if (q <= 64) return kernels_of<ODEBLOCK_PRODUCTS, 64>();
+  if (q <= 128) return kernels_of<ODEBLOCK_PRODUCTS, 128>();
+  return kernels_of<ODEBLOCK_PRODUCTS, 256>();
 }
 
 }  // namespace odeblock

@@ -13,23 +13,29 @@ struct ForwardArguments {
   simt::Boxes W, V;  // of the kernels whose chunks come in bulk
 };
 
+template <class Arguments>
 struct CudaKernel {
   int features;                 // that it has room for
   int warp_rows;                // that a warp takes
   int least_warps, most_warps;  // of a block; a multiple of the least
   int bulk_units;               // of a chunk that comes in bulk, or 0
   size_t (*shared_bytes)(int warps);
-  void (*forward)(ForwardArguments);
+  void (*run)(Arguments);
 };
 
-// The kernel for q <= kMostFeatures features, by how products are taken.
-CudaKernel cuda_kernels_float32(int64_t q);
-CudaKernel cuda_kernels_tf32(int64_t q);
-CudaKernel cuda_kernels_float64(int64_t q);
-CudaKernel cuda_kernels_bfloat16(int64_t q);
-CudaKernel cuda_kernels_float16(int64_t q);
+struct CudaKernels {
+  CudaKernel<ForwardArguments> forward;
+  CudaKernel<SweepProblem> sweep;  // of products of single warps
+};
+
+// The kernels for q <= kMostFeatures features, by how products are taken.
+CudaKernels cuda_kernels_float32(int64_t q);
+CudaKernels cuda_kernels_tf32(int64_t q);
+CudaKernels cuda_kernels_float64(int64_t q);
+CudaKernels cuda_kernels_bfloat16(int64_t q);
+CudaKernels cuda_kernels_float16(int64_t q);
 // On Hopper.
-CudaKernel cuda_kernels_bfloat16_warpgroup(int64_t q);
-CudaKernel cuda_kernels_float16_warpgroup(int64_t q);
+CudaKernels cuda_kernels_bfloat16_warpgroup(int64_t q);
+CudaKernels cuda_kernels_float16_warpgroup(int64_t q);
 
 }  // namespace odeblock

@@ -22,38 +22,44 @@ bool comes_in_bulk(const Problem& p) {
          aligned(p.output_bias);
 }
 
-CudaKernel kernel_for(const Problem& p, bool tf32, int device) {
+// Of which the forward may take products of warpgroups.
+CudaKernels kernels_for(const Problem& p, bool tf32, int device) {
   const bool warpgroup =
       kHasWarpgroupKernels && simt::capability(device) == 90 && p.dim > 32 && p.batch >= 64 && comes_in_bulk(p);
   switch (p.dtype) {
     case Dtype::float64: return cuda_kernels_float64(p.dim);
-    case Dtype::bfloat16: return warpgroup ? cuda_kernels_bfloat16_warpgroup(p.dim) : cuda_kernels_bfloat16(p.dim);
-    case Dtype::float16: return warpgroup ? cuda_kernels_float16_warpgroup(p.dim) : cuda_kernels_float16(p.dim);
+    case Dtype::bfloat16:
+      return {(warpgroup ? cuda_kernels_bfloat16_warpgroup : cuda_kernels_bfloat16)(p.dim).forward,
+              cuda_kernels_bfloat16(p.dim).sweep};
+    case Dtype::float16:
+      return {(warpgroup ? cuda_kernels_float16_warpgroup : cuda_kernels_float16)(p.dim).forward,
+              cuda_kernels_float16(p.dim).sweep};
     default: return tf32 ? cuda_kernels_tf32(p.dim) : cuda_kernels_float32(p.dim);
   }
 }
 
 struct Launch {
-  CudaKernel kernel;
   int blocks, cluster, threads;
   size_t shared_bytes, most_shared_bytes;
 };
 
 // As many warps a block as leave no multiprocessor without one: they share what they read of the weights, as two blocks
 // of a cluster do what comes in bulk.
-Launch launch_of(const Problem& p, bool tf32, int device) {
-  const CudaKernel kernel = kernel_for(p, tf32, device);
-  const int64_t tiles = (p.batch + kernel.warp_rows - 1) / kernel.warp_rows, all = simt::multiprocessors(device);
+template <class Arguments>
+Launch launch_of(const CudaKernel<Arguments>& kernel, int64_t batch, int device) {
+  const int64_t tiles = (batch + kernel.warp_rows - 1) / kernel.warp_rows, all = simt::multiprocessors(device);
   const int64_t least = kernel.least_warps, wanted = ((tiles + all - 1) / all + least - 1) / least * least;
   const int warps = static_cast<int>(wanted < kernel.most_warps ? wanted : kernel.most_warps);
   const int blocks = static_cast<int>((tiles + warps - 1) / warps), cluster = kernel.bulk_units && blocks > 1 ? 2 : 1;
   const size_t most = kernel.shared_bytes(kernel.most_warps), there = simt::most_shared_bytes(device);
-  return {kernel,
-          (blocks + cluster - 1) / cluster * cluster,
-          cluster,
-          32 * warps,
-          kernel.shared_bytes(warps),
+  return {(blocks + cluster - 1) / cluster * cluster, cluster, 32 * warps, kernel.shared_bytes(warps),
           most < there ? most : there};
+}
+
+template <class Arguments>
+const char* launch(const CudaKernel<Arguments>& kernel, const Launch& x, void* stream, const Arguments& arguments) {
+  return simt::launch(kernel.run, x.blocks, x.cluster, x.threads, x.shared_bytes, x.most_shared_bytes, stream,
+                      arguments);
 }
 
 // Bytes of a layer's weights from which on few rows are better served by a matrix product a step, which all
@@ -65,33 +71,44 @@ constexpr int64_t kWideLayer = 512 << 10;
 const char* cuda_unsupported(int device) {
   const simt::OnDevice on(device);
   if (on.error()) return on.error();
-  return simt::unsupported(cuda_kernels_float32(1).forward);
+  return simt::unsupported(cuda_kernels_float32(1).forward.run);
 }
 
 bool cuda_fuses(const Problem& p, bool tf32, int device) {
-  if (p.dim > kMostFeatures || p.reconstruct) return false;
+  if (p.dim > kMostFeatures) return false;
   if (p.batch == 0) return true;
   if (p.depth * p.hidden > INT32_MAX / 2 || p.batch > INT32_MAX / 2) return false;  // kernels count in int
   const int64_t bytes = p.dtype == Dtype::float64 ? 8 : p.dtype == Dtype::float32 ? 4 : 2;
   const bool few = p.batch <= 16 * simt::multiprocessors(device) / 4;
   if (few && 2 * p.dim * p.hidden * bytes > kWideLayer) return false;
-  return launch_of(p, tf32, device).shared_bytes <= simt::most_shared_bytes(device);
+  const CudaKernels kernels = kernels_for(p, tf32, device);
+  const size_t there = simt::most_shared_bytes(device);
+  return launch_of(kernels.forward, p.batch, device).shared_bytes <= there &&
+         launch_of(kernels.sweep, p.batch, device).shared_bytes <= there;
 }
 
 const char* cuda_forward(const ForwardProblem& p, bool tf32, int device, void* stream) {
   if (p.batch == 0) return nullptr;
   const simt::OnDevice on(device);
   if (on.error()) return on.error();
-  const Launch x = launch_of(p, tf32, device);
+  const CudaKernel<ForwardArguments> kernel = kernels_for(p, tf32, device).forward;
+  const Launch x = launch_of(kernel, p.batch, device);
   ForwardArguments arguments{p, {}, {}};
-  if (const int units = x.kernel.bulk_units) {
-    const char* error = simt::describe(arguments.W, p.W, p.depth, p.hidden, p.dim, units / x.cluster, 64);
-    if (!error)
-      error = simt::describe(arguments.V, p.V, p.depth, p.dim, p.hidden, x.kernel.features / x.cluster, units);
+  if (const int units = kernel.bulk_units) {
+    const char* error = simt::unsupported(kernel.run);  // the driver, which describes boxes, wants a context
+    if (!error) error = simt::describe(arguments.W, p.W, p.depth, p.hidden, p.dim, units / x.cluster, 64);
+    if (!error) error = simt::describe(arguments.V, p.V, p.depth, p.dim, p.hidden, kernel.features / x.cluster, units);
     if (error) return error;
   }
-  return simt::launch(x.kernel.forward, x.blocks, x.cluster, x.threads, x.shared_bytes, x.most_shared_bytes, stream,
-                      arguments);
+  return launch(kernel, x, stream, arguments);
+}
+
+const char* cuda_sweep(const SweepProblem& p, bool tf32, int device, void* stream) {
+  if (p.batch == 0) return nullptr;
+  const simt::OnDevice on(device);
+  if (on.error()) return on.error();
+  const CudaKernel<SweepProblem> kernel = kernels_for(p, tf32, device).sweep;
+  return launch(kernel, launch_of(kernel, p.batch, device), stream, p);
 }
 
 }  // namespace odeblock

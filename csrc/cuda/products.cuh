@@ -6,9 +6,10 @@
 // an operand wants columns l % 4 and l % 4 + 4, it gets 2 (l % 4) and the next, for the terms of a sum have no order; B
 // is read the same way.
 //
-//   multiply<N, K>(d, a, M): d = a Mᵀ; d [kRows, N], a [kRows, K], M [N, K] in shared memory as V and W are, row by
+//   multiply<P, N, K>(d, a, M): d = a Mᵀ; d [kRows, N], a [kRows, K], M [N, K] in shared memory as V and W are, row by
 //   row, with element (n, k) at offset<N, K>(n, k): so far apart that the lanes of a warp meet other banks.
-//   add<N, K>(first, d, a, M): d += a Mᵀ, for a d that went through clear(d); first: the first of its products.
+//   add<P, N, K>(first, d, a, M): d += a Mᵀ, for a d that went through clear(d); first: the first of its products.
+//   multiply_transposed, add_transposed: a M in the place of a Mᵀ, for M [K, N], by offset<K, N>.
 //
 // a comes from operand(j), columns kColumns j and on. From multiply to end(d) products may be under way, which touch d,
 // a and M.
@@ -40,6 +41,24 @@ struct OneWarp {
   }
   template <class Tiles>
   ODEBLOCK_DEVICE static void end(Tiles&) {}
+
+ protected:
+  // Of the second operand [K, N] two neighbouring rows, k and on, in the columns n and on, as lanes have them.
+  template <class T, bool kTransposed, int N, int K>
+  class Pairs {
+   public:
+    ODEBLOCK_DEVICE explicit Pairs(const T* M) : first_(M + place(simt::lane() / 4, simt::lane() % 4 * 2)) {}
+    ODEBLOCK_DEVICE simt::Pair<T> operator()(int n, int k) const {
+      if constexpr (kTransposed)
+        return {first_[place(n, k)], first_[place(n, k + 1)]};
+      else
+        return simt::load_pair(first_ + place(n, k));
+    }
+
+   private:
+    ODEBLOCK_DEVICE static int place(int n, int k) { return kTransposed ? offset<K, N>(k, n) : offset<N, K>(n, k); }
+    const T* const first_;
+  };
 };
 
 // Sums in float, of 16 rows.
@@ -66,7 +85,10 @@ struct HalfProducts : FloatSums {
   ODEBLOCK_DEVICE static uint32_t pair(float low, float high) {
     return kBfloat16 ? simt::pack_bfloat16(low, high) : simt::pack_float16(low, high);
   }
-  ODEBLOCK_DEVICE static Stored narrow(float x) { return static_cast<Stored>(pair(x, x)); }
+  ODEBLOCK_DEVICE static simt::Pair<Stored> narrow(float x, float y) {
+    const uint32_t both = pair(x, y);
+    return {static_cast<Stored>(both), static_cast<Stored>(both >> 16)};
+  }
 
   // Two neighbouring tiles, `step` apart.
   ODEBLOCK_DEVICE static A pack(const Tile* tiles, int step) {
@@ -74,21 +96,22 @@ struct HalfProducts : FloatSums {
     return {{pair(left.x[0], left.x[1]), pair(left.x[2], left.x[3]), pair(right.x[0], right.x[1]),
              pair(right.x[2], right.x[3])}};
   }
-  template <int N, int K, class Operand>
-  ODEBLOCK_DEVICE static void multiply(Tile (&d)[N / 8], Operand operand, const Stored* M) {
-    OneWarp::clear(d);
-    add<N, K>(true, d, operand, M);
-  }
-  template <int N, int K, class Operand>
-  ODEBLOCK_DEVICE static void add(bool, Tile (&d)[N / 8], Operand operand, const Stored* M) {
-    const Stored* row = M + offset<N, K>(simt::lane() % 8 + simt::lane() / 16 * 8, simt::lane() / 8 % 2 * 8);
+  template <bool kTransposed, bool kFresh, int N, int K, class Operand>
+  ODEBLOCK_DEVICE static void product(bool, Tile (&d)[N / 8], Operand operand, const Stored* M) {
+    if constexpr (kFresh) clear(d);
+    const int lane = simt::lane();
+    const Stored* row = kTransposed ? M + offset<K, N>(lane % 16, lane / 16 * 8)
+                                    : M + offset<N, K>(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8);
 #pragma unroll
     for (int j = 0; j < K / 16; j++) {
       const A a = operand(j);
 #pragma unroll
       for (int n = 0; n < N / 8; n += 2) {
         uint32_t b[4];
-        simt::load_matrices(b, row + offset<N, K>(8 * n, 16 * j));
+        if constexpr (kTransposed)
+          simt::load_matrices_transposed(b, row + offset<K, N>(16 * j, 8 * n));
+        else
+          simt::load_matrices(b, row + offset<N, K>(8 * n, 16 * j));
 #pragma unroll
         for (int i = 0; i < 2; i++) {
           if (kBfloat16)
@@ -107,7 +130,6 @@ struct OfFloat : FloatSums {
   static constexpr bool kRounds = false, kApproximate = false;
 
   ODEBLOCK_DEVICE static float widen(float x) { return x; }
-  ODEBLOCK_DEVICE static float narrow(float x) { return x; }
 };
 
 // float32: x = x_0 + x_1 + x_2, each bfloat16, exactly, for 3 x 8 bits are 24. Of the nine products six are taken;
@@ -128,16 +150,12 @@ struct FloatProducts : OfFloat {
     split(right.x[2], right.x[3], a.x[0][3], a.x[1][3], a.x[2][3]);
     return a;
   }
-  template <int N, int K, class Operand>
-  ODEBLOCK_DEVICE static void multiply(Tile (&d)[N / 8], Operand operand, const Stored* M) {
-    OneWarp::clear(d);
-    add<N, K>(true, d, operand, M);
-  }
-  template <int N, int K, class Operand>
-  ODEBLOCK_DEVICE static void add(bool, Tile (&d)[N / 8], Operand operand, const Stored* M) {
-    const Stored* row = M + offset<N, K>(simt::lane() / 4, simt::lane() % 4 * 2);
+  template <bool kTransposed, bool kFresh, int N, int K, class Operand>
+  ODEBLOCK_DEVICE static void product(bool, Tile (&d)[N / 8], Operand operand, const Stored* M) {
+    if constexpr (kFresh) clear(d);
+    const Pairs<Stored, kTransposed, N, K> pairs(M);
     // Operands of 256 features come from shared memory: some at a time.
-#pragma unroll(K > 128 ? 4 : 8)
+#pragma unroll(K > 128 ? 2 : 8)
     for (int j = 0; j < K / 16; j++) {
       const A a = operand(j);
 #pragma unroll
@@ -145,7 +163,7 @@ struct FloatProducts : OfFloat {
         uint32_t b[3][2];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-          const simt::Pair<float> pair = simt::load_pair(row + offset<N, K>(8 * n, 16 * j + 8 * i));
+          const simt::Pair<float> pair = pairs(8 * n, 16 * j + 8 * i);
           split(pair.x, pair.y, b[0][i], b[1][i], b[2][i]);
         }
         float sum[4] = {0, 0, 0, 0};
@@ -183,20 +201,16 @@ struct Tf32Products : OfFloat {
     return {
         {simt::to_tf32(tile->x[0]), simt::to_tf32(tile->x[2]), simt::to_tf32(tile->x[1]), simt::to_tf32(tile->x[3])}};
   }
-  template <int N, int K, class Operand>
-  ODEBLOCK_DEVICE static void multiply(Tile (&d)[N / 8], Operand operand, const Stored* M) {
-    OneWarp::clear(d);
-    add<N, K>(true, d, operand, M);
-  }
-  template <int N, int K, class Operand>
-  ODEBLOCK_DEVICE static void add(bool, Tile (&d)[N / 8], Operand operand, const Stored* M) {
-    const Stored* row = M + offset<N, K>(simt::lane() / 4, simt::lane() % 4 * 2);
+  template <bool kTransposed, bool kFresh, int N, int K, class Operand>
+  ODEBLOCK_DEVICE static void product(bool, Tile (&d)[N / 8], Operand operand, const Stored* M) {
+    if constexpr (kFresh) clear(d);
+    const Pairs<Stored, kTransposed, N, K> pairs(M);
 #pragma unroll(K > 128 ? 4 : 16)  // as above
     for (int j = 0; j < K / 8; j++) {
       const A a = operand(j);
 #pragma unroll
       for (int n = 0; n < N / 8; n++) {
-        const simt::Pair<float> b = simt::load_pair(row + offset<N, K>(8 * n, 8 * j));
+        const simt::Pair<float> b = pairs(8 * n, 8 * j);
         simt::mma_tf32(d[n].x, a.x, simt::to_tf32(b.x), simt::to_tf32(b.y));
       }
     }
@@ -214,23 +228,18 @@ struct DoubleProducts : OneWarp {
   typedef Tile A;
 
   ODEBLOCK_DEVICE static double widen(double x) { return x; }
-  ODEBLOCK_DEVICE static double narrow(double x) { return x; }
 
   ODEBLOCK_DEVICE static A pack(const Tile* tile, int) { return *tile; }
-  template <int N, int K, class Operand>
-  ODEBLOCK_DEVICE static void multiply(Tile (&d)[N / 8], Operand operand, const Stored* M) {
-    OneWarp::clear(d);
-    add<N, K>(true, d, operand, M);
-  }
-  template <int N, int K, class Operand>
-  ODEBLOCK_DEVICE static void add(bool, Tile (&d)[N / 8], Operand operand, const Stored* M) {
-    const Stored* row = M + offset<N, K>(simt::lane() / 4, simt::lane() % 4 * 2);
+  template <bool kTransposed, bool kFresh, int N, int K, class Operand>
+  ODEBLOCK_DEVICE static void product(bool, Tile (&d)[N / 8], Operand operand, const Stored* M) {
+    if constexpr (kFresh) clear(d);
+    const Pairs<Stored, kTransposed, N, K> pairs(M);
 #pragma unroll(K > 128 ? 4 : 16)  // as above
     for (int j = 0; j < K / 8; j++) {
       const A a = operand(j);
 #pragma unroll
       for (int n = 0; n < N / 8; n++) {
-        const simt::Pair<double> b = simt::load_pair(row + offset<N, K>(8 * n, 8 * j));
+        const simt::Pair<double> b = pairs(8 * n, 8 * j);
         simt::mma_float64(d[n].x, a.x[0], b.x);
         simt::mma_float64(d[n].x, a.x[1], b.y);
       }
@@ -267,18 +276,9 @@ struct WarpgroupProducts : HalfProducts<kBfloat16> {
     simt::after_products(d);
   }
 
-  template <int N, int K, class Operand>
-  ODEBLOCK_DEVICE static void multiply(Tile (&d)[N / 8], Operand operand, const Stored* M) {
-    begin<true, N, K>(true, d, operand, M);
-  }
-  template <int N, int K, class Operand>
-  ODEBLOCK_DEVICE static void add(bool first, Tile (&d)[N / 8], Operand operand, const Stored* M) {
-    begin<false, N, K>(first, d, operand, M);
-  }
-
- private:
-  template <bool kFresh, int N, int K, class Operand>
-  ODEBLOCK_DEVICE static void begin(bool first, Tile (&d)[N / 8], Operand operand, const Stored* M) {
+  template <bool kTransposed, bool kFresh, int N, int K, class Operand>
+  ODEBLOCK_DEVICE static void product(bool first, Tile (&d)[N / 8], Operand operand, const Stored* M) {
+    static_assert(!kTransposed);
     constexpr int kBlock = K < 64 ? K : 64;
     uint32_t a[K / 16][4];
 #pragma unroll
@@ -297,6 +297,23 @@ struct WarpgroupProducts : HalfProducts<kBfloat16> {
     simt::commit_products();
   }
 };
+
+template <class P, int N, int K, class Operand>
+ODEBLOCK_DEVICE void multiply(typename P::Tile (&d)[N / 8], Operand a, const typename P::Stored* M) {
+  P::template product<false, true, N, K>(true, d, a, M);
+}
+template <class P, int N, int K, class Operand>
+ODEBLOCK_DEVICE void multiply_transposed(typename P::Tile (&d)[N / 8], Operand a, const typename P::Stored* M) {
+  P::template product<true, true, N, K>(true, d, a, M);
+}
+template <class P, int N, int K, class Operand>
+ODEBLOCK_DEVICE void add(bool first, typename P::Tile (&d)[N / 8], Operand a, const typename P::Stored* M) {
+  P::template product<false, false, N, K>(first, d, a, M);
+}
+template <class P, int N, int K, class Operand>
+ODEBLOCK_DEVICE void add_transposed(bool first, typename P::Tile (&d)[N / 8], Operand a, const typename P::Stored* M) {
+  P::template product<true, false, N, K>(first, d, a, M);
+}
 
 }  // namespace
 }  // namespace odeblock

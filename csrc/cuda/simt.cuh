@@ -25,6 +25,12 @@ namespace simt {
 ODEBLOCK_DEVICE int thread() { return threadIdx.x; }
 ODEBLOCK_DEVICE int lane() { return threadIdx.x % 32; }
 ODEBLOCK_DEVICE int warp() { return threadIdx.x / 32; }
+// thread(), asked for anew: what is made of it is not kept in registers for the next time.
+ODEBLOCK_DEVICE int thread_again() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
 ODEBLOCK_DEVICE int block() { return blockIdx.x; }
 ODEBLOCK_DEVICE int threads() { return blockDim.x; }  // of a block
 
@@ -160,8 +166,16 @@ struct alignas(2 * sizeof(T)) Pair {
   T x, y;
 };
 template <class T>
-ODEBLOCK_DEVICE Pair<T> load_pair(const T* from) {
+ODEBLOCK_DEVICE Pair<T> load_pair(const T* from) {  // from shared memory
   return *reinterpret_cast<const Pair<T>*>(from);
+}
+template <class T>
+ODEBLOCK_DEVICE Pair<T> read_pair(const T* from) {  // from global memory
+  return *reinterpret_cast<const Pair<T>*>(from);
+}
+template <class T>
+ODEBLOCK_DEVICE void write_pair(T* to, Pair<T> pair) {  // to global memory
+  *reinterpret_cast<Pair<T>*>(to) = pair;
 }
 
 // As the kernel's own parameters, not as whatever is passed for them.
@@ -217,7 +231,7 @@ inline int multiprocessors(int device) {
   return count > 0 ? count : 1;
 }
 
-// Why the current device cannot run a kernel.
+// Why the current device cannot run a kernel. Leaves this thread with a context.
 template <class... Parameters>
 const char* unsupported(void (*kernel)(Parameters...)) {
   cudaFuncAttributes attributes;

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..native import release_memory
 from ..network import DeepResNet
-from ..ops import release_memory
 from .networks import eager_twin
 
 WARM_UP_DEPTH = 2

@@ -318,6 +318,9 @@ class Machine {
       uint64_t* there = reinterpret_cast<uint64_t*>(elsewhere(barrier, other));
       Phase& phase = phase_of(there, name);
       if (!phase.published) fail("%s: to a barrier without fence.mbarrier_init", name);
+      const size_t first = other * shared_bytes_ + (to - shared());
+      for (size_t i = first / 2; i < (first + bytes) / 2; i++)
+        if (hidden_[i]) fail("%s: to what was written without fence.proxy.async", name);
     }
     boxes_.push_back({to, bytes, barrier, rank(), mask, std::move(write), std::move(order)});
   }

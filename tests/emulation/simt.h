@@ -178,6 +178,7 @@ namespace simt {
 using emulation::Machine;
 
 inline int thread() { return Machine::current().thread(); }
+inline int thread_again() { return thread(); }
 inline int lane() { return Machine::current().thread() % 32; }
 inline int warp() { return Machine::current().thread() / 32; }
 inline int block() { return Machine::current().block(); }
@@ -276,6 +277,17 @@ Pair<T> load_pair(const T* from) {
     Machine::current().check_shared(from, 2 * sizeof(T), "load_pair");
   }
   return *reinterpret_cast<const Pair<T>*>(from);
+}
+
+template <class T>
+Pair<T> read_pair(const T* from) {
+  if (reinterpret_cast<uintptr_t>(from) % sizeof(Pair<T>)) Machine::current().fail("read_pair: not aligned");
+  return {from[0], from[1]};
+}
+template <class T>
+void write_pair(T* to, Pair<T> pair) {
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(Pair<T>)) Machine::current().fail("write_pair: not aligned");
+  to[0] = pair.x, to[1] = pair.y;
 }
 
 struct OnDevice {

@@ -1,0 +1,159 @@
+// The backward's way through the layers on a GPU: one launch, from the last layer to the first, for q up to
+// kMostFeatures. As in forward.cuh a warp takes rows of its own, weights stream through shared memory, and a chunk's
+//
+//   z = W h + hidden_bias,  s = sigma(z),  g = scale (Vᵀa) ⊙ sigma'(z),  sums += Wᵀg;     once a layer  a += sums
+//
+// needs nothing but the chunk; both products with V and W read them where they lie. a waits in shared memory, in a
+// place of its lane's own; so does h where it is not packed as the operand of 16-bit products once a layer.
+//
+// s, g, h and a go to global memory, as matrix products over the rows of all blocks read them: the gradients of the
+// weights then are sums that no two blocks write to, the same each time. Written and read they are 8 (q + m) bytes a
+// row and layer in 16 bits, for 4 q m multiply-adds a row that this takes with that: at q = m = 128 two fifths of what
+// an H200's memory moves in the time of its tensor cores.
+#pragma once
+
+#include "chunks.cuh"
+#include "tiles.cuh"
+
+namespace odeblock {
+namespace {
+
+// A block for products P and up to Q features.
+template <class P, int Q>
+struct SweepShape {
+  static constexpr int kSize = sizeof(typename P::Stored);
+  // Registers hold h and a as operands.
+  static constexpr bool kPacks = P::kRounds && Q <= 128;
+  static constexpr int units() {
+    if (kSize == 2) return Q == 256 ? 16 : 32;
+    return Q <= 512 / kSize || P::kColumns == 16 ? 16 : 8;
+  }
+  typedef ChunkShape<P, Q, units()> Chunk;
+
+  static constexpr size_t waiting_bytes(int warps) {
+    return static_cast<size_t>(kPacks ? 1 : 2) * warps * 32 * (Q / 8) * sizeof(typename P::Tile);
+  }
+  static constexpr int most_warps() {
+    int warps = 8;
+    while (waiting_bytes(warps) + 2 * Chunk::kBytes > P::kSharedBytes) warps /= 2;
+    return warps;
+  }
+  static constexpr int kMostWarps = most_warps(), kMostThreads = 32 * kMostWarps;
+  static constexpr int stages() {
+    const int fit = static_cast<int>((P::kSharedBytes - waiting_bytes(kMostWarps)) / Chunk::kBytes);
+    return fit < 4 ? fit : 4;
+  }
+  static constexpr int kStages = stages();
+  static constexpr size_t kStageBytes = Chunk::bytes(kStages);
+  static constexpr size_t shared_bytes(int warps) { return kStageBytes + waiting_bytes(warps); }
+};
+
+template <class P, int Q>
+ODEBLOCK_KERNEL(SweepShape<P, Q>::kMostThreads, 1)
+sweep_kernel(const ODEBLOCK_PARAMETER SweepProblem p) {
+  typedef typename P::Stored Stored;
+  typedef typename P::Number Number;
+  typedef typename P::Tile Tile;
+  typedef typename P::A A;
+  typedef SweepShape<P, Q> Shape;
+  constexpr int kUnits = Shape::Chunk::kUnits, kTiles = P::kColumns / 8;  // of an operand
+  constexpr bool kPacks = Shape::kPacks;
+
+  const int dim = static_cast<int>(p.dim), hidden = static_cast<int>(p.hidden);
+  CopiedChunks<typename Shape::Chunk, Shape::kStages, true> chunks(p);
+
+  const int step = simt::threads();  // from one tile to the next
+  Tile* const a = reinterpret_cast<Tile*>(simt::shared() + Shape::kStageBytes) + simt::thread();
+  Tile* const h = a + Q / 8 * step;  // unless packed
+  const Rows<P, Number> of_a(static_cast<Number*>(p.a), dim, dim, p.batch);
+  for_each_pair<P, Q, true>([&](int n, int i) {
+    const simt::Pair<Number> pair = of_a.read(n, i);
+    a[n * step].x[i] = pair.x, a[n * step].x[i + 1] = pair.y;
+  });
+
+  A packed_h[kPacks ? Q / P::kColumns : 1], packed_a[kPacks ? Q / P::kColumns : 1];
+  const auto operand = [&](const A* packed, const Tile* tiles) {
+    return [=](int j) {
+      if constexpr (kPacks)
+        return packed[j];
+      else
+        return P::pack(&tiles[j * kTiles * step], step);
+    };
+  };
+  while (chunks.more()) {
+    const int k = chunks.layer();
+    const Rows<P, const Number> state(static_cast<const Number*>(p.states) + k * padded_rows(p.batch) * dim, dim, dim,
+                                      p.batch);
+    const auto of_layer = [&](void* array, int64_t width, int from) {
+      Stored* first = static_cast<Stored*>(array);
+      if (first) first += k * p.batch * width + from;
+      return Rows<P, Stored>(first, width, static_cast<int>(width) - from, p.batch);
+    };
+    const Rows<P, Stored> layer_a = of_layer(p.layer_a, dim, 0), layer_h = of_layer(p.layer_h, dim, 0);
+#pragma unroll(kPacks ? Q / P::kColumns : 1)
+    for (int j = 0; j < Q / P::kColumns; j++) {
+      Tile both[kTiles];
+#pragma unroll
+      for (int n = 0; n < kTiles; n++)
+#pragma unroll
+        for (int i = 0; i < P::kNumbers; i += 2) {
+          const int tile = j * kTiles + n;
+          const simt::Pair<Number> pair = state.read(tile, i);
+          both[n].x[i] = pair.x, both[n].x[i + 1] = pair.y;
+          if (p.layer_h) layer_h.write(tile, i, pair.x, pair.y);
+          if (p.layer_a) layer_a.write(tile, i, a[tile * step].x[i], a[tile * step].x[i + 1]);
+        }
+      if constexpr (kPacks) {
+        packed_h[j] = P::pack(both, 1);
+        packed_a[j] = P::pack(&a[j * kTiles * step], step);
+      } else {
+#pragma unroll
+        for (int n = 0; n < kTiles; n++) h[(j * kTiles + n) * step] = both[n];
+      }
+    }
+    Tile sums[Q / 8];
+    P::clear(sums);
+    for (int unit = 0; unit < hidden; unit += kUnits) {
+      chunks.wait();
+      Tile s[kUnits / 8], g[kUnits / 8];
+      multiply<P, kUnits, Q>(s, operand(packed_h, h), chunks.W());
+      multiply_transposed<P, kUnits, Q>(g, operand(packed_a, a), chunks.V());
+      for_each_biased<P, kUnits>(chunks.hidden_bias(), [&](int n, int i, Number bias) { s[n].x[i] += bias; });
+      with_activation(p.activation, [&](auto sigma) {
+        for_each_number<P, kUnits>([&](int n, int i, int) {
+          const activation::Value<Number> value = evaluate<P::kApproximate>(sigma, s[n].x[i]);
+          s[n].x[i] = value.s;
+          g[n].x[i] *= static_cast<Number>(p.scale) * value.d;
+        });
+      });
+      if (p.layer_s) {
+        const Rows<P, Stored> layer_s = of_layer(p.layer_s, hidden, unit), layer_g = of_layer(p.layer_g, hidden, unit);
+        for_each_pair<P, kUnits>([&](int n, int i) {
+          layer_s.write(n, i, s[n].x[i], s[n].x[i + 1]);
+          layer_g.write(n, i, g[n].x[i], g[n].x[i + 1]);
+        });
+      }
+      if (unit + kUnits > hidden)  // what is not there is 0, also where an infinite row makes something else of it
+        for_each_number<P, kUnits>([&](int n, int i, int column) {
+          if (unit + column >= hidden) g[n].x[i] = 0;
+        });
+      add_transposed<P, Q, kUnits>(unit == 0, sums, [&](int j) { return P::pack(&g[j * kTiles], 1); }, chunks.W());
+      chunks.release();
+    }
+    P::end(sums);
+    for_each_number<P, Q>([&](int n, int i, int column) {
+      a[n * step].x[i] = column < dim ? a[n * step].x[i] + sums[n].x[i] : Number(0);
+    });
+  }
+  for_each_pair<P, Q, true>([&](int n, int i) { of_a.write(n, i, a[n * step].x[i], a[n * step].x[i + 1]); });
+  chunks.end();
+}
+
+template <class P, int Q>
+CudaKernel<SweepProblem> sweep_kernel_of() {
+  typedef SweepShape<P, Q> Shape;
+  return {Q, P::kRows, 1, Shape::kMostWarps, 0, Shape::shared_bytes, sweep_kernel<P, Q>};
+}
+
+}  // namespace
+}  // namespace odeblock

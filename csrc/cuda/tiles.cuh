@@ -1,0 +1,131 @@
+// What a warp does with tiles of rows that is no product: reads and writes them, adds biases, applies activations.
+#pragma once
+
+#include <type_traits>
+
+#include "math.cuh"
+// math.cuh before activations.h, which is written on its functions
+#include "../activations.h"
+#include "products.cuh"
+
+namespace odeblock {
+namespace {
+
+// sigma(z) and sigma'(z). Where they are rounded to 16 bits at once, bfloat16's 8 of them, with the tanh that the
+// hardware has (an error of 2^-11): an operation where exp and a division are two, and many more.
+template <bool kApproximate, class Sigma, class T>
+ODEBLOCK_DEVICE activation::Value<T> evaluate(Sigma, T z) {
+  using namespace activation;
+  if constexpr (kApproximate && std::is_same_v<Sigma, Tanh>) {
+    const float t = simt::tanh_approximate(z);
+    return {t, fma(-t, t, 1.f)};
+  } else if constexpr (kApproximate && std::is_same_v<Sigma, Sigmoid>) {
+    const float t = simt::tanh_approximate(0.5f * z);
+    return {fma(0.5f, t, 0.5f), 0.25f * fma(-t, t, 1.f)};
+  } else if constexpr (kApproximate && std::is_same_v<Sigma, Silu>) {
+    const float half = 0.5f * z, t = simt::tanh_approximate(half);
+    return {fma(half, t, half), fma(0.5f, t, 0.5f) + 0.5f * half * fma(-t, t, 1.f)};
+  } else if constexpr (kApproximate && std::is_same_v<Sigma, GeluTanh>) {
+    const float half = 0.5f * z, square = z * z;
+    const float t = simt::tanh_approximate(z * fma(0.035677408f, square, 0.79788456f));
+    return {fma(half, t, half), fma(0.5f, t, 0.5f) + half * fma(-t, t, 1.f) * fma(0.10703222f, square, 0.79788456f)};
+  } else {
+    return Sigma::at(z);
+  }
+}
+
+// f(tile, i, column) for each number that a lane has of tiles [kRows, N]. kRolled: where tiles are in memory.
+template <class P, int N, bool kRolled = false, class F>
+ODEBLOCK_DEVICE void for_each_number(F f) {
+  const int first = simt::thread_again() % 4 * 2;  // or what follows from it would fill registers between layers
+#pragma unroll(kRolled ? 1 : N / 8)
+  for (int n = 0; n < N / 8; n++)
+#pragma unroll
+    for (int i = 0; i < P::kNumbers; i++) f(n, i, 8 * n + first + i % 2);
+}
+
+// f(tile, i, bias of the column), likewise; bias [N] in shared memory.
+template <class P, int N, class F>
+ODEBLOCK_DEVICE void for_each_biased(const typename P::Stored* bias, F f) {
+  bias += simt::thread_again() % 4 * 2;  // as above
+#pragma unroll
+  for (int n = 0; n < N / 8; n++) {
+    const simt::Pair<typename P::Stored> pair = simt::load_pair(bias + 8 * n);
+#pragma unroll
+    for (int i = 0; i < P::kNumbers; i++) f(n, i, P::widen(i % 2 ? pair.y : pair.x));
+  }
+}
+
+// The row of the batch that number i of a tile is of. (opaque: worked out where it is needed, while registers are
+// full.)
+template <class P>
+ODEBLOCK_DEVICE int64_t row_of(int i) {
+  const int thread = simt::thread_again(), warp = simt::block() * (simt::threads() / 32) + thread / 32;
+  return static_cast<int64_t>(warp * P::kRows + thread % 32 / 4 + i / 2 * 8);
+}
+
+// Rows of `columns` numbers, `width` apart, in global memory: of the batch, some columns of an array of T (as products
+// store or as they sum). Tiles of them read as zero and write nothing where there is no row or column.
+template <class P, class T>
+class Rows {
+  typedef typename P::Number Number;
+
+ public:
+  ODEBLOCK_DEVICE Rows(T* first, int64_t width, int columns, int64_t batch)
+      : first_(first),
+        width_(width),
+        batch_(batch),
+        columns_(columns),
+        pairs_((reinterpret_cast<uintptr_t>(first) | width * sizeof(T)) % (2 * sizeof(T)) == 0) {}
+
+  // Of tile n the numbers i and i + 1, i even.
+  ODEBLOCK_DEVICE simt::Pair<Number> read(int n, int i) const {
+    const int column = column_of(n);
+    if (row_of<P>(i) >= batch_ || column >= columns_) return {0, 0};
+    T* const from = first_ + row_of<P>(i) * width_ + column;
+    if (pairs_ && column + 1 < columns_) {
+      const auto pair = simt::read_pair(from);
+      return {widen(pair.x), widen(pair.y)};
+    }
+    return {widen(from[0]), column + 1 < columns_ ? widen(from[1]) : Number(0)};
+  }
+  ODEBLOCK_DEVICE void write(int n, int i, Number x, Number y) const {
+    const int column = column_of(n);
+    if (row_of<P>(i) >= batch_ || column >= columns_) return;
+    T* const to = first_ + row_of<P>(i) * width_ + column;
+    simt::Pair<T> pair;
+    if constexpr (std::is_same_v<T, Number>)
+      pair = {x, y};
+    else
+      pair = P::narrow(x, y);
+    if (pairs_ && column + 1 < columns_) return simt::write_pair(to, pair);
+    to[0] = pair.x;
+    if (column + 1 < columns_) to[1] = pair.y;
+  }
+
+ private:
+  ODEBLOCK_DEVICE static Number widen(T x) {
+    if constexpr (std::is_same_v<std::remove_const_t<T>, Number>)
+      return x;
+    else
+      return P::widen(x);
+  }
+  ODEBLOCK_DEVICE static int column_of(int n) { return 8 * n + simt::thread_again() % 4 * 2; }
+
+  T* const first_;
+  const int64_t width_, batch_;
+  const int columns_;
+  const bool pairs_;
+};
+
+// f(tile, i) for the first number of each pair of neighbours that a lane has of tiles [kRows, N].
+template <class P, int N, bool kRolled = false, class F>
+ODEBLOCK_DEVICE void for_each_pair(F f) {
+#pragma unroll(kRolled ? 1 : N / 8)
+  for (int n = 0; n < N / 8; n++)
+#pragma unroll
+    for (int i = 0; i < P::kNumbers; i += 2) f(n, i);
+}
+
+}  // namespace
+}  // namespace odeblock

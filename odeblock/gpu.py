@@ -1,0 +1,308 @@
+"""Blocks on a GPU: the native core's CUDA kernels where a GPU has them right, and the backward made of them.
+
+The backward of the exact strategies (``store``, ``checkpoint``) is a sweep of kernels through the layers,
+which leaves for each layer the factors of the weights' gradients, and matrix products over rows, PyTorch's.
+All runs on the current stream; nothing is waited for.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import torch
+from torch import Tensor
+
+from . import checkpointing, native, reference
+from .activations import ACTIVATIONS
+from .reference import state_dtype, states_shape
+
+WORKSPACE, MOST_LAYERS = 256 << 20, 64
+"""Bytes of the factors that a sweep leaves for the products, and layers at most: neither grows with depth."""
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""dh, dV, dW, dhidden_bias, doutput_bias; empty where not asked for."""
+
+
+@functools.cache
+def has_kernels(index: int) -> bool:
+    """Whether the native core has kernels for that GPU; says once if it has not."""
+    if native.core is None or not native.core.build_info()["cuda_architectures"]:
+        return False
+    reason = native.core.cuda_unsupported(index)
+    if reason is not None:
+        capability = "".join(map(str, torch.cuda.get_device_capability(index)))
+        built = ", ".join(native.core.build_info()["cuda_architectures"])
+        warnings.warn(
+            f"odeblock has no kernels for {torch.cuda.get_device_name(index)} (sm_{capability}; built for "
+            f"{built}): {reason}. Blocks run there correctly, but on slower PyTorch operators",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return reason is None
+
+
+_agreed: dict[tuple[torch.device, torch.dtype, bool], bool] = {}
+
+
+def has_kernels_for(tensor: Tensor) -> bool:
+    """Whether the GPU of a tensor has kernels for its dtype that are right there (asked once)."""
+    device, dtype = tensor.device, tensor.dtype
+    if dtype not in native.NATIVE_DTYPES or not has_kernels(device.index):
+        return False
+    key = (device, dtype, tf32(dtype))
+    if key not in _agreed:
+        if torch.cuda.is_current_stream_capturing():  # which nothing may wait for
+            warnings.warn(
+                f"a CUDA graph captures odeblock's first call with {dtype} on {device}, before its kernels "
+                "could be compared with PyTorch: it will replay slower PyTorch operators; call the block "
+                "once before",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return False
+        _agreed[key] = kernels_agree(device, dtype)
+    return _agreed[key]
+
+
+def kernels_agree(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a GPU's kernels find what PyTorch finds on small problems, so that a GPU or a driver on which
+    they never ran makes a block slow, not wrong. Says if they do not."""
+    tolerance = 2e-3 if tf32(dtype) else {2: 4, 4: 100, 8: 100}[dtype.itemsize] * torch.finfo(dtype).eps
+    generator = torch.Generator().manual_seed(0)
+    # One for each number of features that kernels are compiled for, rows of every alignment among them, and
+    # more hidden units than fit on chip; and a batch for each way to launch them: a warp a block, four, two
+    # blocks of four, as many as a block takes.
+    for dim, hidden in ((13, 72), (32, 64), (61, 70), (64, 67), (40, 8), (64, 264), (96, 328), (200, 72)):
+        sizes = ((20_000, dim), (2, dim, hidden), (2, hidden, dim), (2, hidden), (2, dim), (20_000, dim))
+        made = [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
+        made[1] /= hidden**0.5
+        made[2] /= dim**0.5
+        with torch.inference_mode():
+            rows, V, W, b, c, grads = (tensor.to(dtype).to(device) for tensor in made)
+            exact = (V.double(), W.double(), b.double(), c.double())
+            for batch in (40, 64, 70, 20_000):
+                h, grad = rows[:batch], grads[:batch]
+                try:
+                    found = forward(h, V, W, b, c, "tanh", 0.5, 1)
+                    if found is None:  # more than this GPU's kernels take
+                        continue
+                    right = reference.forward(h.double(), *exact, "tanh", 0.5, 1, False, False)
+                    error = max(_errors((found[0], found[1][:, :batch]), (right[0], right[1][:, :batch])))
+                    given = (V, W, b, c, found[1], "tanh", 0.5, 1, 0, True)
+                    gradients = backward(grad, *given)
+                    assert gradients is not None
+                    expected = reference.backward(
+                        grad.double(), None, *exact, *right[1:], "tanh", 0.5, 1, False, 0, False, True
+                    )
+                    # A gradient is a chain of several roundings.
+                    error = max(error, *(0.25 * e for e in _errors(gradients, expected[:5])))
+                    fault = None if error <= tolerance else f"error {error:.1e}"
+                except RuntimeError as raised:
+                    fault = str(raised)
+                if fault is not None:
+                    warnings.warn(
+                        f"odeblock's kernels do not find on {device} what PyTorch finds ({dtype}, {batch} "
+                        f"rows of {dim} features: {fault}): please report it. Blocks run there correctly, "
+                        "but on slower PyTorch operators",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
+                    return False
+    return True
+
+
+def _errors(found: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> list[float]:
+    return [
+        float((ours.double() - theirs).abs().max() / theirs.abs().max())
+        for ours, theirs in zip(found, right, strict=True)
+    ]
+
+
+def tf32(dtype: torch.dtype) -> bool:
+    """Whether products of this dtype on a GPU are of float32 that PyTorch lets be rounded to tf32."""
+    if dtype != torch.float32:
+        return False
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # torch >= 2.9, where reading the other may raise
+        return bool(matmul.fp32_precision == "tf32")
+    return bool(matmul.allow_tf32)
+
+
+class _Layers:
+    """The layers of a block, for kernels to run some of them."""
+
+    def __init__(
+        self,
+        V: Tensor,
+        W: Tensor,
+        hidden_bias: Tensor | None,
+        output_bias: Tensor | None,
+        activation: str,
+        scale: float,
+    ) -> None:
+        self.V, self.W = V.contiguous(), W.contiguous()
+        self.hidden_bias, self.output_bias = native.contiguous(hidden_bias), native.contiguous(output_bias)
+        self.depth, self.dim, self.hidden = V.shape
+        self.activation, self.scale = ACTIVATIONS[activation].native_id, scale
+        self.tf32 = tf32(V.dtype)
+        self.device = V.device
+
+    def _sizes(self, batch: int, bottom: int, top: int) -> tuple[int, ...]:
+        dtype = native.NATIVE_DTYPES[self.V.dtype]
+        return dtype, self.activation, batch, self.dim, self.hidden, top - bottom
+
+    def _weights(self, bottom: int, top: int) -> tuple[int, ...]:
+        tensors = (self.V, self.W, self.hidden_bias, self.output_bias)
+        return tuple(native.pointer(None if t is None else t[bottom:top]) for t in tensors)
+
+    def _place(self) -> tuple[bool, int, int]:
+        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+        return self.tf32, self.device.index or 0, stream
+
+    def fuse(self, batch: int) -> bool:
+        """Whether the kernels take a batch."""
+        sizes = self._sizes(batch, 0, self.depth)
+        return bool(native.core.cuda_fuses(*sizes, self.tf32, self.device.index or 0))
+
+    def run(self, h: Tensor, save_every: int) -> tuple[Tensor, Tensor]:
+        """y, and the states that are asked for."""
+        y = torch.empty_like(h)
+        states = self._states(len(h), self.depth, save_every)
+        self._run(len(h), 0, self.depth, save_every, h=h, y=y, states=states)
+        return y, states
+
+    def advance(self, state: Tensor, bottom: int, top: int) -> Tensor:
+        """h_top [B, q] from ``state`` = h_bottom."""
+        end = torch.empty_like(state)
+        self._run(len(state), bottom, top, 0, start=state, end=end)
+        return end
+
+    def states(self, state: Tensor, bottom: int, top: int) -> Tensor:
+        """h_k for k = bottom .. top-1, from the first of them."""
+        states = self._states(len(state), top - bottom, 1)
+        self._run(len(state), bottom, top, 1, start=state, states=states)
+        return states
+
+    def _states(self, batch: int, depth: int, save_every: int) -> Tensor:
+        shape = states_shape(batch, self.dim, self.hidden, depth, save_every, False, False)
+        return torch.empty(shape, dtype=state_dtype(self.V.dtype), device=self.device)
+
+    def _run(
+        self,
+        batch: int,
+        bottom: int,
+        top: int,
+        save_every: int,
+        h: Tensor | None = None,
+        start: Tensor | None = None,
+        y: Tensor | None = None,
+        end: Tensor | None = None,
+        states: Tensor | None = None,
+    ) -> None:
+        native.core.cuda_forward(
+            *self._sizes(batch, bottom, top),
+            self.scale,
+            *self._weights(bottom, top),
+            native.pointer(h),
+            native.pointer(start),
+            native.pointer(y),
+            native.pointer(end),
+            native.pointer(states),
+            save_every,
+            *self._place(),
+        )
+
+    def sweep(self, a: Tensor, states: Tensor, bottom: int, top: int, factors: list[Tensor]) -> None:
+        """From a = dℓ/dh_top to dℓ/dh_bottom, in place; factors: a, h, s, g of each layer, to be written
+        unless empty."""
+        native.core.cuda_sweep(
+            *self._sizes(len(a), bottom, top),
+            self.scale,
+            *self._weights(bottom, top),
+            native.pointer(states),
+            native.pointer(a),
+            *(native.pointer(t) for t in factors),
+            *self._place(),
+        )
+
+
+def forward(
+    h: Tensor,
+    V: Tensor,
+    W: Tensor,
+    hidden_bias: Tensor | None,
+    output_bias: Tensor | None,
+    activation: str,
+    scale: float,
+    save_every: int,
+) -> tuple[Tensor, Tensor] | None:
+    """y and the saved states of the op; None where the kernels do not take the problem."""
+    layers = _Layers(V, W, hidden_bias, output_bias, activation, scale)
+    return layers.run(h.contiguous(), save_every) if layers.fuse(len(h)) else None
+
+
+def backward(
+    grad: Tensor,
+    V: Tensor,
+    W: Tensor,
+    hidden_bias: Tensor | None,
+    output_bias: Tensor | None,
+    states: Tensor,
+    activation: str,
+    scale: float,
+    save_every: int,
+    slots: int,
+    weight_gradients: bool,
+) -> Gradients | None:
+    """The op's backward where no state is reconstructed; None where the kernels do not take the problem."""
+    layers = _Layers(V, W, hidden_bias, output_bias, activation, scale)
+    batch, dim, hidden = len(grad), layers.dim, layers.hidden
+    if not layers.fuse(batch):
+        return None
+    states = states.contiguous()
+    a = grad.to(states.dtype, copy=True, memory_format=torch.contiguous_format)
+    dV, dW, dhidden, doutput = (
+        torch.empty_like(p, memory_format=torch.contiguous_format)
+        if weight_gradients and p is not None
+        else grad.new_empty(0)
+        for p in (V, W, hidden_bias, output_bias)
+    )
+    layer_bytes = 2 * batch * (dim + hidden) * grad.element_size()
+    most = min(MOST_LAYERS, layers.depth, max(1, WORKSPACE // max(1, layer_bytes)))
+    rounds = states.dtype != grad.dtype  # states are no factors as they are
+    widths = (dim, dim if rounds else 0, hidden, hidden) if weight_gradients else (0, 0, 0, 0)
+    factors = [grad.new_empty((most, batch, width)) for width in widths]
+
+    def back(known: Tensor, bottom: int, top: int) -> None:
+        """Through layers top-1 .. bottom, whose states are known [top - bottom, rows, q]."""
+        while top > bottom:
+            low = max(bottom, top - most)
+            held = known[low - bottom : top - bottom]
+            layers.sweep(a, held, low, top, factors)
+            if weight_gradients:
+                layer_a, layer_h, s, g = (t[: top - low] for t in factors)
+                layer_h = layer_h if rounds else held[:, :batch]
+                out = dV[low:top]
+                torch.baddbmm(out, layer_a.transpose(1, 2), s, beta=0, alpha=scale, out=out)
+                torch.bmm(g.transpose(1, 2), layer_h, out=dW[low:top])
+                if dhidden.numel():
+                    dhidden[low:top] = g.sum(1, dtype=states.dtype)
+                if doutput.numel():
+                    doutput[low:top] = scale * layer_a.sum(1, dtype=states.dtype)
+            top = low
+
+    if save_every == 1:
+        back(states, 0, layers.depth)
+    else:
+        for n in reversed(range(len(states))):
+            bottom = n * save_every
+            checkpointing.sweep(
+                states[n, :batch],
+                bottom,
+                min(bottom + save_every, layers.depth),
+                slots,
+                layers.advance,
+                lambda state, low, top: back(layers.states(state, low, top), low, top),
+            )
+    return a.to(grad.dtype), dV, dW, dhidden, doutput

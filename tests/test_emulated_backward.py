@@ -1,0 +1,187 @@
+"""The backward on a GPU, whole: ``odeblock.gpu`` on the emulated kernels, against the oracle."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import NAMES, Case, check_results, make_case, rounded
+from test_emulated_kernels import PRODUCTS, SHAPES
+from test_emulation import TESTS, compile_emulated, link_emulated
+from torch import Tensor
+
+from odeblock import checkpointing, gpu, native
+from odeblock.activations import ACTIVATIONS
+
+KINDS = {name: dtype for name, (_, dtype) in PRODUCTS.items() if not name.endswith("warpgroup")}
+
+
+STORE = checkpointing.Plan(1, False, 0)
+
+
+class Core:
+    """The part of ``odeblock._core`` that ``gpu`` calls."""
+
+    def __init__(self, library: Path) -> None:
+        self.library = ctypes.CDLL(str(library))
+        for name in ("forward", "sweep"):
+            getattr(self.library, name).restype = ctypes.c_char_p
+        self.library.fuses.restype = ctypes.c_bool
+        self.calls: list[tuple[str, int, int]] = []  # kernel, layers, hidden values asked for
+
+    def emulate(self, capability: int = 80, multiprocessors: int = 1, seed: int = 0) -> None:
+        self.library.emulate(capability, multiprocessors, ctypes.c_int64(seed))
+
+    def cuda_fuses(self, *arguments: Any) -> bool:
+        *sizes, tf32, _ = arguments
+        return bool(self.library.fuses((ctypes.c_int64 * 6)(*sizes), ctypes.c_bool(tf32)))
+
+    def cuda_forward(self, *arguments: Any) -> None:
+        *arrays, save_every, tf32, _, _ = arguments[11:]
+        self._call("forward", arguments, arrays, ctypes.c_int64(save_every), ctypes.c_bool(tf32))
+
+    def cuda_sweep(self, *arguments: Any) -> None:
+        *arrays, tf32, _, _ = arguments[11:]
+        self._call("sweep", arguments, arrays, ctypes.c_bool(tf32))
+
+    def _call(self, name: str, arguments: tuple[Any, ...], arrays: list[int], *rest: Any) -> None:
+        sizes, scale, weights = arguments[:6], arguments[6], arguments[7:11]
+        self.calls.append((name, sizes[5], arrays[-1]))
+        pointers = (ctypes.c_void_p * 4)(*weights), (ctypes.c_void_p * len(arrays))(*arrays)
+        error = getattr(self.library, name)(
+            (ctypes.c_int64 * 6)(*sizes), ctypes.c_double(scale), *pointers, *rest
+        )
+        if error is not None:
+            raise RuntimeError(error.decode())
+
+
+@pytest.fixture(scope="session")
+def library(emulated_parts: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("library")
+    own = compile_emulated(TESTS / "emulation" / "library.cpp", folder / "library.o", "-fPIC")
+    return link_emulated([own, *emulated_parts], folder / "library.so", "-shared")
+
+
+@pytest.fixture
+def core(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Core]:
+    core = Core(library)
+    core.emulate()
+    monkeypatch.setattr(native, "core", core)
+    return core
+
+
+def run(
+    case: Case,
+    products: str,
+    monkeypatch: pytest.MonkeyPatch,
+    plan: checkpointing.Plan = STORE,
+    weight_gradients: bool = True,
+) -> dict[str, Tensor]:
+    """y, y - h and the gradients, in float64."""
+    dtype = PRODUCTS[products][1]
+    monkeypatch.setattr(gpu, "tf32", lambda _: products == "tf32")
+    h, *parameters = (None if t is None else t.to(dtype) for t in (case.tensors[name] for name in NAMES))
+    assert h is not None
+    scale = 1 / len(parameters[0]) if case.scale is None else case.scale
+    found = gpu.forward(h, *parameters, case.activation, scale, plan.save_every)
+    assert found is not None
+    y, states = found
+    states[:, len(h) :] = float("nan")  # what nothing may read
+    options = (case.activation, scale, plan.save_every, plan.slots, weight_gradients)
+    gradients = gpu.backward(case.grad.to(dtype), *parameters, states, *options)
+    assert gradients is not None
+    results = {"y": y, **dict(zip(NAMES, gradients, strict=True))}
+    results = {name: t.double() for name, t in results.items() if t.numel() or name in ("y", "h")}
+    return {**results, "increment": results["y"] - case.tensors["h"]}
+
+
+@pytest.mark.parametrize(("products", "shape"), [(p, shape) for p in KINDS for shape in SHAPES], ids=str)
+def test_emulated_backward(
+    products: str, shape: tuple[int, ...], core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(2):
+        core.emulate(multiprocessors=1 + seed, seed=seed)
+        biases = (shape[0] + seed) % 2 == 1
+        case = make_case(*shape, activation="gelu_tanh", hidden_bias=biases, output_bias=biases)
+        case = rounded(case, KINDS[products])
+        results = run(case, products, monkeypatch)
+        # tf32 has the 11 bits of float16.
+        check_results(results, case, torch.float16 if products == "tf32" else KINDS[products])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_emulated_backward_of_every_activation(
+    activation: str, core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for products in ("float32", "float64", "bfloat16"):
+        case = rounded(make_case(40, 12, 10, 3, activation=activation), KINDS[products])
+        check_results(run(case, products, monkeypatch), case, KINDS[products])
+
+
+@pytest.mark.parametrize("products", ["bfloat16", "float16"])
+def test_emulated_backward_after_a_forward_of_warpgroups(
+    products: str, core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core.emulate(capability=90, multiprocessors=2)
+    case = rounded(make_case(150, 64, 72, 4), KINDS[products])
+    check_results(run(case, products, monkeypatch), case, KINDS[products])
+
+
+@pytest.mark.parametrize("products", ["float32", "bfloat16"])
+@pytest.mark.parametrize("most_layers", [1, 3, 64])
+def test_no_plan_changes_a_bit_of_the_emulated_gradients(
+    products: str, most_layers: int, core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever states are stored and however many layers a sweep takes; a call a part, not a layer."""
+    case = rounded(make_case(35, 20, 24, 11, activation="tanh"), KINDS[products])
+    expected = run(case, products, monkeypatch)
+    check_results(expected, case, KINDS[products])
+    monkeypatch.setattr(gpu, "MOST_LAYERS", most_layers)
+    for save_every, slots in ((1, 0), (4, 3), (4, 1), (11, 10), (11, 2), (11, 1)):
+        core.calls.clear()
+        found = run(case, products, monkeypatch, checkpointing.Plan(save_every, False, slots))
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), (name, save_every, slots)
+        if most_layers == 64 and slots >= save_every - 1:
+            parts = -(-11 // save_every) if save_every > 1 else 1
+            assert [name for name, *_ in core.calls].count("sweep") == parts
+            assert len(core.calls) == 1 + (2 * parts if save_every > 1 else 1)
+
+
+@pytest.mark.parametrize("products", KINDS)
+def test_emulated_backward_of_the_input_alone(
+    products: str, core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = rounded(make_case(21, 33, 20, 3), KINDS[products])
+    whole = run(case, products, monkeypatch)
+    core.calls.clear()
+    alone = run(case, products, monkeypatch, weight_gradients=False)
+    assert alone.keys() == {"y", "h", "increment"}
+    assert torch.equal(alone["h"], whole["h"])
+    assert all(not factor for name, _, factor in core.calls if name == "sweep")
+
+
+@pytest.mark.parametrize("products", KINDS)
+def test_an_emulated_backward_of_no_rows(products: str, core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = run(make_case(0, 17, 4, 3), products, monkeypatch)
+    assert results["h"].shape == (0, 17)
+    assert all(not results[name].any() for name in NAMES[1:])
+
+
+def test_emulated_gradients_of_a_row_do_not_depend_on_others(
+    core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = rounded(make_case(150, 24, 40, 3), torch.bfloat16)
+    expected = run(case, "bfloat16", monkeypatch)
+    h = case.tensors["h"].clone()
+    h[7] = float("inf")
+    core.emulate(multiprocessors=3, seed=1)
+    found = run(replace(case, tensors={**case.tensors, "h": h}), "bfloat16", monkeypatch)
+    kept = torch.arange(150) != 7
+    assert torch.equal(found["h"][kept], expected["h"][kept])
+    assert not found["h"][7].isfinite().all()
