@@ -1,7 +1,10 @@
-"""The forward on a GPU against the eager loop, the same under CUDA graphs, and a compiled step.
+"""Forward and training step on a GPU against the eager loop (plain, under CUDA graphs, checkpointed) and a
+compiled step.
 
-``python benchmarks/gpu.py [--quick] [--output FILE]`` prints a table and writes JSON: times of interleaved
-rounds, errors against float64, and the share of the measured rate of a large matrix product of the same type.
+``python benchmarks/gpu.py [--quick] [--only forward,step,depth] [--output FILE]`` prints tables and writes
+JSON: times of interleaved rounds, errors against float64, peak memory, rows times layers a second, and the
+share of the measured rate of a large matrix product of the same type (4BqmL operations a forward, 16BqmL a
+step).
 """
 
 from __future__ import annotations
@@ -41,6 +44,12 @@ CASES: dict[str, tuple[torch.dtype, list[Shape], list[str]]] = {
     "float32": (torch.float32, LARGE + SMALL, ["gelu_tanh"]),
     "float64": (torch.float64, [(8192, 64, 64, 64), (8192, 128, 128, 64)], ["gelu_tanh"]),
 }
+STEPS: dict[str, tuple[torch.dtype, list[Shape]]] = {
+    "bfloat16": (torch.bfloat16, [*LARGE, *SMALL, (4096, 64, 64, 256), (65536, 256, 256, 64)]),
+    "float32": (torch.float32, [(16384, 64, 64, 256)]),
+}
+DEPTHS = (64, 256, 1024, 4096, 8192)  # at B, q, m = 4096, 64, 64
+STRATEGIES = ("store", "auto", "adjoint")
 CHECKED_ROWS = 128
 
 
@@ -127,9 +136,66 @@ def case(kind: str, dtype: torch.dtype, shape: Shape, activation: str, rounds: i
     }
 
 
+def training_case(
+    kind: str, dtype: torch.dtype, shape: Shape, rounds: int, strategies: tuple[str, ...]
+) -> dict[str, Any]:
+    """A step, forward and backward, of every strategy and of peers."""
+    batch, dim, hidden, depth = shape
+    V, W = torch.empty(depth, dim, hidden), torch.empty(depth, hidden, dim)
+    initializers.smooth_(V, W)
+    h, V, W = (x.to("cuda", dtype).requires_grad_() for x in (torch.randn(batch, dim), V, W))
+    grad = torch.randn_like(h)
+    options: dict[str, Any] = {"activation": "gelu_tanh", "scale": None}
+
+    def of(function: Callable[..., Tensor], *record: Any, **more: Any) -> Callable[[], tuple[Tensor, ...]]:
+        def step() -> tuple[Tensor, ...]:
+            y = function(*record, h, V, W, None, None, **options, **more)
+            return torch.autograd.grad(y, (h, V, W), grad)
+
+        return step
+
+    works: dict[str, Callable[[], Any]] = {name: of(deep_residual, backward=name) for name in strategies}
+    works |= {"eager": of(peers.eager, {}), "checkpointed": of(peers.checkpointed, {})}
+    if kind == "bfloat16":
+        works["compiled step"] = of(peers.compiled_step, {})
+    torch.compiler.reset()
+    peaks: dict[str, int] = {}
+    faults: dict[str, str] = {}
+    for name, work in list(works.items()):
+        before = torch.cuda.memory_allocated()
+        try:
+            work()  # once before, for what is kept
+            torch.cuda.reset_peak_memory_stats()
+            work()
+            peaks[name] = torch.cuda.max_memory_allocated() - before
+        except Exception as error:  # out of memory, or a peer that does not run here
+            faults[name] = str(error)[:200]
+            del works[name]
+            torch.cuda.empty_cache()
+    for name in ("eager", "auto"):
+        if name in works:
+            try:
+                works[f"graphed {name}"] = graphed(works[name])
+            except RuntimeError as error:
+                faults[f"graphed {name}"] = str(error)[:200]
+    times = measure(works, rounds)
+    operations = 16 * batch * dim * hidden * depth
+    return {
+        "products": kind,
+        "shape": shape,
+        "activation": "gelu_tanh",
+        "seconds": times,
+        "peak_bytes": peaks,
+        "faults": faults,
+        "operations_per_second": {name: operations / times[name] for name in times},
+        "row_layers_per_second": {name: batch * depth / times[name] for name in times},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="three rounds, the first shape of each type")
+    parser.add_argument("--only", default="forward,step,depth", help="which parts, by commas; default: all")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<gpu>.json")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -148,14 +214,67 @@ def main() -> None:
         "commit": commit.strip(),
         "matrix_product": {},
         "cases": [],
+        "steps": [],
     }
+    parts = arguments.only.split(",")
+    with torch.inference_mode():
+        for kind, (dtype, _, _) in CASES.items():
+            torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
+            results["matrix_product"][kind] = matrix_rate(dtype, rounds)
+    if "forward" in parts:
+        forwards(results, rounds, arguments.quick, output)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    if "step" in parts:
+        print_head("products, B, q, m, L", "of matrix product: ours, eager")
+        for kind, (dtype, shapes) in STEPS.items():
+            for shape in shapes[:1] if arguments.quick else shapes:
+                found = training_case(kind, dtype, shape, rounds, STRATEGIES[:2])
+                report_step(results, found, output)
+    if "depth" in parts:
+        print_head("B, q, m, L", "of matrix product: ours, eager")
+        for depth in DEPTHS[:2] if arguments.quick else DEPTHS:
+            found = training_case("bfloat16", torch.bfloat16, (4096, 64, 64, depth), 3, STRATEGIES)
+            report_step(results, found, output)
+
+
+def print_head(first: str, last: str) -> None:
+    peak = "peak MiB: ours, eager, checkpointed"
+    heads = [first, "x eager", "x graphed", "x checkpointed", "x compiled", peak, last, "faults"]
+    print(f"\n| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
+
+
+def report_step(results: dict[str, Any], found: dict[str, Any], output: Path) -> None:
+    """A row of the table for each strategy, and the results so far."""
+    results["steps"].append(found)
+    output.write_text(json.dumps(results, indent=1) + "\n")
+    times, peaks, rates = found["seconds"], found["peak_bytes"], found["operations_per_second"]
+    rate = results["matrix_product"][found["products"]]
+    for name in STRATEGIES:
+        if name in times:
+            ratios = [
+                f"{times[peer] / times[name]:.2f}" if peer in times else "-"
+                for peer in ("eager", "graphed eager", "checkpointed", "compiled step")
+            ]
+            memory = ", ".join(
+                f"{peaks[peer] / 2**20:.0f}" if peer in peaks else "-"
+                for peer in (name, "eager", "checkpointed")
+            )
+            share = ", ".join(
+                f"{rates[peer] / rate:.0%}" if peer in rates else "-" for peer in (name, "eager")
+            )
+            head = f"{found['products']}, {found['shape']}, {name}"
+            faults = "; ".join(f"{peer}: {fault[:60]}" for peer, fault in found["faults"].items())
+            print(f"| {head} | {' | '.join(ratios)} | {memory} | {share} | {faults} |", flush=True)
+
+
+def forwards(results: dict[str, Any], rounds: int, quick: bool, output: Path) -> None:
     head = ["products, B, q, m, L, activation", "x eager", "x graphed", "x compiled", "of matrix product"]
     print(f"| {' | '.join([*head, 'error: ours, eager'])} |\n|{' --- |' * 6}")
     with torch.inference_mode():
         for kind, (dtype, shapes, activations) in CASES.items():
             torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
-            rate = results["matrix_product"][kind] = matrix_rate(dtype, rounds)
-            for shape in shapes[:1] if arguments.quick else shapes:
+            rate = results["matrix_product"][kind]
+            for shape in shapes[:1] if quick else shapes:
                 for activation in activations:
                     found = case(kind, dtype, shape, activation, rounds)
                     results["cases"].append(found)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from oracle import FLOOR_ULP, NAMES, Case, baseline, check_rule, errors, make_case, rounded, run
@@ -60,6 +62,69 @@ def test_the_forward_kernels(dtype: torch.dtype, shape: tuple[int, ...]) -> None
         floor = FLOOR_ULP[dtype] * torch.finfo(dtype).eps
         assert found["y"] <= max(2 * allowed["y"], floor), (found["y"], allowed["y"])
         assert found["increment"] <= max(2 * allowed["increment"], 4 * floor), (found, allowed)
+
+
+@pytest.mark.parametrize("shape", SHAPES + WIDE, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_the_backward_kernels(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    def on_the_gpu(*tensors: torch.Tensor | None, **options: object) -> torch.Tensor:
+        return deep_residual(*(None if t is None else t.cuda() for t in tensors), **options).cpu()
+
+    for strategy in ("store", "checkpoint"):
+        check_rule(on_the_gpu, make_case(*shape, activation="tanh"), dtype, backward=strategy)
+
+
+def test_a_step_in_a_cuda_graph() -> None:
+    block = DeepResBlock(64, 30, 72, bias=True, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(200, 64, device="cuda", dtype=torch.bfloat16)
+    held = torch.zeros_like(x, requires_grad=True)
+    inputs = [held, *block.parameters()]
+
+    def step() -> tuple[torch.Tensor, ...]:
+        y = block(held)
+        return y, *torch.autograd.grad(y.square().sum(), inputs)
+
+    with torch.no_grad():
+        held.copy_(x)
+    expected = [t.clone() for t in step()]
+    with torch.no_grad():
+        held.zero_()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    with torch.no_grad():
+        held.copy_(x)
+    graph.replay()
+    for right, replayed in zip(expected, found, strict=True):
+        assert torch.equal(right, replayed)
+
+
+def test_a_backward_on_a_thread_that_has_not_used_the_gpu() -> None:
+    block = DeepResBlock(64, 5, 64, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(100, 64, device="cuda", dtype=torch.bfloat16)
+    expected = block(x)
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(block, x).result(), expected)
+
+
+def test_memory_of_a_step_does_not_grow_with_unused_layers() -> None:
+    def peak(depth: int) -> int:
+        block = DeepResBlock(32, depth, 32, device="cuda", backward="store")
+        x = torch.randn(4096, 32, device="cuda")
+        block(x).sum().backward()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        block(x).sum().backward()
+        states = depth * 4096 * 32 * 4
+        parameters = sum(p.numel() * 4 for p in block.parameters())
+        return torch.cuda.max_memory_allocated() - before - states - parameters
+
+    assert peak(1024) < peak(256) + (8 << 20)
 
 
 def test_tf32_is_pytorchs_to_allow(monkeypatch: pytest.MonkeyPatch) -> None:
