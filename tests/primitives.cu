@@ -132,15 +132,18 @@ struct Tile {
   float x[4];
 };
 
-// D [64, 8 kTiles] += 2 A [64, 16] times columns 16 j and on of M [8 kTiles, kRowBytes / 2], transposed.
-template <bool kBfloat16, int kTiles, int kRowBytes>
+// D [64, 8 kTiles] += 2 A [64, 16] times columns 16 j and on of M [8 kTiles, kRowBytes / 2], transposed; or
+// kTransposed: times rows 16 j and on of M [rows, 8 kTiles], which lies in blocks of kRowBytes / 2 columns.
+template <bool kBfloat16, bool kTransposed, int kTiles, int kRowBytes>
 ODEBLOCK_KERNEL(128)
-mma_warpgroup(const uint16_t* A, const uint16_t* M, float* D, int j) {
+mma_warpgroup(const uint16_t* A, const uint16_t* M, float* D, int rows, int j) {
   if constexpr (kWarpgroups) {
-    constexpr int kColumns = kRowBytes / 2;
-    for (int i = thread(); i < 8 * kTiles * kColumns; i += 128) {
-      const int byte = 2 * i, row_of_128 = byte / 128;  // pieces of 16 bytes, exchanged by their row of 128 bytes
-      const int place = byte ^ (row_of_128 % (kRowBytes / 16)) * 16;
+    constexpr int kBlock = kRowBytes / 2;
+    const int columns = kTransposed ? 8 * kTiles : kBlock;
+    for (int i = thread(); i < rows * columns; i += 128) {
+      const int row = i / columns, column = i % columns;
+      const int byte = 2 * ((column / kBlock * rows + row) * kBlock + column % kBlock);
+      const int place = byte ^ byte / 128 % (kRowBytes / 16) * 16;  // pieces of 16 bytes trade places
       store(reinterpret_cast<uint16_t*>(shared() + place), M[i]);
     }
     fence_async();
@@ -152,13 +155,14 @@ mma_warpgroup(const uint16_t* A, const uint16_t* M, float* D, int j) {
     const auto entry = [&](int n, int i) { return (g + i / 2 * 8) * 8 * kTiles + 8 * n + 2 * t + i % 2; };
     for (int n = 0; n < kTiles; n++)
       for (int i = 0; i < 4; i++) d[n].x[i] = D[entry(n, i)];
-    const uint64_t matrix = matrix_descriptor<kRowBytes>(shared() + 32 * j);
+    const uint64_t matrix = kTransposed ? matrix_descriptor<kRowBytes>(shared() + 16 * j * kRowBytes, rows * kRowBytes)
+                                        : matrix_descriptor<kRowBytes>(shared() + 32 * j);
     before_products<false>(d, a);
-    multiply_warpgroup<kBfloat16>(false, d, a[0], matrix);
+    multiply_warpgroup<kBfloat16, kTransposed>(false, d, a[0], matrix);
     commit_products();
     after_products(d);
     before_products<true>(fresh, a);
-    multiply_warpgroup<kBfloat16>(true, fresh, a[0], matrix);
+    multiply_warpgroup<kBfloat16, kTransposed>(true, fresh, a[0], matrix);
     commit_products();
     after_products(fresh);
     for (int n = 0; n < kTiles; n++)
@@ -265,16 +269,19 @@ int main() {
     print("A_rows", widened, 64 * 16);
     for (int i = 0; i < 256 * 64; i++) widened[i] = number(M[i]);
     print("M", widened, 256 * 64);
-    const auto warpgroup = [&](const char* name, auto kernel, int tiles, int row_bytes, int j) {
+    const auto warpgroup = [&](const char* name, auto kernel, int tiles, int rows, int columns, int j) {
       for (int i = 0; i < 64 * 8 * tiles; i++) sums[i] = i % 1000;
-      run(kernel, 128, 8 * tiles * row_bytes, A_rows, M, sums, j);
+      run(kernel, 128, 2 * rows * columns, A_rows, M, sums, rows, j);
       print(name, sums, 64 * 8 * tiles);
     };
-    warpgroup("warpgroup_32_128_3", mma_warpgroup<true, 4, 128>, 4, 128, 3);
-    warpgroup("warpgroup_64_128_2", mma_warpgroup<true, 8, 128>, 8, 128, 2);
-    warpgroup("warpgroup_128_128_0", mma_warpgroup<true, 16, 128>, 16, 128, 0);
-    warpgroup("warpgroup_256_128_1", mma_warpgroup<true, 32, 128>, 32, 128, 1);
-    warpgroup("warpgroup_256_64_1", mma_warpgroup<true, 32, 64>, 32, 64, 1);
+    warpgroup("warpgroup_32_128_3", mma_warpgroup<true, false, 4, 128>, 4, 32, 64, 3);
+    warpgroup("warpgroup_64_128_2", mma_warpgroup<true, false, 8, 128>, 8, 64, 64, 2);
+    warpgroup("warpgroup_128_128_0", mma_warpgroup<true, false, 16, 128>, 16, 128, 64, 0);
+    warpgroup("warpgroup_256_128_1", mma_warpgroup<true, false, 32, 128>, 32, 256, 64, 1);
+    warpgroup("warpgroup_256_64_1", mma_warpgroup<true, false, 32, 64>, 32, 256, 32, 1);
+    warpgroup("transposed_32_64", mma_warpgroup<true, true, 4, 64>, 4, 64, 32, 1);
+    warpgroup("transposed_64_128", mma_warpgroup<true, true, 8, 128>, 8, 64, 64, 3);
+    warpgroup("transposed_128_128", mma_warpgroup<true, true, 16, 128>, 16, 64, 128, 2);
 
     constexpr int kLayers = 3, kRows = 20, kColumns = 72, kOut = 2 * (1024 + 16);  // of a block
     uint16_t *layers = allocate<uint16_t>(kLayers * kRows * kColumns), *out = allocate<uint16_t>(2 * kOut);

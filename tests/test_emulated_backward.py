@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 from oracle import NAMES, Case, check_results, make_case, rounded
-from test_emulated_kernels import PRODUCTS, SHAPES
+from test_emulated_kernels import PRODUCTS, shapes_of
 from test_emulation import TESTS, compile_emulated, link_emulated
 from torch import Tensor
 
 from odeblock import checkpointing, gpu, native
 from odeblock.activations import ACTIVATIONS
 
-KINDS = {name: dtype for name, (_, dtype) in PRODUCTS.items() if not name.endswith("warpgroup")}
+KINDS = {name: dtype for name, (_, dtype) in PRODUCTS.items()}
 
 
 STORE = checkpointing.Plan(1, False, 0)
@@ -34,7 +34,9 @@ class Core:
         self.library.fuses.restype = ctypes.c_bool
         self.calls: list[tuple[str, int, int]] = []  # kernel, layers, hidden values asked for
 
-    def emulate(self, capability: int = 80, multiprocessors: int = 1, seed: int = 0) -> None:
+    def emulate(self, products: str = "", multiprocessors: int = 1, seed: int = 0) -> None:
+        """The GPU that such products are chosen for."""
+        capability = 90 if products.endswith("warpgroup") else 80
         self.library.emulate(capability, multiprocessors, ctypes.c_int64(seed))
 
     def cuda_fuses(self, *arguments: Any) -> bool:
@@ -100,12 +102,14 @@ def run(
     return {**results, "increment": results["y"] - case.tensors["h"]}
 
 
-@pytest.mark.parametrize(("products", "shape"), [(p, shape) for p in KINDS for shape in SHAPES], ids=str)
+@pytest.mark.parametrize(
+    ("products", "shape"), [(p, shape) for p in KINDS for shape in shapes_of(p)], ids=str
+)
 def test_emulated_backward(
     products: str, shape: tuple[int, ...], core: Core, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for seed in range(2):
-        core.emulate(multiprocessors=1 + seed, seed=seed)
+        core.emulate(products, multiprocessors=1 + seed, seed=seed)
         biases = (shape[0] + seed) % 2 == 1
         case = make_case(*shape, activation="gelu_tanh", hidden_bias=biases, output_bias=biases)
         case = rounded(case, KINDS[products])
@@ -123,22 +127,15 @@ def test_emulated_backward_of_every_activation(
         check_results(run(case, products, monkeypatch), case, KINDS[products])
 
 
-@pytest.mark.parametrize("products", ["bfloat16", "float16"])
-def test_emulated_backward_after_a_forward_of_warpgroups(
-    products: str, core: Core, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    core.emulate(capability=90, multiprocessors=2)
-    case = rounded(make_case(150, 64, 72, 4), KINDS[products])
-    check_results(run(case, products, monkeypatch), case, KINDS[products])
-
-
-@pytest.mark.parametrize("products", ["float32", "bfloat16"])
+@pytest.mark.parametrize("products", ["float32", "bfloat16", "bfloat16_warpgroup"])
 @pytest.mark.parametrize("most_layers", [1, 3, 64])
 def test_no_plan_changes_a_bit_of_the_emulated_gradients(
     products: str, most_layers: int, core: Core, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever states are stored and however many layers a sweep takes; a call a part, not a layer."""
-    case = rounded(make_case(35, 20, 24, 11, activation="tanh"), KINDS[products])
+    core.emulate(products)
+    batch, dim = (70, 40) if products.endswith("warpgroup") else (35, 20)
+    case = rounded(make_case(batch, dim, 24, 11, activation="tanh"), KINDS[products])
     expected = run(case, products, monkeypatch)
     check_results(expected, case, KINDS[products])
     monkeypatch.setattr(gpu, "MOST_LAYERS", most_layers)
@@ -157,7 +154,8 @@ def test_no_plan_changes_a_bit_of_the_emulated_gradients(
 def test_emulated_backward_of_the_input_alone(
     products: str, core: Core, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = rounded(make_case(21, 33, 20, 3), KINDS[products])
+    core.emulate(products)
+    case = rounded(make_case(70, 48, 24, 3), KINDS[products])
     whole = run(case, products, monkeypatch)
     core.calls.clear()
     alone = run(case, products, monkeypatch, weight_gradients=False)

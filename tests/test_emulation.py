@@ -68,6 +68,14 @@ def check_primitives(output: str) -> None:
         product = before + 2 * found["A_rows"].reshape(64, 16) @ M.T
         np.testing.assert_array_equal(found[name].reshape(64, -1), product, name)
 
+    for name, j in (("transposed_32_64", 1), ("transposed_64_128", 3), ("transposed_128_128", 2)):
+        if name in found:
+            columns = int(name.split("_")[1])
+            M = found["M"][: 64 * columns].reshape(64, columns)[16 * j :][:16]
+            before = np.arange(64.0 * columns).reshape(64, -1) % 1000
+            product = before + 2 * found["A_rows"].reshape(64, 16) @ M
+            np.testing.assert_array_equal(found[name].reshape(64, -1), product, name)
+
     layers = np.zeros((3, 40, 128), int)  # zero beyond the matrix
     layers[:, :20, :72] = np.arange(3 * 20 * 72).reshape(3, 20, 72)
     for name in [name for name in found if name.startswith("boxes")]:

@@ -12,6 +12,8 @@
 //   more(), layer() whether there is a next chunk, and of which layer (kept nowhere else, while registers are full)
 #pragma once
 
+#include <type_traits>
+
 #include "bulk.cuh"
 #include "kernels.h"
 #include "products.cuh"
@@ -124,7 +126,7 @@ class CopiedChunks : public Chunks<Shape, Stages, kFromLast> {
  public:
   typedef typename Shape::Stored Stored;
 
-  ODEBLOCK_DEVICE explicit CopiedChunks(const Problem& p) : Base(p) {
+  ODEBLOCK_DEVICE CopiedChunks(const Problem& p, const simt::Boxes&, const simt::Boxes&) : Base(p) {
     for (int chunk = 0; chunk < kAhead; chunk++) fetch_chunk(chunk);
   }
 
@@ -165,9 +167,9 @@ class CopiedChunks : public Chunks<Shape, Stages, kFromLast> {
 // Each of the two blocks of a cluster asks for half of a chunk's rows, which come to both; its first thread does. A
 // stage is `full` when a chunk has come, `empty` when all warps of the cluster have read it: W and V by products that
 // have ended, biases into numbers that have been used, so that nothing is left to fence.
-template <class Shape, int Stages>
-class BulkChunks : public Chunks<Shape, Stages, false> {
-  typedef Chunks<Shape, Stages, false> Base;
+template <class Shape, int Stages, bool kFromLast = false>
+class BulkChunks : public Chunks<Shape, Stages, kFromLast> {
+  typedef Chunks<Shape, Stages, kFromLast> Base;
   static constexpr int kUnits = Shape::kUnits, Q = Shape::kFeatures;
   static_assert(Stages >= 3 && Shape::kSize == 2 && Q % 64 == 0 && kUnits <= 64);
   // A stage is filled again so many chunks after the one that it held: the first thread waits for the slowest warp.
@@ -176,8 +178,8 @@ class BulkChunks : public Chunks<Shape, Stages, false> {
  public:
   typedef typename Shape::Stored Stored;
 
-  ODEBLOCK_DEVICE explicit BulkChunks(const ForwardArguments& arguments)
-      : Base(arguments.problem), arguments_(arguments) {
+  ODEBLOCK_DEVICE BulkChunks(const Problem& p, const simt::Boxes& W, const simt::Boxes& V)
+      : Base(p), boxes_of_W_(W), boxes_of_V_(V) {
     if (simt::thread() == 0) {
       for (int stage = 0; stage < Stages; stage++) {
         simt::init_barrier(full(stage), 1);
@@ -191,7 +193,7 @@ class BulkChunks : public Chunks<Shape, Stages, false> {
     simt::fence_async();
     simt::sync_cluster();  // barriers are made
     if (simt::thread() == 0) {
-      *next() = {0, 0};
+      *next() = {this->layer_of(0), 0};
       for (int chunk = 0; chunk < Stages && chunk < this->all(); chunk++) fetch_chunk(chunk);
     }
     simt::sync_warp();
@@ -228,7 +230,8 @@ class BulkChunks : public Chunks<Shape, Stages, false> {
   ODEBLOCK_DEVICE void fetch_chunk(int chunk) {
     const Problem& p = this->p_;
     const int k = next()->x, unit = next()->y;
-    *next() = unit + kUnits < p.hidden ? simt::Pair<int>{k, unit + kUnits} : simt::Pair<int>{k + 1, 0};
+    *next() =
+        unit + kUnits < p.hidden ? simt::Pair<int>{k, unit + kUnits} : simt::Pair<int>{k + (kFromLast ? -1 : 1), 0};
     const int left = static_cast<int>(p.hidden) - unit, units = left < kUnits ? left : kUnits;
     const int hidden_bytes = p.hidden_bias ? 2 * units : 0,
               output_bytes = p.output_bias ? 2 * static_cast<int>(p.dim) : 0;
@@ -239,8 +242,8 @@ class BulkChunks : public Chunks<Shape, Stages, false> {
               first = shares ? rank * (Q / 2) : 0;
 #pragma unroll 1  // while registers are full
     for (int column = 0; column < Q; column += 64)
-      copy(shares, to + column * kUnits + first_unit * 64, arguments_.W, column, unit + first_unit, k, full(chunk));
-    copy(shares, to + Shape::kV + first * kUnits, arguments_.V, unit, first, k, full(chunk));
+      copy(shares, to + column * kUnits + first_unit * 64, boxes_of_W_, column, unit + first_unit, k, full(chunk));
+    copy(shares, to + Shape::kV + first * kUnits, boxes_of_V_, unit, first, k, full(chunk));
     if (hidden_bytes)
       simt::copy_bulk(biases, static_cast<const Stored*>(p.hidden_bias) + k * p.hidden + unit, hidden_bytes,
                       full(chunk));
@@ -256,8 +259,12 @@ class BulkChunks : public Chunks<Shape, Stages, false> {
       simt::copy_box(to, from, column, row, layer, barrier);
   }
 
-  const ForwardArguments& arguments_;
+  const simt::Boxes &boxes_of_W_, &boxes_of_V_;
 };
+
+template <class Shape, int Stages, bool kFromLast>
+using StreamOf =
+    std::conditional_t<Shape::kBulk, BulkChunks<Shape, Stages, kFromLast>, CopiedChunks<Shape, Stages, kFromLast>>;
 
 }  // namespace
 }  // namespace odeblock

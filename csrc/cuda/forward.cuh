@@ -49,7 +49,7 @@ struct ForwardShape {
   }
   static constexpr int kStages = stages();
   static constexpr size_t kStageBytes = Chunk::bytes(kStages);
-  typedef std::conditional_t<Chunk::kBulk, BulkChunks<Chunk, kStages>, CopiedChunks<Chunk, kStages>> Stream;
+  typedef StreamOf<Chunk, kStages, false> Stream;
   static constexpr size_t shared_bytes(int warps) { return kStageBytes + waiting_bytes(warps); }
 };
 
@@ -63,12 +63,7 @@ ODEBLOCK_DEVICE void forward_of_block(const ForwardArguments& arguments) {
 
   const ForwardProblem& p = arguments.problem;
   const int dim = static_cast<int>(p.dim), hidden = static_cast<int>(p.hidden);
-  typename Shape::Stream chunks = [&] {
-    if constexpr (Shape::Chunk::kBulk)
-      return typename Shape::Stream(arguments);
-    else
-      return typename Shape::Stream(p);
-  }();
+  typename Shape::Stream chunks(p, arguments.W, arguments.V);
 
   Tile own[Shape::kWait ? 1 : Q / 8];
   Tile* const h = Shape::kWait ? reinterpret_cast<Tile*>(simt::shared() + Shape::kStageBytes) + simt::thread() : own;
@@ -149,7 +144,7 @@ forward_kernel(const ODEBLOCK_PARAMETER ForwardArguments arguments) {
 }
 
 template <class P, int Q>
-CudaKernel<ForwardArguments> forward_kernel_of() {
+CudaKernel<ForwardProblem> forward_kernel_of() {
   typedef ForwardShape<P, Q> Shape;
   return {Q,
           P::kRows,

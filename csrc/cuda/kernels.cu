@@ -10,7 +10,7 @@ namespace {
 
 template <class P, int Q>
 CudaKernels kernels_of() {
-  if constexpr (P::kWarps == 1)
+  if constexpr (P::kWarps == 1 || Q <= kMostFeaturesOfWarpgroupSweeps)
     return {forward_kernel_of<P, Q>(), sweep_kernel_of<P, Q>()};
   else
     return {forward_kernel_of<P, Q>(), {}};

@@ -6,26 +6,29 @@
 
 namespace odeblock {
 
-constexpr int64_t kMostFeatures = 256;
+constexpr int64_t kMostFeatures = 256, kMostFeaturesOfWarpgroupSweeps = 128;
 
-struct ForwardArguments {
-  ForwardProblem problem;
+template <class SomeProblem>
+struct CudaArguments {
+  SomeProblem problem;
   simt::Boxes W, V;  // of the kernels whose chunks come in bulk
 };
+typedef CudaArguments<ForwardProblem> ForwardArguments;
+typedef CudaArguments<SweepProblem> SweepArguments;
 
-template <class Arguments>
+template <class SomeProblem>
 struct CudaKernel {
   int features;                 // that it has room for
   int warp_rows;                // that a warp takes
   int least_warps, most_warps;  // of a block; a multiple of the least
   int bulk_units;               // of a chunk that comes in bulk, or 0
   size_t (*shared_bytes)(int warps);
-  void (*run)(Arguments);
+  void (*run)(CudaArguments<SomeProblem>);
 };
 
 struct CudaKernels {
-  CudaKernel<ForwardArguments> forward;
-  CudaKernel<SweepProblem> sweep;  // of products of single warps
+  CudaKernel<ForwardProblem> forward;
+  CudaKernel<SweepProblem> sweep;  // of warpgroups: up to kMostFeaturesOfWarpgroupSweeps
 };
 
 // The kernels for q <= kMostFeatures features, by how products are taken.

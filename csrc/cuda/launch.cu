@@ -22,31 +22,32 @@ bool comes_in_bulk(const Problem& p) {
          aligned(p.output_bias);
 }
 
-// Of which the forward may take products of warpgroups.
+// Those that products of warpgroups are chosen for, where there are some.
 CudaKernels kernels_for(const Problem& p, bool tf32, int device) {
   const bool warpgroup =
       kHasWarpgroupKernels && simt::capability(device) == 90 && p.dim > 32 && p.batch >= 64 && comes_in_bulk(p);
+  const auto either = [&](CudaKernels (*of_warpgroups)(int64_t), CudaKernels (*of_warps)(int64_t)) -> CudaKernels {
+    if (!warpgroup) return of_warps(p.dim);
+    if (p.dim <= kMostFeaturesOfWarpgroupSweeps) return of_warpgroups(p.dim);
+    return {of_warpgroups(p.dim).forward, of_warps(p.dim).sweep};
+  };
   switch (p.dtype) {
     case Dtype::float64: return cuda_kernels_float64(p.dim);
-    case Dtype::bfloat16:
-      return {(warpgroup ? cuda_kernels_bfloat16_warpgroup : cuda_kernels_bfloat16)(p.dim).forward,
-              cuda_kernels_bfloat16(p.dim).sweep};
-    case Dtype::float16:
-      return {(warpgroup ? cuda_kernels_float16_warpgroup : cuda_kernels_float16)(p.dim).forward,
-              cuda_kernels_float16(p.dim).sweep};
+    case Dtype::bfloat16: return either(cuda_kernels_bfloat16_warpgroup, cuda_kernels_bfloat16);
+    case Dtype::float16: return either(cuda_kernels_float16_warpgroup, cuda_kernels_float16);
     default: return tf32 ? cuda_kernels_tf32(p.dim) : cuda_kernels_float32(p.dim);
   }
 }
 
-struct Launch {
+struct Grid {
   int blocks, cluster, threads;
   size_t shared_bytes, most_shared_bytes;
 };
 
 // As many warps a block as leave no multiprocessor without one: they share what they read of the weights, as two blocks
 // of a cluster do what comes in bulk.
-template <class Arguments>
-Launch launch_of(const CudaKernel<Arguments>& kernel, int64_t batch, int device) {
+template <class SomeProblem>
+Grid grid_of(const CudaKernel<SomeProblem>& kernel, int64_t batch, int device) {
   const int64_t tiles = (batch + kernel.warp_rows - 1) / kernel.warp_rows, all = simt::multiprocessors(device);
   const int64_t least = kernel.least_warps, wanted = ((tiles + all - 1) / all + least - 1) / least * least;
   const int warps = static_cast<int>(wanted < kernel.most_warps ? wanted : kernel.most_warps);
@@ -56,10 +57,19 @@ Launch launch_of(const CudaKernel<Arguments>& kernel, int64_t batch, int device)
           most < there ? most : there};
 }
 
-template <class Arguments>
-const char* launch(const CudaKernel<Arguments>& kernel, const Launch& x, void* stream, const Arguments& arguments) {
-  return simt::launch(kernel.run, x.blocks, x.cluster, x.threads, x.shared_bytes, x.most_shared_bytes, stream,
-                      arguments);
+template <class SomeProblem>
+const char* launch(const CudaKernel<SomeProblem>& kernel, const SomeProblem& p, int device, void* stream) {
+  const Grid grid = grid_of(kernel, p.batch, device);
+  CudaArguments<SomeProblem> arguments{p, {}, {}};
+  if (const int units = kernel.bulk_units) {
+    const char* error = simt::unsupported(kernel.run);  // the driver, which describes boxes, wants a context
+    if (!error) error = simt::describe(arguments.W, p.W, p.depth, p.hidden, p.dim, units / grid.cluster, 64);
+    if (!error)
+      error = simt::describe(arguments.V, p.V, p.depth, p.dim, p.hidden, kernel.features / grid.cluster, units);
+    if (error) return error;
+  }
+  return simt::launch(kernel.run, grid.blocks, grid.cluster, grid.threads, grid.shared_bytes, grid.most_shared_bytes,
+                      stream, arguments);
 }
 
 // Bytes of a layer's weights from which on few rows are better served by a matrix product a step, which all
@@ -83,32 +93,20 @@ bool cuda_fuses(const Problem& p, bool tf32, int device) {
   if (few && 2 * p.dim * p.hidden * bytes > kWideLayer) return false;
   const CudaKernels kernels = kernels_for(p, tf32, device);
   const size_t there = simt::most_shared_bytes(device);
-  return launch_of(kernels.forward, p.batch, device).shared_bytes <= there &&
-         launch_of(kernels.sweep, p.batch, device).shared_bytes <= there;
+  return grid_of(kernels.forward, p.batch, device).shared_bytes <= there &&
+         grid_of(kernels.sweep, p.batch, device).shared_bytes <= there;
 }
 
 const char* cuda_forward(const ForwardProblem& p, bool tf32, int device, void* stream) {
   if (p.batch == 0) return nullptr;
   const simt::OnDevice on(device);
-  if (on.error()) return on.error();
-  const CudaKernel<ForwardArguments> kernel = kernels_for(p, tf32, device).forward;
-  const Launch x = launch_of(kernel, p.batch, device);
-  ForwardArguments arguments{p, {}, {}};
-  if (const int units = kernel.bulk_units) {
-    const char* error = simt::unsupported(kernel.run);  // the driver, which describes boxes, wants a context
-    if (!error) error = simt::describe(arguments.W, p.W, p.depth, p.hidden, p.dim, units / x.cluster, 64);
-    if (!error) error = simt::describe(arguments.V, p.V, p.depth, p.dim, p.hidden, kernel.features / x.cluster, units);
-    if (error) return error;
-  }
-  return launch(kernel, x, stream, arguments);
+  return on.error() ? on.error() : launch(kernels_for(p, tf32, device).forward, p, device, stream);
 }
 
 const char* cuda_sweep(const SweepProblem& p, bool tf32, int device, void* stream) {
   if (p.batch == 0) return nullptr;
   const simt::OnDevice on(device);
-  if (on.error()) return on.error();
-  const CudaKernel<SweepProblem> kernel = kernels_for(p, tf32, device).sweep;
-  return launch(kernel, launch_of(kernel, p.batch, device), stream, p);
+  return on.error() ? on.error() : launch(kernels_for(p, tf32, device).sweep, p, device, stream);
 }
 
 }  // namespace odeblock

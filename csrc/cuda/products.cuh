@@ -258,13 +258,17 @@ struct WarpgroupProducts : HalfProducts<kBfloat16> {
   static constexpr int kWarps = 4, kAlignment = 1024;
   static constexpr size_t kSharedBytes = 227 << 10;
 
+  // Columns of a block of a matrix.
+  template <int kOfMatrix>
+  static constexpr int kBlockOf = kOfMatrix < 64 ? kOfMatrix : 64;
+
   template <int N, int K>
   static constexpr int elements() {
     return N * K;
   }
   template <int N, int K>
   ODEBLOCK_DEVICE static int offset(int row, int column) {
-    constexpr int kBlock = K < 64 ? K : 64;
+    constexpr int kBlock = kBlockOf<K>;
     static_assert(K % kBlock == 0 && (kBlock == 32 || kBlock == 64) && N * kBlock % 512 == 0);
     const int element = (column / kBlock * N + row) * kBlock + column % kBlock;
     return element ^ (element >> 6 & (kBlock / 8 - 1)) << 3;
@@ -278,8 +282,6 @@ struct WarpgroupProducts : HalfProducts<kBfloat16> {
 
   template <bool kTransposed, bool kFresh, int N, int K, class Operand>
   ODEBLOCK_DEVICE static void product(bool first, Tile (&d)[N / 8], Operand operand, const Stored* M) {
-    static_assert(!kTransposed);
-    constexpr int kBlock = K < 64 ? K : 64;
     uint32_t a[K / 16][4];
 #pragma unroll
     for (int j = 0; j < K / 16; j++) {
@@ -290,9 +292,15 @@ struct WarpgroupProducts : HalfProducts<kBfloat16> {
     simt::before_products<kFresh>(d, a);
 #pragma unroll
     for (int j = 0; j < K / 16; j++) {
-      const Stored* columns = M + 16 * j / kBlock * N * kBlock + 16 * j % kBlock;
-      const uint64_t matrix = simt::matrix_descriptor<2 * kBlock>(columns);
-      simt::multiply_warpgroup<kBfloat16>(first && j == 0, d, a[j], matrix);
+      uint64_t matrix;
+      if constexpr (kTransposed) {
+        constexpr int kBlock = kBlockOf<N>;
+        matrix = simt::matrix_descriptor<2 * kBlock>(M + 16 * j * kBlock, 2 * K * kBlock);
+      } else {
+        constexpr int kBlock = kBlockOf<K>;
+        matrix = simt::matrix_descriptor<2 * kBlock>(M + 16 * j / kBlock * N * kBlock + 16 * j % kBlock);
+      }
+      simt::multiply_warpgroup<kBfloat16, kTransposed>(first && j == 0, d, a[j], matrix);
     }
     simt::commit_products();
   }

@@ -34,14 +34,15 @@ struct SweepShape {
     return static_cast<size_t>(kPacks ? 1 : 2) * warps * 32 * (Q / 8) * sizeof(typename P::Tile);
   }
   static constexpr int most_warps() {
-    int warps = 8;
+    int warps = P::kWarps == 4 && Q == 64 ? 12 : 8;
     while (waiting_bytes(warps) + 2 * Chunk::kBytes > P::kSharedBytes) warps /= 2;
     return warps;
   }
   static constexpr int kMostWarps = most_warps(), kMostThreads = 32 * kMostWarps;
   static constexpr int stages() {
-    const int fit = static_cast<int>((P::kSharedBytes - waiting_bytes(kMostWarps)) / Chunk::kBytes);
-    return fit < 4 ? fit : 4;
+    const int fit = static_cast<int>((P::kSharedBytes - Chunk::bytes(0) - waiting_bytes(kMostWarps)) / Chunk::kBytes);
+    const int most = Chunk::kBulk ? 8 : 4;
+    return fit < most ? fit : most;
   }
   static constexpr int kStages = stages();
   static constexpr size_t kStageBytes = Chunk::bytes(kStages);
@@ -49,8 +50,7 @@ struct SweepShape {
 };
 
 template <class P, int Q>
-ODEBLOCK_KERNEL(SweepShape<P, Q>::kMostThreads, 1)
-sweep_kernel(const ODEBLOCK_PARAMETER SweepProblem p) {
+ODEBLOCK_DEVICE void sweep_of_block(const SweepArguments& arguments) {
   typedef typename P::Stored Stored;
   typedef typename P::Number Number;
   typedef typename P::Tile Tile;
@@ -59,8 +59,9 @@ sweep_kernel(const ODEBLOCK_PARAMETER SweepProblem p) {
   constexpr int kUnits = Shape::Chunk::kUnits, kTiles = P::kColumns / 8;  // of an operand
   constexpr bool kPacks = Shape::kPacks;
 
+  const SweepProblem& p = arguments.problem;
   const int dim = static_cast<int>(p.dim), hidden = static_cast<int>(p.hidden);
-  CopiedChunks<typename Shape::Chunk, Shape::kStages, true> chunks(p);
+  StreamOf<typename Shape::Chunk, Shape::kStages, true> chunks(p, arguments.W, arguments.V);
 
   const int step = simt::threads();  // from one tile to the next
   Tile* const a = reinterpret_cast<Tile*>(simt::shared() + Shape::kStageBytes) + simt::thread();
@@ -118,6 +119,8 @@ sweep_kernel(const ODEBLOCK_PARAMETER SweepProblem p) {
       Tile s[kUnits / 8], g[kUnits / 8];
       multiply<P, kUnits, Q>(s, operand(packed_h, h), chunks.W());
       multiply_transposed<P, kUnits, Q>(g, operand(packed_a, a), chunks.V());
+      P::end(s);
+      P::end(g);
       for_each_biased<P, kUnits>(chunks.hidden_bias(), [&](int n, int i, Number bias) { s[n].x[i] += bias; });
       with_activation(p.activation, [&](auto sigma) {
         for_each_number<P, kUnits>([&](int n, int i, int) {
@@ -150,9 +153,24 @@ sweep_kernel(const ODEBLOCK_PARAMETER SweepProblem p) {
 }
 
 template <class P, int Q>
+ODEBLOCK_KERNEL(SweepShape<P, Q>::kMostThreads, 1)
+sweep_kernel(const ODEBLOCK_PARAMETER SweepArguments arguments) {
+  if constexpr (P::kWarps == 1 || simt::kWarpgroups)
+    sweep_of_block<P, Q>(arguments);
+  else
+    simt::trap();
+}
+
+template <class P, int Q>
 CudaKernel<SweepProblem> sweep_kernel_of() {
   typedef SweepShape<P, Q> Shape;
-  return {Q, P::kRows, 1, Shape::kMostWarps, 0, Shape::shared_bytes, sweep_kernel<P, Q>};
+  return {Q,
+          P::kRows,
+          P::kWarps,
+          Shape::kMostWarps,
+          Shape::Chunk::kBulk ? Shape::Chunk::kUnits : 0,
+          Shape::shared_bytes,
+          sweep_kernel<P, Q>};
 }
 
 }  // namespace

@@ -24,11 +24,13 @@ ODEBLOCK_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta
 
 // A matrix [N, 16] of 16-bit numbers in shared memory, a part of the columns of [N, kRowBytes / 2]: rows of kRowBytes
 // (64 or 128) one after the other from a multiple of 8 of them on, where bits 4 and on of an address are exchanged with
-// bits 7 and on of it (xor; two bits for 64 bytes, three for 128).
+// bits 7 and on of it (xor; two bits for 64 bytes, three for 128). Transposed: [16, N], rows likewise; columns beyond
+// kRowBytes / 2 of them lie `leading` bytes further on.
 template <int kRowBytes>
-ODEBLOCK_DEVICE uint64_t matrix_descriptor(const void* first) {
+ODEBLOCK_DEVICE uint64_t matrix_descriptor(const void* first, int leading = 16) {
   constexpr uint64_t kSwizzle = kRowBytes == 128 ? 1 : 2, kEightRows = 8 * kRowBytes;
-  return kSwizzle << 62 | (kEightRows >> 4) << 32 | uint64_t(1) << 16 | (shared_address(first) & 0x3ffff) >> 4;
+  return kSwizzle << 62 | (kEightRows >> 4) << 32 | static_cast<uint64_t>(leading >> 4) << 16 |
+         (shared_address(first) & 0x3ffff) >> 4;
 }
 
 // Products read and write their registers until they are waited for. before_products: what was done to d, unless it is
@@ -57,16 +59,17 @@ ODEBLOCK_DEVICE void after_products(Tile (&d)[kTiles]) {
 }
 
 // d += a Mᵀ, or fresh: d = a Mᵀ, for a warpgroup: d [64, 8 kTiles], of which warp w has rows 16 w and on as in mma; a
-// [64, 16] likewise; M [8 kTiles, 16] in shared memory.
+// [64, 16] likewise; M [8 kTiles, 16] in shared memory. Transposed: a M, for M [16, 8 kTiles].
 #define ODEBLOCK_FOUR(n) "+f"(d[n].x[0]), "+f"(d[n].x[1]), "+f"(d[n].x[2]), "+f"(d[n].x[3])
 #define ODEBLOCK_SIXTEEN(n) ODEBLOCK_FOUR(n), ODEBLOCK_FOUR(n + 1), ODEBLOCK_FOUR(n + 2), ODEBLOCK_FOUR(n + 3)
 #define ODEBLOCK_SIXTYFOUR(n) \
   ODEBLOCK_SIXTEEN(n), ODEBLOCK_SIXTEEN(n + 4), ODEBLOCK_SIXTEEN(n + 8), ODEBLOCK_SIXTEEN(n + 12)
-#define ODEBLOCK_WGMMA(type, columns, registers, a_registers, matrix_register, adds, ...)                           \
-  asm volatile("{ .reg .pred add; setp.ne.b32 add, " adds ", 0; wgmma.mma_async.sync.aligned.m64n" columns          \
-               "k16.f32." type "." type " {" registers "}, {" a_registers "}, " matrix_register ", add, 1, 1, 0; }" \
-               : __VA_ARGS__                                                                                        \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix), "r"(fresh ? 0 : 1)                        \
+#define ODEBLOCK_WGMMA(type, columns, registers, a_registers, matrix_register, adds, transposed, ...)          \
+  asm volatile("{ .reg .pred add; setp.ne.b32 add, " adds ", 0; wgmma.mma_async.sync.aligned.m64n" columns     \
+               "k16.f32." type "." type " {" registers "}, {" a_registers "}, " matrix_register                \
+               ", add, 1, 1, " transposed "; }"                                                                \
+               : __VA_ARGS__                                                                                   \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix), "r"(fresh ? 0 : 1), "n"(kTransposed) \
                : "memory")
 #define ODEBLOCK_REGISTERS_0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define ODEBLOCK_REGISTERS_1 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -79,33 +82,34 @@ ODEBLOCK_DEVICE void after_products(Tile (&d)[kTiles]) {
 #define ODEBLOCK_REGISTERS_7 \
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-template <bool kBfloat16, class Tile, int kTiles>
+template <bool kBfloat16, bool kTransposed, class Tile, int kTiles>
 ODEBLOCK_DEVICE void multiply_warpgroup(bool fresh, Tile (&d)[kTiles], const uint32_t (&a)[4], uint64_t matrix) {
   static_assert(kTiles == 4 || kTiles == 8 || kTiles == 16 || kTiles == 32);
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   if constexpr (kTiles == 4) {
     if constexpr (kBfloat16)
-      ODEBLOCK_WGMMA("bf16", "32", ODEBLOCK_REGISTERS_0, "%16, %17, %18, %19", "%20", "%21", ODEBLOCK_SIXTEEN(0));
+      ODEBLOCK_WGMMA("bf16", "32", ODEBLOCK_REGISTERS_0, "%16, %17, %18, %19", "%20", "%21", "%22",
+                     ODEBLOCK_SIXTEEN(0));
     else
-      ODEBLOCK_WGMMA("f16", "32", ODEBLOCK_REGISTERS_0, "%16, %17, %18, %19", "%20", "%21", ODEBLOCK_SIXTEEN(0));
+      ODEBLOCK_WGMMA("f16", "32", ODEBLOCK_REGISTERS_0, "%16, %17, %18, %19", "%20", "%21", "%22", ODEBLOCK_SIXTEEN(0));
   }
   if constexpr (kTiles == 8) {
     if constexpr (kBfloat16)
       ODEBLOCK_WGMMA("bf16", "64", ODEBLOCK_REGISTERS_0 ", " ODEBLOCK_REGISTERS_1, "%32, %33, %34, %35", "%36", "%37",
-                     ODEBLOCK_SIXTEEN(0), ODEBLOCK_SIXTEEN(4));
+                     "%38", ODEBLOCK_SIXTEEN(0), ODEBLOCK_SIXTEEN(4));
     else
       ODEBLOCK_WGMMA("f16", "64", ODEBLOCK_REGISTERS_0 ", " ODEBLOCK_REGISTERS_1, "%32, %33, %34, %35", "%36", "%37",
-                     ODEBLOCK_SIXTEEN(0), ODEBLOCK_SIXTEEN(4));
+                     "%38", ODEBLOCK_SIXTEEN(0), ODEBLOCK_SIXTEEN(4));
   }
   if constexpr (kTiles == 16) {
     if constexpr (kBfloat16)
       ODEBLOCK_WGMMA("bf16", "128",
                      ODEBLOCK_REGISTERS_0 ", " ODEBLOCK_REGISTERS_1 ", " ODEBLOCK_REGISTERS_2 ", " ODEBLOCK_REGISTERS_3,
-                     "%64, %65, %66, %67", "%68", "%69", ODEBLOCK_SIXTYFOUR(0));
+                     "%64, %65, %66, %67", "%68", "%69", "%70", ODEBLOCK_SIXTYFOUR(0));
     else
       ODEBLOCK_WGMMA("f16", "128",
                      ODEBLOCK_REGISTERS_0 ", " ODEBLOCK_REGISTERS_1 ", " ODEBLOCK_REGISTERS_2 ", " ODEBLOCK_REGISTERS_3,
-                     "%64, %65, %66, %67", "%68", "%69", ODEBLOCK_SIXTYFOUR(0));
+                     "%64, %65, %66, %67", "%68", "%69", "%70", ODEBLOCK_SIXTYFOUR(0));
   }
   if constexpr (kTiles == 32) {
     if constexpr (kBfloat16)
@@ -113,13 +117,13 @@ ODEBLOCK_DEVICE void multiply_warpgroup(bool fresh, Tile (&d)[kTiles], const uin
                      ODEBLOCK_REGISTERS_0 ", " ODEBLOCK_REGISTERS_1 ", " ODEBLOCK_REGISTERS_2 ", " ODEBLOCK_REGISTERS_3
                                           ", " ODEBLOCK_REGISTERS_4 ", " ODEBLOCK_REGISTERS_5 ", " ODEBLOCK_REGISTERS_6
                                           ", " ODEBLOCK_REGISTERS_7,
-                     "%128, %129, %130, %131", "%132", "%133", ODEBLOCK_SIXTYFOUR(0), ODEBLOCK_SIXTYFOUR(16));
+                     "%128, %129, %130, %131", "%132", "%133", "%134", ODEBLOCK_SIXTYFOUR(0), ODEBLOCK_SIXTYFOUR(16));
     else
       ODEBLOCK_WGMMA("f16", "256",
                      ODEBLOCK_REGISTERS_0 ", " ODEBLOCK_REGISTERS_1 ", " ODEBLOCK_REGISTERS_2 ", " ODEBLOCK_REGISTERS_3
                                           ", " ODEBLOCK_REGISTERS_4 ", " ODEBLOCK_REGISTERS_5 ", " ODEBLOCK_REGISTERS_6
                                           ", " ODEBLOCK_REGISTERS_7,
-                     "%128, %129, %130, %131", "%132", "%133", ODEBLOCK_SIXTYFOUR(0), ODEBLOCK_SIXTYFOUR(16));
+                     "%128, %129, %130, %131", "%132", "%133", "%134", ODEBLOCK_SIXTYFOUR(0), ODEBLOCK_SIXTYFOUR(16));
   }
 #endif
 }

@@ -15,6 +15,7 @@ struct PendingProduct {
   int tiles;
   float A[2][16];  // rows l / 4 and 8 below
   uint64_t matrix;
+  bool transposed;
   float (*widen)(uint16_t);
   std::vector<float> sums;  // what it found when it began
 };
@@ -34,11 +35,16 @@ inline std::vector<float> sums_of(const PendingProduct& product) {
   Machine& machine = Machine::current();
   const int lane = machine.thread() % kLanes, row_bytes = product.matrix >> 62 == 1 ? 128 : 64;
   const uint64_t first = (product.matrix & 0x3fff) << 4, eight_rows = (product.matrix >> 32 & 0x3fff) << 4;
+  const uint64_t leading = (product.matrix >> 16 & 0x3fff) << 4;
   std::vector<float> sums(4 * product.tiles);
   for (int n = 0; n < 8 * product.tiles; n++) {
     if (n % 8 / 2 != lane % 4) continue;
     for (int k = 0; k < 16; k++) {
-      uint64_t byte = first + n / 8 * eight_rows + n % 8 * row_bytes + 2 * k;
+      uint64_t byte = first;
+      if (product.transposed)
+        byte += k / 8 * eight_rows + k % 8 * row_bytes + 2 * n / row_bytes * leading + 2 * n % row_bytes;
+      else
+        byte += n / 8 * eight_rows + n % 8 * row_bytes + 2 * k;
       byte ^= (byte >> 7 & (row_bytes / 16 - 1)) << 4;
       const uint16_t* entry = reinterpret_cast<const uint16_t*>(machine.shared() + byte);
       {
@@ -54,7 +60,7 @@ inline std::vector<float> sums_of(const PendingProduct& product) {
 }
 
 template <float (*widen)(uint16_t)>
-void begin_product(float* d, int tiles, bool fresh, const uint32_t (&a)[4], uint64_t matrix) {
+void begin_product(float* d, int tiles, bool fresh, const uint32_t (&a)[4], uint64_t matrix, bool transposed) {
   struct Lane {
     const uint32_t* a;
     float A[2][16];
@@ -71,7 +77,7 @@ void begin_product(float* d, int tiles, bool fresh, const uint32_t (&a)[4], uint
           lanes[l]->A[i / 2 % 2][2 * t + i % 2 + i / 4 * 8] =
               widen(static_cast<uint16_t>(lanes[l / 4 * 4 + t]->a[i / 2] >> 16 * (i % 2)));
   });
-  PendingProduct product = {d, tiles, {}, matrix, widen, {}};
+  PendingProduct product = {d, tiles, {}, matrix, transposed, widen, {}};
   std::memcpy(product.A, lane.A, sizeof lane.A);
   product.sums = sums_of(product);
   const Unseen unseen;
@@ -119,10 +125,10 @@ constexpr bool kWarpgroups = true;
 inline void fence_async() { Machine::current().fence_async(); }
 
 template <int kRowBytes>
-uint64_t matrix_descriptor(const void* first) {
+uint64_t matrix_descriptor(const void* first, int leading = 16) {
   const ptrdiff_t address = static_cast<const unsigned char*>(first) - Machine::current().shared();
-  return uint64_t(kRowBytes == 128 ? 1 : 2) << 62 | uint64_t(8 * kRowBytes >> 4) << 32 | uint64_t(1) << 16 |
-         static_cast<uint64_t>(address) >> 4;
+  return uint64_t(kRowBytes == 128 ? 1 : 2) << 62 | uint64_t(8 * kRowBytes >> 4) << 32 |
+         static_cast<uint64_t>(leading >> 4) << 16 | static_cast<uint64_t>(address) >> 4;
 }
 
 template <bool kFresh, class Tile, int kTiles, int kOperands>
@@ -143,11 +149,11 @@ void after_products(Tile (&)[kTiles]) {
   emulation::finish_products();
 }
 
-template <bool kBfloat16, class Tile, int kTiles>
+template <bool kBfloat16, bool kTransposed, class Tile, int kTiles>
 void multiply_warpgroup(bool fresh, Tile (&d)[kTiles], const uint32_t (&a)[4], uint64_t matrix) {
   static_assert(sizeof(Tile) == 4 * sizeof(float));
   constexpr auto widen = kBfloat16 ? emulation::from_bfloat16 : emulation::from_float16;
-  emulation::begin_product<widen>(d[0].x, kTiles, fresh, a, matrix);
+  emulation::begin_product<widen>(d[0].x, kTiles, fresh, a, matrix, kTransposed);
 }
 
 }  // namespace simt
