@@ -274,6 +274,7 @@ def backward(
     widths = (dim, dim if rounds else 0, hidden, hidden) if weight_gradients else (0, 0, 0, 0)
     factors = [grad.new_empty((most, batch, width)) for width in widths]
 
+    @torch.autocast(a.device.type, enabled=False)
     def back(known: Tensor, bottom: int, top: int) -> None:
         """Through layers top-1 .. bottom, whose states are known [top - bottom, rows, q]."""
         while top > bottom:

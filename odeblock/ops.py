@@ -96,6 +96,27 @@ def _forward(
     return y, states, checks
 
 
+def _check_saved(
+    grad: Tensor,
+    W: Tensor,
+    states: Tensor,
+    checks: Tensor,
+    save_every: int,
+    reconstruct: bool,
+    keep_hidden: bool,
+) -> None:
+    """Saved-tensor hooks may have brought these back in another form."""
+    (batch, dim), (depth, hidden) = grad.shape, W.shape[:2]
+    for name, tensor, shape in (
+        ("states", states, states_shape(batch, dim, hidden, depth, save_every, reconstruct, keep_hidden)),
+        ("checks", checks, checks_shape(batch, depth, reconstruct)),
+    ):
+        if tensor.shape != shape or tensor.dtype != state_dtype(grad.dtype) or tensor.device != grad.device:
+            expected = f"{list(shape)}, {state_dtype(grad.dtype)} on {grad.device}, as the forward saved it"
+            got = f"{list(tensor.shape)}, {tensor.dtype} on {tensor.device}"
+            raise RuntimeError(f"{name}: expected a tensor {expected}; got {got}")
+
+
 def _backward(
     grad: Tensor,
     h: Tensor | None,
@@ -113,7 +134,10 @@ def _backward(
     keep_hidden: bool,
     weight_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if grad.is_cuda and not reconstruct and not keep_hidden and gpu.has_kernels_for(grad):
+    on_a_gpu = grad.is_cuda and not reconstruct and not keep_hidden and gpu.has_kernels_for(grad)
+    if on_a_gpu or native.runs_natively(grad):
+        _check_saved(grad, W, states, checks, save_every, reconstruct, keep_hidden)
+    if on_a_gpu:
         weights = (V, W, hidden_bias, output_bias)
         gradients = gpu.backward(
             grad, *weights, states, activation, scale, save_every, slots, weight_gradients
@@ -146,15 +170,6 @@ def _backward(
     )
     batch, dim = grad.shape
     depth, hidden = W.shape[:2]
-    # Saved-tensor hooks may have brought these back in another form.
-    for name, tensor, shape in (
-        ("states", states, states_shape(batch, dim, hidden, depth, save_every, reconstruct, keep_hidden)),
-        ("checks", checks, checks_shape(batch, depth, reconstruct)),
-    ):
-        if tensor.shape != shape or tensor.dtype != state_dtype(grad.dtype) or tensor.device != grad.device:
-            expected = f"{list(shape)}, {state_dtype(grad.dtype)} on {grad.device}, as the forward saved it"
-            got = f"{list(tensor.shape)}, {tensor.dtype} on {tensor.device}"
-            raise RuntimeError(f"{name}: expected a tensor {expected}; got {got}")
     states, checks = states.contiguous(), checks.contiguous()
     threads = torch.get_num_threads()
     sizes = (native.NATIVE_DTYPES[grad.dtype], ACTIVATIONS[activation].native_id, batch, dim, hidden, depth)
