@@ -91,25 +91,34 @@ ODEBLOCK_DEVICE void sweep_of_block(const SweepArguments& arguments) {
       return Rows<P, Stored>(first, width, static_cast<int>(width) - from, p.batch);
     };
     const Rows<P, Stored> layer_a = of_layer(p.layer_a, dim, 0), layer_h = of_layer(p.layer_h, dim, 0);
-#pragma unroll(kPacks ? Q / P::kColumns : 1)
-    for (int j = 0; j < Q / P::kColumns; j++) {
-      Tile both[kTiles];
+    constexpr int kGroup = Q % 32 == 0 ? 4 : 2;  // tiles
+#pragma unroll(kPacks ? Q / 8 : 1)
+    for (int n = 0; n < Q / 8; n += kGroup) {
+      Tile both[kGroup];
 #pragma unroll
-      for (int n = 0; n < kTiles; n++)
+      for (int k = 0; k < kGroup; k++)
 #pragma unroll
         for (int i = 0; i < P::kNumbers; i += 2) {
-          const int tile = j * kTiles + n;
-          const simt::Pair<Number> pair = state.read(tile, i);
-          both[n].x[i] = pair.x, both[n].x[i + 1] = pair.y;
-          if (p.layer_h) layer_h.write(tile, i, pair.x, pair.y);
-          if (p.layer_a) layer_a.write(tile, i, a[tile * step].x[i], a[tile * step].x[i + 1]);
+          const simt::Pair<Number> pair = state.read(n + k, i);
+          both[k].x[i] = pair.x, both[k].x[i + 1] = pair.y;
         }
+      if (p.layer_h)
+        layer_h.template write_tiles<kGroup>(
+            n, [&](int k, int i) { return simt::Pair<Number>{both[k].x[i], both[k].x[i + 1]}; });
+      if (p.layer_a)
+        layer_a.template write_tiles<kGroup>(n, [&](int k, int i) {
+          const Tile& tile = a[(n + k) * step];
+          return simt::Pair<Number>{tile.x[i], tile.x[i + 1]};
+        });
       if constexpr (kPacks) {
-        packed_h[j] = P::pack(both, 1);
-        packed_a[j] = P::pack(&a[j * kTiles * step], step);
+#pragma unroll
+        for (int k = 0; k < kGroup; k += kTiles) {
+          packed_h[(n + k) / kTiles] = P::pack(&both[k], 1);
+          packed_a[(n + k) / kTiles] = P::pack(&a[(n + k) * step], step);
+        }
       } else {
 #pragma unroll
-        for (int n = 0; n < kTiles; n++) h[(j * kTiles + n) * step] = both[n];
+        for (int k = 0; k < kGroup; k++) h[(n + k) * step] = both[k];
       }
     }
     Tile sums[Q / 8];
@@ -131,10 +140,14 @@ ODEBLOCK_DEVICE void sweep_of_block(const SweepArguments& arguments) {
       });
       if (p.layer_s) {
         const Rows<P, Stored> layer_s = of_layer(p.layer_s, hidden, unit), layer_g = of_layer(p.layer_g, hidden, unit);
-        for_each_pair<P, kUnits>([&](int n, int i) {
-          layer_s.write(n, i, s[n].x[i], s[n].x[i + 1]);
-          layer_g.write(n, i, g[n].x[i], g[n].x[i + 1]);
-        });
+        constexpr int kGroup = kUnits % 32 == 0 ? 4 : kUnits / 8;
+#pragma unroll
+        for (int n = 0; n < kUnits / 8; n += kGroup) {
+          layer_s.template write_tiles<kGroup>(
+              n, [&](int k, int i) { return simt::Pair<Number>{s[n + k].x[i], s[n + k].x[i + 1]}; });
+          layer_g.template write_tiles<kGroup>(
+              n, [&](int k, int i) { return simt::Pair<Number>{g[n + k].x[i], g[n + k].x[i + 1]}; });
+        }
       }
       if (unit + kUnits > hidden)  // what is not there is 0, also where an infinite row makes something else of it
         for_each_number<P, kUnits>([&](int n, int i, int column) {

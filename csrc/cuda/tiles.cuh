@@ -64,6 +64,21 @@ ODEBLOCK_DEVICE int64_t row_of(int i) {
   return static_cast<int64_t>(warp * P::kRows + thread % 32 / 4 + i / 2 * 8);
 }
 
+// x[k] of lane 4 l + t becomes what x[t] of lane 4 l + k was.
+ODEBLOCK_DEVICE void transpose_in_quads(simt::Words& words) {
+  const int t = simt::thread_again() % 4;
+#pragma unroll
+  for (int bit = 1; bit < 4; bit *= 2)
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+      if (!(k & bit)) {
+        const bool upper = t & bit;
+        uint32_t &low = words.x[k], &high = words.x[k | bit];
+        const uint32_t received = simt::shuffle_xor(upper ? low : high, bit);
+        (upper ? low : high) = received;
+      }
+}
+
 // Rows of `columns` numbers, `width` apart, in global memory: of the batch, some columns of an array of T (as products
 // store or as they sum). Tiles of them read as zero and write nothing where there is no row or column.
 template <class P, class T>
@@ -88,6 +103,37 @@ class Rows {
       return {widen(pair.x), widen(pair.y)};
     }
     return {widen(from[0]), column + 1 < columns_ ? widen(from[1]) : Number(0)};
+  }
+  // Likewise of the tiles n .. n + kTiles - 1, with value(k, i) for tile n + k. By the whole warp.
+  template <int kTiles, class Value>
+  ODEBLOCK_DEVICE void write_tiles(int n, Value value) const {
+    if constexpr (P::kRounds && kTiles == 4 && !std::is_same_v<T, Number>) {
+      // Of 16 bits a lane has 4 bytes of each tile's row. Whole rows of a tile, 16 bytes, are a quarter of the
+      // accesses.
+      if ((reinterpret_cast<uintptr_t>(first_) | width_ * sizeof(T) | columns_ * sizeof(T)) % 16 == 0) {
+        const int column = 8 * (n + simt::thread_again() % 4);
+#pragma unroll
+        for (int i = 0; i < P::kNumbers; i += 2) {
+          simt::Words words;
+#pragma unroll
+          for (int k = 0; k < 4; k++) {
+            const simt::Pair<Number> pair = value(k, i);
+            words.x[k] = P::pair(pair.x, pair.y);
+          }
+          transpose_in_quads(words);
+          if (row_of<P>(i) < batch_ && column < columns_)
+            simt::write_words(first_ + row_of<P>(i) * width_ + column, words);
+        }
+        return;
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kTiles; k++)
+#pragma unroll
+      for (int i = 0; i < P::kNumbers; i += 2) {
+        const simt::Pair<Number> pair = value(k, i);
+        write(n + k, i, pair.x, pair.y);
+      }
   }
   ODEBLOCK_DEVICE void write(int n, int i, Number x, Number y) const {
     const int column = column_of(n);

@@ -290,6 +290,14 @@ void write_pair(T* to, Pair<T> pair) {
   to[0] = pair.x, to[1] = pair.y;
 }
 
+struct alignas(16) Words {
+  uint32_t x[4];
+};
+inline void write_words(void* to, const Words& words) {
+  if (reinterpret_cast<uintptr_t>(to) % 16) Machine::current().fail("write_words: not aligned");
+  for (int i = 0; i < 4; i++) static_cast<uint32_t*>(to)[i] = words.x[i];
+}
+
 struct OnDevice {
   explicit OnDevice(int) {}
   const char* error() const { return nullptr; }
