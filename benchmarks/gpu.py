@@ -85,6 +85,7 @@ def matrix_rate(dtype: torch.dtype, rounds: int) -> float:
 
 def graphed(work: Callable[[], Tensor]) -> Callable[[], None]:
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         work()
     torch.cuda.current_stream().wait_stream(stream)

@@ -42,7 +42,9 @@ STEPS: dict[str, list[str]] = {
     "tests": [PYTHON, "-m", "pytest", "-q", "tests/test_cuda.py"],
     "memcheck": [*SANITIZER, "memcheck", PYTHON, "-c", SMALL],
     "racecheck": [*SANITIZER, "racecheck", PYTHON, "-c", SMALL],
-    "benchmark": [PYTHON, "benchmarks/gpu.py"],
+    "benchmark": [PYTHON, "benchmarks/gpu.py", "--only", "forward"],
+    "benchmark-step": [PYTHON, "benchmarks/gpu.py", "--only", "step"],
+    "benchmark-depth": [PYTHON, "benchmarks/gpu.py", "--only", "depth"],
 }
 
 
@@ -59,8 +61,10 @@ def main() -> int:
     if not torch.cuda.is_available():
         parser.error(f"PyTorch {torch.__version__} sees no GPU here")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    results = arguments.output / "benchmark.json"
-    STEPS["benchmark"] += ["--output", str(results), *(["--quick"] if arguments.quick else [])]
+    for name, command in STEPS.items():
+        if name.startswith("benchmark"):
+            command += ["--output", str(arguments.output / f"{name}.json")]
+            command += ["--quick"] if arguments.quick else []
 
     major, minor = torch.cuda.get_device_capability()
     architecture = f"{major}{minor}{'a' if major == 9 else ''}-real"  # of this GPU alone: minutes less
@@ -99,14 +103,14 @@ def main() -> int:
             verdict = "refused by this machine"
         elif verdict != "ok":
             failed.append(name)
-        shown = 40 if name == "benchmark" or name in failed else 3
+        shown = 40 if name.startswith("benchmark") or name in failed else 3
         print(f"{name}: {verdict}, {time.perf_counter() - begin:.0f} s", flush=True)
         print("\n".join(printed.splitlines()[-shown:]), flush=True)
         if "build" in failed:
             break
-    if results.exists():
-        gpu = torch.cuda.get_device_name().replace(" ", "_")
-        shutil.copy(results, ROOT / "benchmarks" / "results" / f"{gpu}.json")
+    gpu = torch.cuda.get_device_name().replace(" ", "_")
+    for results in arguments.output.glob("benchmark*.json"):
+        shutil.copy(results, ROOT / "benchmarks" / "results" / results.name.replace("benchmark", gpu))
     print(f"failed: {', '.join(failed)}" if failed else "all is well")
     return len(failed)
 

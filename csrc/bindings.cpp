@@ -182,11 +182,11 @@ py::object text_or_none(const char* text) { return text ? py::object(py::str(tex
 
 py::object cuda_unsupported(int device) { return text_or_none(odeblock::cuda_unsupported(device)); }
 
-bool cuda_fuses(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth, bool tf32,
-                int device) {
+bool cuda_fuses(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth, bool backward,
+                bool tf32, int device) {
   Problem p{};
   set_sizes(p, dtype, activation, batch, dim, hidden, depth, 0);
-  return odeblock::cuda_fuses(p, tf32, device);
+  return odeblock::cuda_fuses(p, backward, tf32, device);
 }
 
 void cuda_forward(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth, double scale,

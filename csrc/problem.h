@@ -80,7 +80,7 @@ struct ForwardProblem : Problem {
 // On a GPU: the part of the backward that goes from row to row through the layers. What it leaves for each layer is
 // what matrix products over the rows make the gradients of the weights from,
 //
-//   dV = scale aᵀs,  dW = gᵀh,  dhidden_bias = Σ g,  doutput_bias = scale Σ a
+//   g = (Vᵀa) ⊙ sigma'(z):  dV = scale aᵀs,  dW = scale gᵀh,  dhidden_bias = scale Σ g,  doutput_bias = scale Σ a
 //
 struct SweepProblem : Problem {
   const void* states;  // [L, padded_rows(B), q]  read: h_k as computed

@@ -78,7 +78,16 @@ def backward(
 ) -> None: ...
 def cuda_unsupported(device: int, /) -> str | None: ...
 def cuda_fuses(
-    dtype: int, activation: int, batch: int, dim: int, hidden: int, depth: int, tf32: bool, device: int, /
+    dtype: int,
+    activation: int,
+    batch: int,
+    dim: int,
+    hidden: int,
+    depth: int,
+    backward: bool,
+    tf32: bool,
+    device: int,
+    /,
 ) -> bool: ...
 def cuda_forward(
     dtype: int,

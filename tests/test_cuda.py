@@ -104,12 +104,16 @@ def test_a_step_in_a_cuda_graph() -> None:
         assert torch.equal(right, replayed)
 
 
-def test_a_backward_on_a_thread_that_has_not_used_the_gpu() -> None:
+def test_a_step_on_a_thread_that_has_not_used_the_gpu() -> None:
     block = DeepResBlock(64, 5, 64, device="cuda", dtype=torch.bfloat16)
     x = torch.randn(100, 64, device="cuda", dtype=torch.bfloat16)
-    expected = block(x)
+
+    def step() -> torch.Tensor:
+        return torch.autograd.grad(block(x).sum(), block.W)[0]
+
+    expected = step()
     with ThreadPoolExecutor(1) as pool:
-        assert torch.equal(pool.submit(block, x).result(), expected)
+        assert torch.equal(pool.submit(step).result(), expected)
 
 
 def test_memory_of_a_step_does_not_grow_with_unused_layers() -> None:

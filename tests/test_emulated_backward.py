@@ -40,8 +40,9 @@ class Core:
         self.library.emulate(capability, multiprocessors, ctypes.c_int64(seed))
 
     def cuda_fuses(self, *arguments: Any) -> bool:
-        *sizes, tf32, _ = arguments
-        return bool(self.library.fuses((ctypes.c_int64 * 6)(*sizes), ctypes.c_bool(tf32)))
+        *sizes, backward, tf32, _ = arguments
+        flags = ctypes.c_bool(backward), ctypes.c_bool(tf32)
+        return bool(self.library.fuses((ctypes.c_int64 * 6)(*sizes), *flags))
 
     def cuda_forward(self, *arguments: Any) -> None:
         *arrays, save_every, tf32, _, _ = arguments[11:]
@@ -183,3 +184,19 @@ def test_emulated_gradients_of_a_row_do_not_depend_on_others(
     kept = torch.arange(150) != 7
     assert torch.equal(found["h"][kept], expected["h"][kept])
     assert not found["h"][7].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", native.NATIVE_DTYPES, ids=str)
+@pytest.mark.parametrize("batch", [1, 40, 1000, 1021, 5000, 2048])
+def test_products_over_rows_are_those_of_parts(batch: int, dtype: torch.dtype) -> None:
+    """Any number of rows: one part, equal parts, parts and a rest; of strided layers, as states are."""
+    generator = torch.Generator().manual_seed(batch)
+    x = torch.randn(3, batch, 5, generator=generator, dtype=torch.float64).to(dtype)
+    y = torch.randn(3, batch + 7, 4, generator=generator, dtype=torch.float64).to(dtype)
+    for rows in (y[:, :batch], y[:, :batch].contiguous()):
+        expected = x.double().transpose(1, 2) @ rows.double()
+        found = gpu._product(x, rows)
+        assert found.dtype == torch.promote_types(dtype, torch.float32)
+        tolerance = 1e-13 if dtype == torch.float64 else 1e-6
+        size = float(expected.abs().max())
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance * size)

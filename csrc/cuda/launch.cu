@@ -44,15 +44,19 @@ struct Grid {
   size_t shared_bytes, most_shared_bytes;
 };
 
-// As many warps a block as leave no multiprocessor without one: they share what they read of the weights, as two blocks
-// of a cluster do what comes in bulk.
+// The warps of a block share what they read of the weights, as two blocks of a cluster do what comes in bulk: as many
+// as fit, but for those that would leave multiprocessors with less to do than others.
 template <class SomeProblem>
 Grid grid_of(const CudaKernel<SomeProblem>& kernel, int64_t batch, int device) {
   const int64_t tiles = (batch + kernel.warp_rows - 1) / kernel.warp_rows, all = simt::multiprocessors(device);
-  const int64_t least = kernel.least_warps, wanted = ((tiles + all - 1) / all + least - 1) / least * least;
-  const int warps = static_cast<int>(wanted < kernel.most_warps ? wanted : kernel.most_warps);
-  const int blocks = static_cast<int>((tiles + warps - 1) / warps), cluster = kernel.bulk_units && blocks > 1 ? 2 : 1;
   const size_t most = kernel.shared_bytes(kernel.most_warps), there = simt::most_shared_bytes(device);
+  int warps = kernel.least_warps;
+  int64_t fewest = INT64_MAX;
+  for (int w = kernel.least_warps; w <= kernel.most_warps && kernel.shared_bytes(w) <= there; w += kernel.least_warps) {
+    const int64_t steps = ((tiles + w - 1) / w + all - 1) / all * w;  // of the multiprocessor with the most
+    if (steps <= fewest) fewest = steps, warps = w;
+  }
+  const int blocks = static_cast<int>((tiles + warps - 1) / warps), cluster = kernel.bulk_units && blocks > 1 ? 2 : 1;
   return {(blocks + cluster - 1) / cluster * cluster, cluster, 32 * warps, kernel.shared_bytes(warps),
           most < there ? most : there};
 }
@@ -84,7 +88,7 @@ const char* cuda_unsupported(int device) {
   return simt::unsupported(cuda_kernels_float32(1).forward.run);
 }
 
-bool cuda_fuses(const Problem& p, bool tf32, int device) {
+bool cuda_fuses(const Problem& p, bool backward, bool tf32, int device) {
   if (p.dim > kMostFeatures) return false;
   if (p.batch == 0) return true;
   if (p.depth * p.hidden > INT32_MAX / 2 || p.batch > INT32_MAX / 2) return false;  // kernels count in int
@@ -94,7 +98,7 @@ bool cuda_fuses(const Problem& p, bool tf32, int device) {
   const CudaKernels kernels = kernels_for(p, tf32, device);
   const size_t there = simt::most_shared_bytes(device);
   return grid_of(kernels.forward, p.batch, device).shared_bytes <= there &&
-         grid_of(kernels.sweep, p.batch, device).shared_bytes <= there;
+         (!backward || grid_of(kernels.sweep, p.batch, device).shared_bytes <= there);
 }
 
 const char* cuda_forward(const ForwardProblem& p, bool tf32, int device, void* stream) {

@@ -1,15 +1,14 @@
 // The backward's way through the layers on a GPU: one launch, from the last layer to the first, for q up to
 // kMostFeatures. As in forward.cuh a warp takes rows of its own, weights stream through shared memory, and a chunk's
 //
-//   z = W h + hidden_bias,  s = sigma(z),  g = scale (Vᵀa) ⊙ sigma'(z),  sums += Wᵀg;     once a layer  a += sums
+//   z = W h + hidden_bias,  s = sigma(z),  g = (Vᵀa) ⊙ sigma'(z),  sums += Wᵀg;     once a layer  a += scale sums
 //
 // needs nothing but the chunk; both products with V and W read them where they lie. a waits in shared memory, in a
 // place of its lane's own; so does h where it is not packed as the operand of 16-bit products once a layer.
 //
 // s, g, h and a go to global memory, as matrix products over the rows of all blocks read them: the gradients of the
-// weights then are sums that no two blocks write to, the same each time. Written and read they are 8 (q + m) bytes a
-// row and layer in 16 bits, for 4 q m multiply-adds a row that this takes with that: at q = m = 128 two fifths of what
-// an H200's memory moves in the time of its tensor cores.
+// weights then are sums that no two blocks write to, the same each time. In 16 bits that is 4 (q + m) bytes a row and
+// layer, written and read again (docs/performance.md).
 #pragma once
 
 #include "chunks.cuh"
@@ -33,14 +32,11 @@ struct SweepShape {
   static constexpr size_t waiting_bytes(int warps) {
     return static_cast<size_t>(kPacks ? 1 : 2) * warps * 32 * (Q / 8) * sizeof(typename P::Tile);
   }
-  static constexpr int most_warps() {
-    int warps = P::kWarps == 4 && Q == 64 ? 12 : 8;
-    while (waiting_bytes(warps) + 2 * Chunk::kBytes > P::kSharedBytes) warps /= 2;
-    return warps;
-  }
-  static constexpr int kMostWarps = most_warps(), kMostThreads = 32 * kMostWarps;
+  // That registers allow; shared memory decides (launch.cu).
+  static constexpr int kMostWarps = P::kWarps == 4 && Q == 64 ? 12 : 8, kMostThreads = 32 * kMostWarps;
   static constexpr int stages() {
-    const int fit = static_cast<int>((P::kSharedBytes - Chunk::bytes(0) - waiting_bytes(kMostWarps)) / Chunk::kBytes);
+    const int warps = Chunk::kBulk ? kMostWarps : 2;
+    const int fit = static_cast<int>((P::kSharedBytes - Chunk::bytes(0) - waiting_bytes(warps)) / Chunk::kBytes);
     const int most = Chunk::kBulk ? 8 : 4;
     return fit < most ? fit : most;
   }
@@ -82,43 +78,40 @@ ODEBLOCK_DEVICE void sweep_of_block(const SweepArguments& arguments) {
     };
   };
   while (chunks.more()) {
-    const int k = chunks.layer();
-    const Rows<P, const Number> state(static_cast<const Number*>(p.states) + k * padded_rows(p.batch) * dim, dim, dim,
-                                      p.batch);
+    const int layer = chunks.layer();
+    const Rows<P, const Number> state(static_cast<const Number*>(p.states) + layer * padded_rows(p.batch) * dim, dim,
+                                      dim, p.batch);
     const auto of_layer = [&](void* array, int64_t width, int from) {
       Stored* first = static_cast<Stored*>(array);
-      if (first) first += k * p.batch * width + from;
+      if (first) first += layer * p.batch * width + from;
       return Rows<P, Stored>(first, width, static_cast<int>(width) - from, p.batch);
     };
     const Rows<P, Stored> layer_a = of_layer(p.layer_a, dim, 0), layer_h = of_layer(p.layer_h, dim, 0);
-    constexpr int kGroup = Q % 32 == 0 ? 4 : 2;  // tiles
-#pragma unroll(kPacks ? Q / 8 : 1)
-    for (int n = 0; n < Q / 8; n += kGroup) {
-      Tile both[kGroup];
+    // Where registers hold them all states are asked for before the first is used.
+    constexpr int kGroup = Q % 32 == 0 ? 4 : 2, kRead = kPacks ? Q / 8 : kGroup;  // tiles
+#pragma unroll 1
+    for (int first = 0; first < Q / 8; first += kRead) {
+      Tile read[kRead];
+      state.template read_tiles<kRead>(first, read);
 #pragma unroll
-      for (int k = 0; k < kGroup; k++)
+      for (int n = 0; n < kRead; n += kGroup) {
+        Tile* const own = &a[(first + n) * step];
+        if (p.layer_h)
+          layer_h.template write_tiles<kGroup>(
+              first + n, [&](int k, int i) { return simt::Pair<Number>{read[n + k].x[i], read[n + k].x[i + 1]}; });
+        if (p.layer_a)
+          layer_a.template write_tiles<kGroup>(
+              first + n, [&](int k, int i) { return simt::Pair<Number>{own[k * step].x[i], own[k * step].x[i + 1]}; });
+        if constexpr (kPacks) {
 #pragma unroll
-        for (int i = 0; i < P::kNumbers; i += 2) {
-          const simt::Pair<Number> pair = state.read(n + k, i);
-          both[k].x[i] = pair.x, both[k].x[i + 1] = pair.y;
+          for (int k = 0; k < kGroup; k += kTiles) {
+            packed_h[(n + k) / kTiles] = P::pack(&read[n + k], 1);
+            packed_a[(n + k) / kTiles] = P::pack(&own[k * step], step);
+          }
+        } else {
+#pragma unroll
+          for (int k = 0; k < kGroup; k++) h[(first + n + k) * step] = read[n + k];
         }
-      if (p.layer_h)
-        layer_h.template write_tiles<kGroup>(
-            n, [&](int k, int i) { return simt::Pair<Number>{both[k].x[i], both[k].x[i + 1]}; });
-      if (p.layer_a)
-        layer_a.template write_tiles<kGroup>(n, [&](int k, int i) {
-          const Tile& tile = a[(n + k) * step];
-          return simt::Pair<Number>{tile.x[i], tile.x[i + 1]};
-        });
-      if constexpr (kPacks) {
-#pragma unroll
-        for (int k = 0; k < kGroup; k += kTiles) {
-          packed_h[(n + k) / kTiles] = P::pack(&both[k], 1);
-          packed_a[(n + k) / kTiles] = P::pack(&a[(n + k) * step], step);
-        }
-      } else {
-#pragma unroll
-        for (int k = 0; k < kGroup; k++) h[(n + k) * step] = both[k];
       }
     }
     Tile sums[Q / 8];
@@ -135,10 +128,11 @@ ODEBLOCK_DEVICE void sweep_of_block(const SweepArguments& arguments) {
         for_each_number<P, kUnits>([&](int n, int i, int) {
           const activation::Value<Number> value = evaluate<P::kApproximate>(sigma, s[n].x[i]);
           s[n].x[i] = value.s;
-          g[n].x[i] *= static_cast<Number>(p.scale) * value.d;
+          g[n].x[i] *= value.d;
         });
       });
-      if (p.layer_s) {
+      const auto write_factors = [&] {
+        if (!p.layer_s) return;
         const Rows<P, Stored> layer_s = of_layer(p.layer_s, hidden, unit), layer_g = of_layer(p.layer_g, hidden, unit);
         constexpr int kGroup = kUnits % 32 == 0 ? 4 : kUnits / 8;
 #pragma unroll
@@ -148,17 +142,19 @@ ODEBLOCK_DEVICE void sweep_of_block(const SweepArguments& arguments) {
           layer_g.template write_tiles<kGroup>(
               n, [&](int k, int i) { return simt::Pair<Number>{g[n + k].x[i], g[n + k].x[i + 1]}; });
         }
-      }
+      };
+      if constexpr (!Shape::Chunk::kBulk) write_factors();
       if (unit + kUnits > hidden)  // what is not there is 0, also where an infinite row makes something else of it
         for_each_number<P, kUnits>([&](int n, int i, int column) {
           if (unit + column >= hidden) g[n].x[i] = 0;
         });
       add_transposed<P, Q, kUnits>(unit == 0, sums, [&](int j) { return P::pack(&g[j * kTiles], 1); }, chunks.W());
+      if constexpr (Shape::Chunk::kBulk) write_factors();  // while the product is under way
       chunks.release();
     }
     P::end(sums);
     for_each_number<P, Q>([&](int n, int i, int column) {
-      a[n * step].x[i] = column < dim ? a[n * step].x[i] + sums[n].x[i] : Number(0);
+      a[n * step].x[i] = column < dim ? a[n * step].x[i] + static_cast<Number>(p.scale) * sums[n].x[i] : Number(0);
     });
   }
   for_each_pair<P, Q, true>([&](int n, int i) { of_a.write(n, i, a[n * step].x[i], a[n * step].x[i + 1]); });

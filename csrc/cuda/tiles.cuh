@@ -104,7 +104,33 @@ class Rows {
     }
     return {widen(from[0]), column + 1 < columns_ ? widen(from[1]) : Number(0)};
   }
-  // Likewise of the tiles n .. n + kTiles - 1, with value(k, i) for tile n + k. By the whole warp.
+  // The tiles n .. n + kTiles - 1: all are asked for before the first is waited for.
+  template <int kTiles>
+  ODEBLOCK_DEVICE void read_tiles(int n, typename P::Tile (&to)[kTiles]) const {
+    if (pairs_ && columns_ % 2 == 0) {
+#pragma unroll
+      for (int i = 0; i < P::kNumbers; i += 2) {
+        const int64_t row = row_of<P>(i);
+        T* const from = first_ + row * width_ + column_of(n);
+        const int left = row < batch_ ? columns_ - column_of(n) : 0;
+#pragma unroll
+        for (int k = 0; k < kTiles; k++) {
+          simt::Pair<std::remove_const_t<T>> pair = {0, 0};
+          if (8 * k < left) pair = simt::read_pair(from + 8 * k);
+          to[k].x[i] = widen(pair.x), to[k].x[i + 1] = widen(pair.y);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < kTiles; k++)
+#pragma unroll
+        for (int i = 0; i < P::kNumbers; i += 2) {
+          const simt::Pair<Number> pair = read(n + k, i);
+          to[k].x[i] = pair.x, to[k].x[i + 1] = pair.y;
+        }
+    }
+  }
+  // Likewise written, with value(k, i) for tile n + k. By the whole warp.
   template <int kTiles, class Value>
   ODEBLOCK_DEVICE void write_tiles(int n, Value value) const {
     if constexpr (P::kRounds && kTiles == 4 && !std::is_same_v<T, Number>) {

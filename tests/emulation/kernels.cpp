@@ -52,7 +52,8 @@ int main() {
         p.layer_a = layer_a.get(), p.layer_s = layer_s.get(), p.layer_g = layer_g.get();
         if (stored < 4) p.layer_h = layer_h.get();
       }
-      if (!cuda_fuses(p, x.tf32 != 0, 0)) throw std::runtime_error("the kernels do not take this problem");
+      if (!cuda_fuses(p, x.sweep != 0, x.tf32 != 0, 0))
+        throw std::runtime_error("the kernels do not take this problem");
       cuda_sweep(p, x.tf32 != 0, 0, nullptr);
       write(a, numbers * computed);
       if (x.sweep > 1) {
@@ -72,7 +73,8 @@ int main() {
         p.start = h.get(), p.end = end.get();
       else
         p.h = h.get(), p.y = y.get();
-      if (!cuda_fuses(p, x.tf32 != 0, 0)) throw std::runtime_error("the kernels do not take this problem");
+      if (!cuda_fuses(p, x.sweep != 0, x.tf32 != 0, 0))
+        throw std::runtime_error("the kernels do not take this problem");
       cuda_forward(p, x.tf32 != 0, 0, nullptr);
       x.resumes ? write(end, numbers * computed) : write(y, numbers * stored);
       write(states, saved);

@@ -42,10 +42,10 @@ void emulate(int capability, int multiprocessors, int64_t seed) {
   emulation::seed() = static_cast<uint64_t>(seed);
 }
 
-bool fuses(const int64_t* sizes, bool tf32) {
+bool fuses(const int64_t* sizes, bool backward, bool tf32) {
   Problem p{};
   set(p, sizes, 0);
-  return cuda_fuses(p, tf32, 0);
+  return cuda_fuses(p, backward, tf32, 0);
 }
 
 const char* forward(const int64_t* sizes, double scale, void* const* weights, void* const* arrays, int64_t save_every,
