@@ -56,8 +56,7 @@ ODEBLOCK_DEVICE void for_each_biased(const typename P::Stored* bias, F f) {
   }
 }
 
-// The row of the batch that number i of a tile is of. (opaque: worked out where it is needed, while registers are
-// full.)
+// The row of the batch that number i of a tile is of; worked out where it is needed, while registers are full.
 template <class P>
 ODEBLOCK_DEVICE int64_t row_of(int i) {
   const int thread = simt::thread_again(), warp = simt::block() * (simt::threads() / 32) + thread / 32;
