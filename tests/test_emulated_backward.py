@@ -34,9 +34,11 @@ class Core:
         self.library.fuses.restype = ctypes.c_bool
         self.calls: list[tuple[str, int, int]] = []  # kernel, layers, hidden values asked for
 
-    def emulate(self, products: str = "", multiprocessors: int = 1, seed: int = 0) -> None:
-        """The GPU that such products are chosen for."""
-        capability = 90 if products.endswith("warpgroup") else 80
+    def emulate(
+        self, products: str = "", multiprocessors: int = 1, seed: int = 0, capability: int = 0
+    ) -> None:
+        """The GPU that such products are chosen for, or one of a capability."""
+        capability = capability or (90 if products.endswith("warpgroup") else 80)
         self.library.emulate(capability, multiprocessors, ctypes.c_int64(seed))
 
     def cuda_fuses(self, *arguments: Any) -> bool:
@@ -163,6 +165,18 @@ def test_emulated_backward_of_the_input_alone(
     assert alone.keys() == {"y", "h", "increment"}
     assert torch.equal(alone["h"], whole["h"])
     assert all(not factor for name, _, factor in core.calls if name == "sweep")
+
+
+def test_emulated_kernels_with_little_shared_memory(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    """99 KiB, as the smaller GPUs of a generation have: fewer warps a block, or the forward alone."""
+    core.emulate(capability=86, multiprocessors=1)
+    for products, dim in (("bfloat16", 128), ("float32", 64), ("float64", 128)):
+        case = rounded(make_case(150, dim, 24, 2), KINDS[products])
+        check_results(run(case, products, monkeypatch), case, KINDS[products])
+    weights = [make_case(150, 128, 24, 2).tensors[name].float() for name in NAMES[1:]]
+    layers = gpu._Layers(*weights, "tanh", 0.5)
+    assert layers.fuse(150)
+    assert not layers.fuse(150, backward=True)
 
 
 @pytest.mark.parametrize("products", KINDS)

@@ -303,7 +303,10 @@ struct OnDevice {
   const char* error() const { return nullptr; }
 };
 inline int capability(int) { return emulation::capability(); }
-inline size_t most_shared_bytes(int device) { return (capability(device) == 90 ? 227 : 163) << 10; }
+inline size_t most_shared_bytes(int device) {
+  const int generation = capability(device);
+  return (generation == 90 ? 227 : generation == 86 ? 99 : 163) << 10;
+}
 inline int multiprocessors(int) { return emulation::multiprocessors(); }
 template <class... Parameters>
 const char* unsupported(void (*)(Parameters...)) {
@@ -315,6 +318,7 @@ template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), int blocks, int cluster, int threads, size_t shared_bytes,
                    size_t /*most_shared_bytes*/, void* /*stream*/, Arguments... arguments) {
   const std::function<void()> body = [=] { kernel(arguments...); };
+  if (shared_bytes > most_shared_bytes(0)) throw std::runtime_error("launch: more shared memory than there is");
   if (blocks % cluster) throw std::runtime_error("launch: blocks that are in no cluster");
   Machine machine(threads, shared_bytes, emulation::seed(), cluster);
   for (int block = 0; block < blocks; block += cluster) machine.run(block, blocks, body);
