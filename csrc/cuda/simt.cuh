@@ -178,11 +178,13 @@ ODEBLOCK_DEVICE void write_pair(T* to, Pair<T> pair) {  // to global memory
   *reinterpret_cast<Pair<T>*>(to) = pair;
 }
 
-struct alignas(16) Words {
-  uint32_t x[4];
+template <int kCount>
+struct alignas(4 * kCount) Words {
+  uint32_t x[kCount];
 };
-ODEBLOCK_DEVICE void write_words(void* to, const Words& words) {  // to global memory, at a multiple of 16 bytes
-  *reinterpret_cast<Words*>(to) = words;
+template <int kCount>
+ODEBLOCK_DEVICE void write_words(void* to, const Words<kCount>& words) {  // to global memory, at a multiple of its size
+  *reinterpret_cast<Words<kCount>*>(to) = words;
 }
 
 // As the kernel's own parameters, not as whatever is passed for them.

@@ -24,7 +24,7 @@ struct SweepShape {
   // Registers hold h and a as operands.
   static constexpr bool kPacks = P::kRounds && Q <= 128;
   static constexpr int units() {
-    if (kSize == 2) return Q == 256 ? 16 : 32;
+    if (kSize == 2) return Q > 64 && P::kWarps == 1 ? 16 : 32;
     return Q <= 512 / kSize || P::kColumns == 16 ? 16 : 8;
   }
   typedef ChunkShape<P, Q, units()> Chunk;
@@ -87,9 +87,9 @@ ODEBLOCK_DEVICE void sweep_of_block(const SweepArguments& arguments) {
       return Rows<P, Stored>(first, width, static_cast<int>(width) - from, p.batch);
     };
     const Rows<P, Stored> layer_a = of_layer(p.layer_a, dim, 0), layer_h = of_layer(p.layer_h, dim, 0);
-    // Where registers hold them all states are asked for before the first is used.
-    constexpr int kGroup = Q % 32 == 0 ? 4 : 2, kRead = kPacks ? Q / 8 : kGroup;  // tiles
-#pragma unroll 1
+    // As many states as registers hold are asked for before the first is used.
+    constexpr int kGroup = Q % 32 == 0 ? 4 : 2, kRead = !kPacks ? kGroup : Q == 128 ? 8 : Q / 8;  // tiles
+#pragma unroll(kPacks ? Q / 8 / kRead : 1)
     for (int first = 0; first < Q / 8; first += kRead) {
       Tile read[kRead];
       state.template read_tiles<kRead>(first, read);
@@ -105,8 +105,8 @@ ODEBLOCK_DEVICE void sweep_of_block(const SweepArguments& arguments) {
         if constexpr (kPacks) {
 #pragma unroll
           for (int k = 0; k < kGroup; k += kTiles) {
-            packed_h[(n + k) / kTiles] = P::pack(&read[n + k], 1);
-            packed_a[(n + k) / kTiles] = P::pack(&own[k * step], step);
+            packed_h[(first + n + k) / kTiles] = P::pack(&read[n + k], 1);
+            packed_a[(first + n + k) / kTiles] = P::pack(&own[k * step], step);
           }
         } else {
 #pragma unroll

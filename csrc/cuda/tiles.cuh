@@ -63,16 +63,17 @@ ODEBLOCK_DEVICE int64_t row_of(int i) {
   return static_cast<int64_t>(warp * P::kRows + thread % 32 / 4 + i / 2 * 8);
 }
 
-// x[k] of lane 4 l + t becomes what x[t] of lane 4 l + k was.
-ODEBLOCK_DEVICE void transpose_in_quads(simt::Words& words) {
-  const int t = simt::thread_again() % 4;
+// x[k] of lane kCount l + t becomes what x[t] of lane kCount l + k was, kCount 2 or 4.
+template <int kCount>
+ODEBLOCK_DEVICE void transpose(uint32_t (&x)[kCount]) {
+  const int t = simt::thread_again() % kCount;
 #pragma unroll
-  for (int bit = 1; bit < 4; bit *= 2)
+  for (int bit = 1; bit < kCount; bit *= 2)
 #pragma unroll
-    for (int k = 0; k < 4; k++)
+    for (int k = 0; k < kCount; k++)
       if (!(k & bit)) {
         const bool upper = t & bit;
-        uint32_t &low = words.x[k], &high = words.x[k | bit];
+        uint32_t &low = x[k], &high = x[k | bit];
         const uint32_t received = simt::shuffle_xor(upper ? low : high, bit);
         (upper ? low : high) = received;
       }
@@ -132,20 +133,19 @@ class Rows {
   // Likewise written, with value(k, i) for tile n + k. By the whole warp.
   template <int kTiles, class Value>
   ODEBLOCK_DEVICE void write_tiles(int n, Value value) const {
-    if constexpr (P::kRounds && kTiles == 4 && !std::is_same_v<T, Number>) {
-      // Of 16 bits a lane has 4 bytes of each tile's row. Whole rows of a tile, 16 bytes, are a quarter of the
-      // accesses.
-      if ((reinterpret_cast<uintptr_t>(first_) | width_ * sizeof(T) | columns_ * sizeof(T)) % 16 == 0) {
-        const int column = 8 * (n + simt::thread_again() % 4);
+    if constexpr (P::kRounds && !std::is_same_v<T, Number>) {
+      // Of 16 bits a lane has 4 bytes of each tile's row; by 16, or 8, there are fewer accesses, of whole sectors.
+      if ((reinterpret_cast<uintptr_t>(first_) | width_ * sizeof(T) | columns_ * sizeof(T)) % (4 * kTiles) == 0) {
+        const int t = simt::thread_again() % 4, column = 8 * (n + t % kTiles) + t / kTiles * (2 * kTiles);
 #pragma unroll
         for (int i = 0; i < P::kNumbers; i += 2) {
-          simt::Words words;
+          simt::Words<kTiles> words;
 #pragma unroll
-          for (int k = 0; k < 4; k++) {
+          for (int k = 0; k < kTiles; k++) {
             const simt::Pair<Number> pair = value(k, i);
             words.x[k] = P::pair(pair.x, pair.y);
           }
-          transpose_in_quads(words);
+          transpose(words.x);
           if (row_of<P>(i) < batch_ && column < columns_)
             simt::write_words(first_ + row_of<P>(i) * width_ + column, words);
         }

@@ -290,12 +290,14 @@ void write_pair(T* to, Pair<T> pair) {
   to[0] = pair.x, to[1] = pair.y;
 }
 
-struct alignas(16) Words {
-  uint32_t x[4];
+template <int kCount>
+struct alignas(4 * kCount) Words {
+  uint32_t x[kCount];
 };
-inline void write_words(void* to, const Words& words) {
-  if (reinterpret_cast<uintptr_t>(to) % 16) Machine::current().fail("write_words: not aligned");
-  for (int i = 0; i < 4; i++) static_cast<uint32_t*>(to)[i] = words.x[i];
+template <int kCount>
+void write_words(void* to, const Words<kCount>& words) {
+  if (reinterpret_cast<uintptr_t>(to) % (4 * kCount)) Machine::current().fail("write_words: not aligned");
+  for (int i = 0; i < kCount; i++) static_cast<uint32_t*>(to)[i] = words.x[i];
 }
 
 struct OnDevice {
