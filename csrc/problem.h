@@ -45,8 +45,8 @@ struct Problem {
   int64_t save_every;
   bool reconstruct;
   int64_t slots;  // backward, not reconstructing, K > 1: states of a tile that it may hold besides, >= 1
-  // Where states are stored or held, and not reconstructed: whether z = W h + hidden_bias is too. For K = 1 it follows
-  // each saved state, [rows / W, m, W], on a GPU each row of it; for K > 1 a slot holds it with a state.
+  // On the CPU, where states are stored or held, and not reconstructed: whether z = W h + hidden_bias is too. For K = 1
+  // it follows each saved state, [rows / W, m, W]; for K > 1 a slot holds it with a state.
   bool keep_hidden;
 
   const void* V;            // [L, q, m]  read

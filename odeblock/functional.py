@@ -58,7 +58,8 @@ def deep_residual(
             afresh at each, and is compared with it. Memory: anchors · B · q numbers.
         memory_budget: bytes of states that ``"auto"`` and ``"checkpoint"`` may hold, those kept between
             forward and backward and those run again together; None for O(√L). With less than 2√L states some
-            steps run more than once more, as few as possible (Griewank & Walther 2000).
+            steps run more than once more, as few as possible (Griewank & Walther 2000). On a GPU a backward
+            holds up to 256 MiB besides, for the gradients of V and W, whatever the depth.
 
     Returns:
         h_L, with the shape, dtype and device of ``h``.

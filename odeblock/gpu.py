@@ -156,9 +156,11 @@ class _Layers:
         dtype = native.NATIVE_DTYPES[self.V.dtype]
         return dtype, self.activation, batch, self.dim, self.hidden, top - bottom
 
-    def _weights(self, bottom: int, top: int) -> tuple[int, ...]:
+    def _weights(self, bottom: int) -> tuple[int, ...]:
         tensors = (self.V, self.W, self.hidden_bias, self.output_bias)
-        return tuple(native.pointer(None if t is None else t[bottom:top]) for t in tensors)
+        return tuple(
+            0 if t is None else t.data_ptr() + bottom * t.stride(0) * t.element_size() for t in tensors
+        )
 
     def _place(self) -> tuple[bool, int, int]:
         stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
@@ -207,7 +209,7 @@ class _Layers:
         native.core.cuda_forward(
             *self._sizes(batch, bottom, top),
             self.scale,
-            *self._weights(bottom, top),
+            *self._weights(bottom),
             native.pointer(h),
             native.pointer(start),
             native.pointer(y),
@@ -223,7 +225,8 @@ class _Layers:
         native.core.cuda_sweep(
             *self._sizes(len(a), bottom, top),
             self.scale,
-            *self._weights(bottom, top),
+            *self._weights(bottom)[:3],
+            0,  # the output bias, on which nothing here depends
             native.pointer(states),
             native.pointer(a),
             *(native.pointer(t) for t in factors),
@@ -254,11 +257,10 @@ layers at a time, and that sums of float32 in a chain are as exact as those of a
 def _product(x: Tensor, y: Tensor) -> Tensor:
     """xᵀy of each layer, [n, B, p] and [n, B, r] -> [n, p, r], summed in float (double for float64)."""
     count, batch = x.shape[:2]
-    most = ROWS[x.element_size()]
-    rows = next((rows for rows in range(min(most, batch), most // 4, -1) if batch % rows == 0), most)
-    parts = batch // rows
-    if batch <= most:
+    rows = _rows_of_a_part(batch, ROWS[x.element_size()])
+    if rows == batch:
         return _products(x, y)
+    parts = batch // rows
     if batch % rows == 0 and x.is_contiguous() and y.is_contiguous():
         partial = _products(x.view(count * parts, rows, -1), y.view(count * parts, rows, -1))
         return partial.view(count, parts, *partial.shape[1:]).sum(1)
@@ -269,6 +271,14 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
     ]
     sums = torch.stack(layers)
     return sums if whole == batch else sums + _products(x[:, whole:], y[:, whole:])
+
+
+@functools.lru_cache(maxsize=256)
+def _rows_of_a_part(batch: int, most: int) -> int:
+    """At most so many; if a number near it divides the batch, that one."""
+    if batch <= most:
+        return batch
+    return next((rows for rows in range(most, most // 4, -1) if batch % rows == 0), most)
 
 
 def _products(x: Tensor, y: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ void finish() { check(text(cudaDeviceSynchronize())); }
 #endif
 template <class... Parameters, class... Arguments>
 void run_cluster(void (*kernel)(Parameters...), int blocks, int threads, size_t shared_bytes, Arguments... arguments) {
-  check(launch(kernel, blocks, blocks, threads, shared_bytes, shared_bytes, nullptr, arguments...));
+  check(launch(kernel, blocks, blocks, threads, shared_bytes, nullptr, arguments...));
   finish();
 }
 template <class... Parameters, class... Arguments>

@@ -14,6 +14,8 @@
 
 #include <cuda.h>
 
+#include <atomic>
+
 namespace odeblock {
 namespace simt {
 
@@ -93,20 +95,30 @@ ODEBLOCK_DEVICE void copy_bulk(void* to, const void* from, int bytes, uint64_t* 
                : "memory");
 }
 
+// The driver's function that describes boxes, or an error's text; found once, for this library links no driver.
+inline const char* find_encoder(void*& encode) {
+  static std::atomic<void*> found{nullptr};
+  encode = found;
+  if (encode) return nullptr;
+  cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &result);
+#else
+  const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &encode, cudaEnableDefault, &result);
+#endif
+  if (const char* problem = text(error)) return problem;
+  if (result != cudaDriverEntryPointSuccess) return "the driver has no cuTensorMapEncodeTiled";
+  found = encode;
+  return nullptr;
+}
+
 // An error's text, or null. `first` at a multiple of 16 bytes, columns a multiple of 8. A call of the driver, which
-// wants this thread to have a context: `unsupported` sees to that.
+// wants this thread to have a context: `prepare` sees to that.
 inline const char* describe(Boxes& boxes, const void* first, int64_t layers, int64_t rows, int64_t columns,
                             int box_rows, int box_columns) {
   void* encode = nullptr;
-  cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050
-  const cudaError_t error =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found);
-#else
-  const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &encode, cudaEnableDefault, &found);
-#endif
-  if (const char* problem = text(error)) return problem;
-  if (found != cudaDriverEntryPointSuccess) return "the driver has no cuTensorMapEncodeTiled";
+  if (const char* error = find_encoder(encode)) return error;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows),
                               static_cast<cuuint64_t>(layers)};
   const cuuint64_t strides[] = {2 * sizes[0], 2 * sizes[0] * sizes[1]};

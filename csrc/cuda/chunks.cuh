@@ -116,7 +116,7 @@ ODEBLOCK_DEVICE void fetch(const typename Layout::Stored* from, int64_t first, i
   fetch_pieces<Layout, kRows, kColumns, kSize>(from, first, step, rows_there, columns_there, to);
 }
 
-template <class Shape, int Stages, bool kFromLast = false>
+template <class Shape, int Stages, bool kFromLast>
 class CopiedChunks : public Chunks<Shape, Stages, kFromLast> {
   typedef Chunks<Shape, Stages, kFromLast> Base;
   typedef typename Shape::Products P;
@@ -167,7 +167,7 @@ class CopiedChunks : public Chunks<Shape, Stages, kFromLast> {
 // Each of the two blocks of a cluster asks for half of a chunk's rows, which come to both; its first thread does. A
 // stage is `full` when a chunk has come, `empty` when all warps of the cluster have read it: W and V by products that
 // have ended, biases into numbers that have been used, so that nothing is left to fence.
-template <class Shape, int Stages, bool kFromLast = false>
+template <class Shape, int Stages, bool kFromLast>
 class BulkChunks : public Chunks<Shape, Stages, kFromLast> {
   typedef Chunks<Shape, Stages, kFromLast> Base;
   static constexpr int kUnits = Shape::kUnits, Q = Shape::kFeatures;
@@ -265,6 +265,15 @@ class BulkChunks : public Chunks<Shape, Stages, kFromLast> {
 template <class Shape, int Stages, bool kFromLast>
 using StreamOf =
     std::conditional_t<Shape::kBulk, BulkChunks<Shape, Stages, kFromLast>, CopiedChunks<Shape, Stages, kFromLast>>;
+
+// A kernel on them, as launch.cu chooses and starts it; Shape: of its blocks.
+template <class Shape, class SomeProblem>
+CudaKernel<SomeProblem> kernel_of(void (*run)(CudaArguments<SomeProblem>)) {
+  typedef typename Shape::Chunk Chunk;
+  typedef typename Chunk::Products P;
+  return {Chunk::kFeatures,    P::kRows, P::kWarps, Shape::kMostWarps, Chunk::kBulk ? Chunk::kUnits : 0,
+          Shape::shared_bytes, run};
+}
 
 }  // namespace
 }  // namespace odeblock

@@ -143,17 +143,5 @@ forward_kernel(const ODEBLOCK_PARAMETER ForwardArguments arguments) {
     simt::trap();
 }
 
-template <class P, int Q>
-CudaKernel<ForwardProblem> forward_kernel_of() {
-  typedef ForwardShape<P, Q> Shape;
-  return {Q,
-          P::kRows,
-          P::kWarps,
-          Shape::kMostWarps,
-          Shape::Chunk::kBulk ? Shape::Chunk::kUnits : 0,
-          Shape::shared_bytes,
-          forward_kernel<P, Q>};
-}
-
 }  // namespace
 }  // namespace odeblock

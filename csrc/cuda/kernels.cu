@@ -11,9 +11,9 @@ namespace {
 template <class P, int Q>
 CudaKernels kernels_of() {
   if constexpr (P::kWarps == 1 || Q <= kMostFeaturesOfWarpgroupSweeps)
-    return {forward_kernel_of<P, Q>(), sweep_kernel_of<P, Q>()};
+    return {kernel_of<ForwardShape<P, Q>>(forward_kernel<P, Q>), kernel_of<SweepShape<P, Q>>(sweep_kernel<P, Q>)};
   else
-    return {forward_kernel_of<P, Q>(), {}};
+    return {kernel_of<ForwardShape<P, Q>>(forward_kernel<P, Q>), {}};
 }
 
 }  // namespace

@@ -65,15 +65,15 @@ template <class SomeProblem>
 const char* launch(const CudaKernel<SomeProblem>& kernel, const SomeProblem& p, int device, void* stream) {
   const Grid grid = grid_of(kernel, p.batch, device);
   CudaArguments<SomeProblem> arguments{p, {}, {}};
+  const char* error = simt::prepare(kernel.run, grid.most_shared_bytes);
+  if (error) return error;
   if (const int units = kernel.bulk_units) {
-    const char* error = simt::unsupported(kernel.run);  // the driver, which describes boxes, wants a context
-    if (!error) error = simt::describe(arguments.W, p.W, p.depth, p.hidden, p.dim, units / grid.cluster, 64);
+    error = simt::describe(arguments.W, p.W, p.depth, p.hidden, p.dim, units / grid.cluster, 64);
     if (!error)
       error = simt::describe(arguments.V, p.V, p.depth, p.dim, p.hidden, kernel.features / grid.cluster, units);
     if (error) return error;
   }
-  return simt::launch(kernel.run, grid.blocks, grid.cluster, grid.threads, grid.shared_bytes, grid.most_shared_bytes,
-                      stream, arguments);
+  return simt::launch(kernel.run, grid.blocks, grid.cluster, grid.threads, grid.shared_bytes, stream, arguments);
 }
 
 // Bytes of a layer's weights from which on few rows are better served by a matrix product a step, which all

@@ -240,22 +240,25 @@ inline int multiprocessors(int device) {
   return count > 0 ? count : 1;
 }
 
-// Why the current device cannot run a kernel. Leaves this thread with a context.
+// Why the current device cannot run a kernel.
 template <class... Parameters>
 const char* unsupported(void (*kernel)(Parameters...)) {
   cudaFuncAttributes attributes;
   return text(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
 }
 
-// Does not wait. In clusters of blocks, if of more than one. most_shared_bytes: of any launch of this kernel. The limit
-// is the kernel's, not the launch's, and others may be about to launch it: it never falls.
+// Before a launch: so much shared memory is allowed to any launch of this kernel. The limit is the kernel's, not the
+// launch's, and others may be about to launch it: it never falls. Leaves this thread with a context.
+template <class... Parameters>
+const char* prepare(void (*kernel)(Parameters...), size_t most_shared_bytes) {
+  return text(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(most_shared_bytes)));
+}
+
+// Does not wait. In clusters of blocks, if of more than one.
 template <class... Parameters>
 const char* launch(void (*kernel)(Parameters...), int blocks, int cluster, int threads, size_t shared_bytes,
-                   size_t most_shared_bytes, void* stream, typename Same<Parameters>::type... arguments) {
-  const void* function = reinterpret_cast<const void*>(kernel);
-  const char* error = text(
-      cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most_shared_bytes)));
-  if (error) return error;
+                   void* stream, typename Same<Parameters>::type... arguments) {
   void* pointers[] = {&arguments...};
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
@@ -266,7 +269,7 @@ const char* launch(void (*kernel)(Parameters...), int blocks, int cluster, int t
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute, config.numAttrs = cluster > 1;
-  return text(cudaLaunchKernelExC(&config, function, pointers));
+  return text(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), pointers));
 }
 
 }  // namespace simt

@@ -170,17 +170,5 @@ sweep_kernel(const ODEBLOCK_PARAMETER SweepArguments arguments) {
     simt::trap();
 }
 
-template <class P, int Q>
-CudaKernel<SweepProblem> sweep_kernel_of() {
-  typedef SweepShape<P, Q> Shape;
-  return {Q,
-          P::kRows,
-          P::kWarps,
-          Shape::kMostWarps,
-          Shape::Chunk::kBulk ? Shape::Chunk::kUnits : 0,
-          Shape::shared_bytes,
-          sweep_kernel<P, Q>};
-}
-
 }  // namespace
 }  // namespace odeblock

@@ -175,9 +175,9 @@ int main(int, char** arguments) {
   odeblock::emulation::seed() = std::strtoull(arguments[2], nullptr, 10);
   try {
     if (cluster)
-      launch(of_a_cluster.at(arguments[1]), 2, 2, 64, 512, 512, nullptr);
+      launch(of_a_cluster.at(arguments[1]), 2, 2, 64, 512, nullptr);
     else
-      launch(of_a_block.at(arguments[1]), 1, 1, 64, 256, 256, nullptr);
+      launch(of_a_block.at(arguments[1]), 1, 1, 64, 256, nullptr);
   } catch (const std::runtime_error& error) {
     std::printf("%s\n", error.what());
     return 0;

@@ -315,10 +315,15 @@ const char* unsupported(void (*)(Parameters...)) {
   return nullptr;
 }
 
+template <class... Parameters>
+const char* prepare(void (*)(Parameters...), size_t) {
+  return nullptr;
+}
+
 // Runs kernel(arguments) in `blocks` blocks; throws what it finds.
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), int blocks, int cluster, int threads, size_t shared_bytes,
-                   size_t /*most_shared_bytes*/, void* /*stream*/, Arguments... arguments) {
+                   void* /*stream*/, Arguments... arguments) {
   const std::function<void()> body = [=] { kernel(arguments...); };
   if (shared_bytes > most_shared_bytes(0)) throw std::runtime_error("launch: more shared memory than there is");
   if (blocks % cluster) throw std::runtime_error("launch: blocks that are in no cluster");
