@@ -28,7 +28,7 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         x = torch.randn(batch * dim + 1, device="cuda", dtype=dtype)[1:].view(batch, dim)
         with torch.inference_mode():
             block(x)
-        for strategy in ("store", "checkpoint"):
+        for strategy in ("store", "checkpoint", "adjoint"):
             block.backward = strategy
             block(x).sum().backward()
 torch.cuda.synchronize()

@@ -38,17 +38,21 @@ struct CudaDevices {
 CudaDevices cuda_devices();
 // Why this build has no kernels for a device.
 const char* cuda_unsupported(int device);
-// Whether the kernels take a problem (no `reconstruct`), forward or forward and backward, and take it faster than a
-// matrix product a step. tf32: float32 products may be rounded to 11 bits.
+// Whether the kernels take a problem, forward or forward and backward, and take it faster than a matrix product a step;
+// with `reconstruct`, the adjoint's states as well. tf32: float32 products may be rounded to 11 bits.
 bool cuda_fuses(const Problem&, bool backward, bool tf32, int device);
 const char* cuda_forward(const ForwardProblem&, bool tf32, int device, void* stream);
 const char* cuda_sweep(const SweepProblem&, bool tf32, int device, void* stream);
+const char* cuda_reconstruct(const ReconstructionProblem&, bool tf32, int device, void* stream);
 #else
 inline CudaDevices cuda_devices() { return {0, nullptr}; }
 inline const char* cuda_unsupported(int) { return "odeblock was built without CUDA"; }
 inline bool cuda_fuses(const Problem&, bool, bool, int) { return false; }
 inline const char* cuda_forward(const ForwardProblem&, bool, int device, void*) { return cuda_unsupported(device); }
 inline const char* cuda_sweep(const SweepProblem&, bool, int device, void*) { return cuda_unsupported(device); }
+inline const char* cuda_reconstruct(const ReconstructionProblem&, bool, int device, void*) {
+  return cuda_unsupported(device);
+}
 #endif
 
 }  // namespace odeblock

@@ -183,16 +183,17 @@ py::object text_or_none(const char* text) { return text ? py::object(py::str(tex
 py::object cuda_unsupported(int device) { return text_or_none(odeblock::cuda_unsupported(device)); }
 
 bool cuda_fuses(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth, bool backward,
-                bool tf32, int device) {
+                bool reconstruct, bool tf32, int device) {
   Problem p{};
   set_sizes(p, dtype, activation, batch, dim, hidden, depth, 0);
+  p.reconstruct = reconstruct;
   return odeblock::cuda_fuses(p, backward, tf32, device);
 }
 
 void cuda_forward(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth, double scale,
                   uintptr_t V, uintptr_t W, uintptr_t hidden_bias, uintptr_t output_bias, uintptr_t h, uintptr_t start,
-                  uintptr_t y, uintptr_t end, uintptr_t states, int64_t save_every, bool tf32, int device,
-                  uintptr_t stream) {
+                  uintptr_t y, uintptr_t end, uintptr_t states, uintptr_t sight, uintptr_t probe, uintptr_t checks,
+                  int64_t save_every, bool reconstruct, bool tf32, int device, uintptr_t stream) {
   ForwardProblem p{};
   set_sizes(p, dtype, activation, batch, dim, hidden, depth, 0);
   set_weights(p, V, W, hidden_bias, output_bias);
@@ -203,6 +204,10 @@ void cuda_forward(int dtype, int activation, int64_t batch, int64_t dim, int64_t
   p.y = pointer<void>(y);
   p.end = pointer<void>(end);
   p.states = pointer<void>(states);
+  p.sight = pointer<const void>(sight);
+  p.probe = pointer<const void>(probe);
+  p.checks = pointer<void>(checks);
+  p.reconstruct = reconstruct;
   const char* error;
   {
     py::gil_scoped_release release;
@@ -231,6 +236,33 @@ void cuda_sweep(int dtype, int activation, int64_t batch, int64_t dim, int64_t h
     error = odeblock::cuda_sweep(p, tf32, device, pointer<void>(stream));
   }
   if (error) throw std::runtime_error("odeblock: backward on GPU " + std::to_string(device) + ": " + error);
+}
+
+void cuda_reconstruct(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth,
+                      double scale, uintptr_t V, uintptr_t W, uintptr_t hidden_bias, uintptr_t output_bias,
+                      uintptr_t states, uintptr_t visible, uintptr_t sight, uintptr_t probe, uintptr_t checks,
+                      uintptr_t rows, int64_t ring, int64_t first, int64_t block_depth, double limit, bool tf32,
+                      int device, uintptr_t stream) {
+  odeblock::ReconstructionProblem p{};
+  set_sizes(p, dtype, activation, batch, dim, hidden, depth, 0);
+  set_weights(p, V, W, hidden_bias, output_bias);
+  p.scale = scale;
+  p.states = pointer<void>(states);
+  p.visible = pointer<const void>(visible);
+  p.sight = pointer<const void>(sight);
+  p.probe = pointer<const void>(probe);
+  p.checks = pointer<const void>(checks);
+  p.rows = pointer<void>(rows);
+  p.ring = ring;
+  p.first = first;
+  p.block_depth = block_depth;
+  p.limit = limit;
+  const char* error;
+  {
+    py::gil_scoped_release release;
+    error = odeblock::cuda_reconstruct(p, tf32, device, pointer<void>(stream));
+  }
+  if (error) throw std::runtime_error("odeblock: adjoint on GPU " + std::to_string(device) + ": " + error);
 }
 
 std::vector<std::string> split(const std::string& list) {
@@ -273,5 +305,6 @@ PYBIND11_MODULE(_core, module) {
   module.def("cuda_fuses", &cuda_fuses);
   module.def("cuda_forward", &cuda_forward);
   module.def("cuda_sweep", &cuda_sweep);
+  module.def("cuda_reconstruct", &cuda_reconstruct);
   module.def("build_info", &build_info);
 }

@@ -23,9 +23,10 @@ enum class Dtype : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
 // Saved states hold the batch rounded up, so that whole vectors of any instruction set fit. (At most four rows are one
 // vector of the narrower sets; the wider lay such states out row by row.)
 constexpr int64_t kRowPadding = 16;
+ODEBLOCK_INLINE int64_t padded_checks(int64_t batch) { return (batch + kRowPadding - 1) / kRowPadding * kRowPadding; }
 ODEBLOCK_INLINE int64_t padded_rows(int64_t batch) {
   if (batch <= 4) return batch == 3 ? 4 : batch;
-  return (batch + kRowPadding - 1) / kRowPadding * kRowPadding;
+  return padded_checks(batch);
 }
 
 struct Problem {
@@ -72,10 +73,31 @@ struct ForwardProblem : Problem {
   void* states;       // [n, padded_rows(B), q or q + m]  written, as computed
   const void* probe;  // [q]  read where reconstruct, as computed
   void* checks;       // [(L - 1) / c, B up to a multiple of 16]  written where reconstruct, as computed
-  // On a GPU, where y may be null.
+  // On a GPU, where y may be null. Of the adjoint's states h_L is `end`, not among `states`.
   const void* start;  // [B, q]  read in the place of h, as computed; or null
   void* end;          // [B, q]  written: h_L as computed; or null
+  const void* sight;  // [(L - 1) / c, kSightWidth]  read where `checks` is not null: how the layers that are checked
+                      // see each feature (docs/adjoint.md, equation 5), as computed; zero from q on, as `probe` is
 };
+
+// On a GPU: the adjoint's states, from that of the last layer down to that of the first, each by solving a step for its
+// input (docs/adjoint.md, section 8). The layers are a part of a block's.
+struct ReconstructionProblem : Problem {
+  int64_t first, block_depth;  // the number of the first of them in the block; layers of that
+  // [ring, padded_rows(B), q], as computed: h_k at k % ring. Written: those of all layers; read: those above, as many
+  // as predictions look back.
+  void* states;
+  int64_t ring;
+  const void* visible;  // [L, kSightWidth]  read: how any layer of the block from this one up sees each feature
+  const void* sight;    // [L, kSightWidth]  read: how this layer does
+  const void* probe;    // [kSightWidth]     read
+  const void* checks;   // [(block_depth - 1) / c, B up to a multiple of 16]  read: what the forward left
+  void* rows;           // [numbers of a row, B]  read and written: what rows remember (csrc/cuda/reconstruction.cuh)
+  double limit;         // (10), relative
+};
+
+// Features that a row of `sight` has room for.
+constexpr int64_t kSightWidth = 256;
 
 // On a GPU: the part of the backward that goes from row to row through the layers. What it leaves for each layer is
 // what matrix products over the rows make the gradients of the weights from,

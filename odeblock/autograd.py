@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import native, ops, reference
+from . import gpu, native, ops, reference
+from .reconstruction import REPORT_SIZE
 
 
 class DriftWarning(RuntimeWarning):
@@ -36,10 +39,95 @@ as large in a gradient.
 """
 
 
+def drift_tolerance(dtype: torch.dtype, rounded: bool) -> float:
+    """rounded: whether products were rounded to ``dtype``, as PyTorch's are, and a GPU's. In half precision
+    the states then drift by the rounding of f, and 4 times as much is allowed."""
+    return DRIFT_TOLERANCE[dtype] * (4 if rounded and dtype.itemsize == 2 else 1)
+
+
+class DriftRecord:
+    """Reports of a block's adjoint backwards: the last one that is known, and those that GPUs still have."""
+
+    MOST_WAITING = 64
+
+    def __init__(self) -> None:
+        self.last: Drift = {}
+        self.waiting: deque[tuple[Tensor, Any, float]] = deque(maxlen=self.MOST_WAITING)
+        self.captured: tuple[Tensor, float] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**DriftRecord().__dict__, "last": dict(self.last)}  # what a GPU has is of the original
+
+    def wait_for(self, report: Tensor, tolerance: float) -> None:
+        """A report on a GPU: on its way to the CPU, which nothing waits for. In a CUDA graph every replay
+        writes it, and it stays there until it is asked for."""
+        if torch.cuda.is_current_stream_capturing():
+            self.captured = report, tolerance
+            return
+        arriving = torch.empty(REPORT_SIZE, dtype=torch.float64, pin_memory=True)
+        arriving.copy_(report, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record(torch.cuda.current_stream(report.device))
+        self.waiting.append((arriving, arrived, tolerance))
+
+    def settle(self) -> None:
+        """Judge what has arrived."""
+        if self.waiting and not torch.cuda.is_current_stream_capturing():
+            while self.waiting and self.waiting[0][1].query():
+                report, _, tolerance = self.waiting.popleft()
+                self.judge(report, tolerance)
+
+    def read(self) -> Drift | None:
+        """The last report, waited for; None before there was one."""
+        while self.waiting:
+            report, arrived, tolerance = self.waiting.popleft()
+            arrived.synchronize()
+            self.judge(report, tolerance)
+        if self.captured is not None:
+            self.judge(*self.captured)
+        return dict(self.last) or None
+
+    def judge(self, report: Tensor, tolerance: float, strict: bool = False) -> None:
+        """Keep a report; warn, or raise if ``strict``, where it says that gradients cannot be trusted."""
+        estimate, drift, evaluations, order = report.tolist()
+        self.last.update(estimate=estimate, drift=drift, evaluations=evaluations, order=order)
+        if estimate <= tolerance and drift <= tolerance:  # false where either is NaN
+            return
+        # Without the figures the warning is the same every time, so that Python's filter shows it once.
+        message = (
+            f"the adjoint reconstructed the activations with a relative error above {tolerance:g}: its "
+            "gradients are unreliable. The residual steps are too large to be inverted at this depth; use "
+            'backward="auto" or "checkpoint", or more anchors. last_drift has the figures.'
+        )
+        if strict:
+            raise DriftError(f"{message} (estimate {estimate:.1e}, drift {drift:.1e})")
+        warnings.warn(message, DriftWarning, stacklevel=_stacklevel())
+
+
+def judge_drift(
+    report: Tensor, gradients: Sequence[Tensor], tolerance: float, strict: bool, record: DriftRecord
+) -> None:
+    """Warn or raise where an adjoint backward cannot be trusted. On a GPU, for which nothing waits (unless
+    ``strict``), its ``gradients`` become NaN at once, and the warning comes later."""
+    if report.is_cuda:
+        spoil(gradients, report, tolerance)
+    if report.is_cuda and not strict:
+        record.wait_for(report, tolerance)
+    else:
+        record.judge(report, tolerance, strict)
+
+
+def spoil(gradients: Sequence[Tensor], report: Tensor, tolerance: float) -> None:
+    """NaN for all ``gradients`` where they cannot be trusted, decided where they are."""
+    wrong = ~(report[:2] <= tolerance).all()  # NaN is wrong, too
+    for gradient in gradients:
+        gradient.masked_fill_(wrong, math.nan)
+
+
 class DeepResidual(torch.autograd.Function):
     """y = h_L for h [B, q], with what the backward's plan asks for saved (``checkpointing.Plan``).
 
-    An adjoint backward (``reconstruct``) fills ``record`` with its report, and raises where ``strict``.
+    An adjoint backward (``reconstruct``) leaves its report in ``record``, and raises where ``strict``.
     """
 
     @staticmethod
@@ -56,7 +144,7 @@ class DeepResidual(torch.autograd.Function):
         slots: int,
         keep_hidden: bool,
         strict: bool,
-        record: Drift,
+        record: DriftRecord,
     ) -> tuple[Tensor, Tensor, Tensor]:
         y, states, checks = ops.forward(
             h, V, W, hidden_bias, output_bias, activation, scale, save_every, reconstruct, keep_hidden
@@ -97,7 +185,10 @@ class DeepResidual(torch.autograd.Function):
                 need_weights,
             )
             if ctx.reconstruct:
-                judge_drift(report, grad.dtype, ctx.strict, ctx.record, not native.runs_natively(grad))
+                # tf32 has the 11 bits of float16.
+                dtype = torch.float16 if grad.is_cuda and gpu.tf32(grad.dtype) else grad.dtype
+                tolerance = drift_tolerance(dtype, not native.runs_natively(grad))
+                judge_drift(report, gradients, tolerance, ctx.strict, ctx.record)
         needed = (g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False))
         return (*needed, *(None,) * 8)
 
@@ -172,28 +263,6 @@ def pull_back(
 
     found = iter(torch.func.vjp(of_needed, *(inputs[i] for i in places))[1](grad))
     return [next(found) if need else None for need in needed]
-
-
-def judge_drift(report: Tensor, dtype: torch.dtype, strict: bool, record: Drift, rounded: bool) -> None:
-    """Keep the report of an adjoint backward in ``record``; warn or raise where it cannot be trusted.
-
-    rounded: whether products were rounded to ``dtype``, as PyTorch's are. In half precision the states then
-    drift by the rounding of f, and 4 times the tolerance is allowed.
-    """
-    estimate, drift, evaluations, order = report.tolist()
-    record.update(estimate=estimate, drift=drift, evaluations=evaluations, order=order)
-    tolerance = DRIFT_TOLERANCE[dtype] * (4 if rounded and dtype.itemsize == 2 else 1)
-    if estimate <= tolerance and drift <= tolerance:  # false where either is NaN
-        return
-    # Without the figures the warning is the same every time, so that Python's filter shows it once.
-    message = (
-        f"the adjoint reconstructed the activations with a relative error above {tolerance:g}: its gradients "
-        "are unreliable. The residual steps are too large to be inverted at this depth; use "
-        'backward="auto" or "checkpoint", or more anchors. last_drift has the figures.'
-    )
-    if strict:
-        raise DriftError(f"{message} (estimate {estimate:.1e}, drift {drift:.1e})")
-    warnings.warn(message, DriftWarning, stacklevel=_stacklevel())
 
 
 def _stacklevel() -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .activations import get_activation
-from .autograd import Drift
+from .autograd import Drift, DriftRecord
 from .functional import recorded
 from .initializers import get_initializer
 from .layers import make_layer, stack_layers
@@ -86,7 +86,7 @@ class DeepResBlock(nn.Module):
             anchors,
             memory_budget,
         )
-        self._drift: Drift = {}
+        self._drift = DriftRecord()
 
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(self.depth, *shape, device=device, dtype=dtype))
@@ -114,9 +114,9 @@ class DeepResBlock(nn.Module):
 
         Relative errors of the worst row: ``estimate``, of the states that activations were differentiated at;
         ``drift``, of reconstructed states that the forward knew. Means: ``evaluations`` of a step's f,
-        ``order`` of the prediction that the reconstruction starts from. See docs/adjoint.md.
+        ``order`` of the prediction that the reconstruction starts from. See docs/adjoint.md. Waits for a GPU.
         """
-        return dict(self._drift) or None
+        return self._drift.read()
 
     def trajectory(self, h: Tensor, every: int = 1) -> Tensor:
         """States along depth: h_0, h_every, h_2every, ... and, always last, h_L.
@@ -269,6 +269,8 @@ class DeepResBlock(nn.Module):
         return list(zip(*([None] * count if piece is None else piece for piece in pieces), strict=True))
 
     def _run(self, h: Tensor, *weights: Tensor | None) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self._drift.settle()
         options = (self.backward, self.strict, self.anchors, self.memory_budget)
         return recorded(self._drift, h, *weights, self.activation, self.scale, *options)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import checkpointing, native, reference
-from .autograd import Drift, choose_function
+from .autograd import DriftRecord, choose_function
 from .scan import residual_scan
 from .validation import check_arguments
 
@@ -50,16 +50,18 @@ def deep_residual(
               again. Exact.
             - ``"adjoint"``: only the last state is kept, the others are reconstructed from it by solving
               each step for its input. Memory O(1); exact to rounding where the steps are small (L large);
-              a ``DriftWarning`` says when they were not. See docs/adjoint.md.
+              a ``DriftWarning`` says when they were not. On a GPU nothing waits for that: gradients are NaN
+              then, and the warning comes with a later call of the block. See docs/adjoint.md.
             - ``"auto"``: exact and never above O(√L), or the ``memory_budget``: ``store`` where that is
               enough, else ``checkpoint``.
-        strict: whether an adjoint backward that cannot be trusted raises ``DriftError``, not only warns.
+        strict: whether an adjoint backward that cannot be trusted raises ``DriftError``, not only warns; on a
+            GPU every such backward waits for the device.
         anchors: states that ``"adjoint"`` keeps besides, at most, evenly in depth; the reconstruction starts
             afresh at each, and is compared with it. Memory: anchors · B · q numbers.
         memory_budget: bytes of states that ``"auto"`` and ``"checkpoint"`` may hold, those kept between
             forward and backward and those run again together; None for O(√L). With less than 2√L states some
             steps run more than once more, as few as possible (Griewank & Walther 2000). On a GPU a backward
-            holds up to 256 MiB besides, for the gradients of V and W, whatever the depth.
+            holds up to 512 MiB besides, for the gradients of V and W, whatever the depth.
 
     Returns:
         h_L, with the shape, dtype and device of ``h``.
@@ -75,10 +77,10 @@ def deep_residual(
     ODEs", ICLR 2024, arXiv 2309.01213.
     """
     options = (activation, scale, backward, strict, anchors, memory_budget)
-    return recorded({}, h, V, W, hidden_bias, output_bias, *options)
+    return recorded(DriftRecord(), h, V, W, hidden_bias, output_bias, *options)
 
 
-def recorded(record: Drift, *arguments: Any) -> Tensor:
+def recorded(record: DriftRecord, *arguments: Any) -> Tensor:
     """``deep_residual`` of its arguments in order; an adjoint backward leaves its report in ``record``."""
     h, V, W, hidden_bias, output_bias, activation, _, backward, strict, anchors, memory_budget = arguments
     scale = check_arguments(*arguments)

@@ -1,27 +1,31 @@
 """Blocks on a GPU: the native core's CUDA kernels where a GPU has them right, and the backward made of them.
 
-The backward of the exact strategies (``store``, ``checkpoint``) is a sweep of kernels through the layers,
-which leaves for each layer the factors of the weights' gradients, and matrix products over rows, PyTorch's.
+The backward is a sweep of kernels through the layers, down states that were stored, are run again from those
+(``checkpointing``) or solved for from the one above (``gpu_adjoint``). It leaves for each layer the factors
+of the weights' gradients: matrix products over rows, PyTorch's.
 All runs on the current stream; nothing is waited for.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 
 import torch
 from torch import Tensor
 
-from . import checkpointing, native, reference
+from . import checkpointing, gpu_adjoint, native, reference
 from .activations import ACTIVATIONS
-from .reference import state_dtype, states_shape
+from .reconstruction import REPORT_SIZE, check_every
+from .reference import checks_shape, state_dtype, states_shape
 
-WORKSPACE, MOST_LAYERS = 256 << 20, 64
-"""Bytes of the factors that a sweep leaves for the products, and layers at most: neither grows with depth."""
+WORKSPACE, MOST_LAYERS = 512 << 20, 64
+"""Bytes of the factors that a sweep leaves for the products, and of the adjoint's states; layers at most.
+Neither grows with depth."""
 
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""dh, dV, dW, dhidden_bias, doutput_bias; empty where not asked for."""
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""dh, dV, dW, dhidden_bias, doutput_bias; empty where not asked for. And the adjoint's report."""
 
 
 @functools.cache
@@ -81,26 +85,10 @@ def kernels_agree(device: torch.device, dtype: torch.dtype) -> bool:
         made[1] /= hidden**0.5
         made[2] /= dim**0.5
         with torch.inference_mode():
-            rows, V, W, b, c, grads = (tensor.to(dtype).to(device) for tensor in made)
-            exact = (V.double(), W.double(), b.double(), c.double())
+            tensors = [tensor.to(dtype).to(device) for tensor in made]
             for batch in (40, 64, 70, 20_000):
-                h, grad = rows[:batch], grads[:batch]
                 try:
-                    found = forward(h, V, W, b, c, "tanh", 0.5, 1)
-                    if found is None:  # more than this GPU's kernels take
-                        continue
-                    right = reference.forward(h.double(), *exact, "tanh", 0.5, 1, False, False)
-                    error = max(_errors((found[0], found[1][:, :batch]), (right[0], right[1][:, :batch])))
-                    gradients = backward(grad, V, W, b, c, found[1], "tanh", 0.5, 1, 0, True)
-                    again = backward(grad, V, W, b, c, found[1][:1], "tanh", 0.5, 2, 1, True)
-                    if gradients is None or again is None:
-                        continue
-                    expected = reference.backward(
-                        grad.double(), None, *exact, *right[1:], "tanh", 0.5, 1, False, 0, False, True
-                    )
-                    # A gradient is a chain of several roundings.
-                    for results in (gradients, again):
-                        error = max(error, *(0.25 * e for e in _errors(results, expected[:5])))
+                    error = max(_errors(batch, *tensors), default=0.0)
                     fault = None if error <= tolerance else f"error {error:.1e}"
                 except RuntimeError as raised:
                     fault = str(raised)
@@ -116,11 +104,38 @@ def kernels_agree(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
-def _errors(found: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> list[float]:
-    return [
-        float((ours.double() - theirs).abs().max() / theirs.abs().max())
-        for ours, theirs in zip(found, right, strict=True)
-    ]
+def _errors(
+    batch: int, h: Tensor, V: Tensor, W: Tensor, hidden_bias: Tensor, output_bias: Tensor, grad: Tensor
+) -> list[float]:
+    """Of what kernels make of the first rows, relative to the largest number; infinite for NaN. None of what
+    is more than this GPU's kernels take."""
+    h, grad = h[:batch], grad[:batch]
+    weights = (V, W, hidden_bias, output_bias)
+    exact = (V.double(), W.double(), hidden_bias.double(), output_bias.double())
+    errors: list[float] = []
+
+    def compare(ours: Tensor, theirs: Tensor, weight: float) -> None:
+        error = weight * float((ours.double() - theirs).abs().max() / theirs.abs().max())
+        errors.append(math.inf if math.isnan(error) else error)
+
+    # All states stored, one of them, and none, for which steps must be small.
+    for scale, save_every, reconstruct in ((0.5, 1, False), (0.5, 2, False), (0.05, 0, True)):
+        y, states, checks = reference.forward(h.double(), *exact, "tanh", scale, 1, False, False)
+        found = forward(h, *weights, "tanh", scale, save_every, reconstruct)
+        if found is None:
+            continue
+        compare(found[0], y, 1)
+        if save_every == 1:
+            compare(found[1][:, :batch], states[:, :batch], 1)
+        tensors = (grad, h, *weights, *found[1:])
+        gradients = backward(*tensors, "tanh", scale, save_every, reconstruct, 1, True)
+        if gradients is None:
+            continue
+        exactly = (grad.double(), None, *exact, states, checks)
+        right = reference.backward(*exactly, "tanh", scale, 1, False, 0, False, True)
+        for ours, theirs in zip(gradients[:5], right[:5], strict=True):
+            compare(ours, theirs, 0.25)  # a gradient is a chain of several roundings
+    return errors
 
 
 def tf32(dtype: torch.dtype) -> bool:
@@ -133,7 +148,7 @@ def tf32(dtype: torch.dtype) -> bool:
     return bool(matmul.allow_tf32)
 
 
-class _Layers:
+class Layers:
     """The layers of a block, for kernels to run some of them."""
 
     def __init__(
@@ -166,17 +181,26 @@ class _Layers:
         stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
         return self.tf32, self.device.index or 0, stream
 
-    def fuse(self, batch: int, backward: bool = False) -> bool:
+    def fuse(self, batch: int, backward: bool = False, reconstruct: bool = False) -> bool:
         """Whether the kernels take a batch."""
         sizes = self._sizes(batch, 0, self.depth)
-        return bool(native.core.cuda_fuses(*sizes, backward, self.tf32, self.device.index or 0))
+        flags = backward, reconstruct, self.tf32
+        return bool(native.core.cuda_fuses(*sizes, *flags, self.device.index or 0))
 
-    def run(self, h: Tensor, save_every: int) -> tuple[Tensor, Tensor]:
-        """y, and the states that are asked for."""
-        y = torch.empty_like(h)
-        states = self._states(len(h), self.depth, save_every)
-        self._run(len(h), 0, self.depth, save_every, h=h, y=y, states=states)
-        return y, states
+    def run(self, h: Tensor, save_every: int, reconstruct: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """y, the states and the projections that are asked for."""
+        batch, y = len(h), torch.empty_like(h)
+        states = self._states(batch, self.depth, save_every, reconstruct)
+        checks = states.new_empty(checks_shape(batch, self.depth, reconstruct))
+        given: dict[str, Tensor] = {}
+        if reconstruct:
+            given["end"] = states[-1]
+            if checks.numel():
+                every = check_every(self.depth)
+                given["sight"], given["probe"] = gpu_adjoint.sight_of_checks(self.W, every, states)
+                given["checks"] = checks
+        self._run(batch, 0, self.depth, save_every, reconstruct, h=h, y=y, states=states, **given)
+        return y, states, checks
 
     def advance(self, state: Tensor, bottom: int, top: int) -> Tensor:
         """h_top [B, q] from ``state`` = h_bottom."""
@@ -186,12 +210,12 @@ class _Layers:
 
     def states(self, state: Tensor, bottom: int, top: int) -> Tensor:
         """h_k for k = bottom .. top-1, from the first of them."""
-        states = self._states(len(state), top - bottom, 1)
+        states = self._states(len(state), top - bottom, 1, False)
         self._run(len(state), bottom, top, 1, start=state, states=states)
         return states
 
-    def _states(self, batch: int, depth: int, save_every: int) -> Tensor:
-        shape = states_shape(batch, self.dim, self.hidden, depth, save_every, False, False)
+    def _states(self, batch: int, depth: int, save_every: int, reconstruct: bool) -> Tensor:
+        shape = states_shape(batch, self.dim, self.hidden, depth, save_every, reconstruct, False)
         return torch.empty(shape, dtype=state_dtype(self.V.dtype), device=self.device)
 
     def _run(
@@ -200,22 +224,24 @@ class _Layers:
         bottom: int,
         top: int,
         save_every: int,
+        reconstruct: bool = False,
+        *,
         h: Tensor | None = None,
         start: Tensor | None = None,
         y: Tensor | None = None,
         end: Tensor | None = None,
         states: Tensor | None = None,
+        sight: Tensor | None = None,
+        probe: Tensor | None = None,
+        checks: Tensor | None = None,
     ) -> None:
         native.core.cuda_forward(
             *self._sizes(batch, bottom, top),
             self.scale,
             *self._weights(bottom),
-            native.pointer(h),
-            native.pointer(start),
-            native.pointer(y),
-            native.pointer(end),
-            native.pointer(states),
+            *(native.pointer(t) for t in (h, start, y, end, states, sight, probe, checks)),
             save_every,
+            reconstruct,
             *self._place(),
         )
 
@@ -233,6 +259,29 @@ class _Layers:
             *self._place(),
         )
 
+    def reconstruct(
+        self,
+        batch: int,
+        bottom: int,
+        top: int,
+        ring: Tensor,
+        visible: Tensor,
+        sight: Tensor,
+        direction: Tensor,
+        checks: Tensor,
+        rows: Tensor,
+        limit: float,
+    ) -> None:
+        """h_k for k = top-1 .. bottom into the ring, which has h_top (``ReconstructionProblem``)."""
+        native.core.cuda_reconstruct(
+            *self._sizes(batch, bottom, top),
+            self.scale,
+            *self._weights(bottom),
+            *(native.pointer(t) for t in (ring, visible, sight, direction, checks, rows)),
+            *(len(ring), bottom, self.depth, limit),
+            *self._place(),
+        )
+
 
 def forward(
     h: Tensor,
@@ -243,10 +292,13 @@ def forward(
     activation: str,
     scale: float,
     save_every: int,
-) -> tuple[Tensor, Tensor] | None:
-    """y and the saved states of the op; None where the kernels do not take the problem."""
-    layers = _Layers(V, W, hidden_bias, output_bias, activation, scale)
-    return layers.run(h.contiguous(), save_every) if layers.fuse(len(h)) else None
+    reconstruct: bool,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """y, the saved states and the checks of the op; None where the kernels do not take the problem."""
+    layers = Layers(V, W, hidden_bias, output_bias, activation, scale)
+    if not layers.fuse(len(h), reconstruct, reconstruct):
+        return None
+    return layers.run(h.contiguous(), save_every, reconstruct)
 
 
 ROWS = {2: 1024, 4: 256, 8: 256}
@@ -292,23 +344,26 @@ def _products(x: Tensor, y: Tensor) -> Tensor:
 
 def backward(
     grad: Tensor,
+    h: Tensor | None,
     V: Tensor,
     W: Tensor,
     hidden_bias: Tensor | None,
     output_bias: Tensor | None,
     states: Tensor,
+    checks: Tensor,
     activation: str,
     scale: float,
     save_every: int,
+    reconstruct: bool,
     slots: int,
     weight_gradients: bool,
 ) -> Gradients | None:
-    """The op's backward where no state is reconstructed; None where the kernels do not take the problem."""
-    layers = _Layers(V, W, hidden_bias, output_bias, activation, scale)
+    """The op's backward; None where the kernels do not take the problem. The report is on the device."""
+    layers = Layers(V, W, hidden_bias, output_bias, activation, scale)
     batch, dim, hidden = len(grad), layers.dim, layers.hidden
-    if not layers.fuse(batch, backward=True):
+    if not layers.fuse(batch, True, reconstruct):
         return None
-    states = states.contiguous()
+    states, checks = states.contiguous(), checks.contiguous()
     a = grad.to(states.dtype, copy=True, memory_format=torch.contiguous_format)
     dV, dW, dhidden, doutput = (
         torch.empty_like(p, memory_format=torch.contiguous_format)
@@ -316,8 +371,7 @@ def backward(
         else grad.new_empty(0)
         for p in (V, W, hidden_bias, output_bias)
     )
-    layer_bytes = 2 * batch * (dim + hidden) * grad.element_size()
-    most = min(MOST_LAYERS, layers.depth, max(1, WORKSPACE // max(1, layer_bytes)))
+    most = _layers_at_once(layers, batch, reconstruct)
     rounds = states.dtype != grad.dtype  # states are no factors as they are
     widths = (dim, dim if rounds else 0, hidden, hidden) if weight_gradients else (0, 0, 0, 0)
     factors = [grad.new_empty((most, batch, width)) for width in widths]
@@ -340,7 +394,14 @@ def backward(
                     doutput[low:top] = scale * layer_a.sum(1, dtype=states.dtype)
             top = low
 
-    if save_every == 1:
+    report = states.new_zeros(REPORT_SIZE, dtype=torch.float64)
+    if reconstruct:
+        assert h is not None, "the adjoint needs the block's input to measure its drift"
+        descent = gpu_adjoint.Descent(layers, batch, states, checks, save_every, most)
+        for part in descent.parts():
+            back(*part)
+        report = descent.finish(h)
+    elif save_every == 1:
         back(states, 0, layers.depth)
     else:
         for n in reversed(range(len(states))):
@@ -353,4 +414,19 @@ def backward(
                 layers.advance,
                 lambda state, low, top: back(layers.states(state, low, top), low, top),
             )
-    return a.to(grad.dtype), dV, dW, dhidden, doutput
+    return a.to(grad.dtype), dV, dW, dhidden, doutput, report
+
+
+def _layers_at_once(layers: Layers, batch: int, reconstruct: bool) -> int:
+    """Layers that a sweep takes: what it leaves of each, and the adjoint's states, fit the workspace."""
+    dtype = layers.V.dtype
+    factors = 2 * batch * (layers.dim + layers.hidden) * dtype.itemsize
+    state = reference.padded_rows(batch) * layers.dim * state_dtype(dtype).itemsize
+
+    def size(most: int) -> int:
+        return most * factors + (gpu_adjoint.ring_length(most, dtype) * state if reconstruct else 0)
+
+    most = min(MOST_LAYERS, layers.depth)
+    while most > 1 and size(most) > WORKSPACE:
+        most -= 1
+    return most

@@ -55,10 +55,10 @@ def _forward(
     reconstruct: bool,
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if h.is_cuda and not reconstruct and not keep_hidden and gpu.has_kernels_for(h):
-        found = gpu.forward(h, V, W, hidden_bias, output_bias, activation, scale, save_every)
+    if h.is_cuda and not keep_hidden and gpu.has_kernels_for(h):
+        found = gpu.forward(h, V, W, hidden_bias, output_bias, activation, scale, save_every, reconstruct)
         if found is not None:
-            return *found, found[1].new_empty(checks_shape(len(h), len(V), False))
+            return found
     if not native.runs_natively(h):
         return reference.forward(
             h, V, W, hidden_bias, output_bias, activation, scale, save_every, reconstruct, keep_hidden
@@ -134,16 +134,15 @@ def _backward(
     keep_hidden: bool,
     weight_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    on_a_gpu = grad.is_cuda and not reconstruct and not keep_hidden and gpu.has_kernels_for(grad)
+    on_a_gpu = grad.is_cuda and not keep_hidden and gpu.has_kernels_for(grad)
     if on_a_gpu or native.runs_natively(grad):
         _check_saved(grad, W, states, checks, save_every, reconstruct, keep_hidden)
     if on_a_gpu:
-        weights = (V, W, hidden_bias, output_bias)
-        gradients = gpu.backward(
-            grad, *weights, states, activation, scale, save_every, slots, weight_gradients
-        )
+        tensors = (grad, h, V, W, hidden_bias, output_bias, states, checks)
+        options = (activation, scale, save_every, reconstruct, slots, weight_gradients)
+        gradients = gpu.backward(*tensors, *options)
         if gradients is not None:
-            return *gradients, torch.zeros(REPORT_SIZE, dtype=torch.float64)
+            return gradients
     if not native.runs_natively(grad):
         return reference.backward(
             grad,
@@ -257,7 +256,7 @@ def _backward_fake(
         p.new_empty(p.shape) if weight_gradients and p is not None else grad.new_empty(0)
         for p in (V, W, hidden_bias, output_bias)
     )
-    report = torch.empty(REPORT_SIZE, dtype=torch.float64, device="cpu")
+    report = grad.new_empty(REPORT_SIZE, dtype=torch.float64)
     return grad.new_empty(grad.shape), dV, dW, dhidden, doutput, report
 
 

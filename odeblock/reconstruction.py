@@ -73,10 +73,13 @@ def probe(dim: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(dim, generator=torch.Generator().manual_seed(dim), dtype=torch.float64).to(dtype)
 
 
-def visibility(W_k: Tensor) -> Tensor:
-    """c [q], how well a layer sees each feature: the largest entry of a column of W_k over that of all."""
-    columns = W_k.detach().abs().amax(dim=0).to(torch.promote_types(W_k.dtype, torch.float32))
-    largest = columns.max().clamp_min(torch.finfo(columns.dtype).tiny)
+def visibility(W: Tensor) -> Tensor:
+    """c, how well a layer sees each feature: the largest entry of a column of W_k over that of all.
+
+    [..., m, q] -> [..., q].
+    """
+    columns = W.detach().abs().amax(dim=-2).to(torch.promote_types(W.dtype, torch.float32))
+    largest = columns.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(columns.dtype).tiny)
     return torch.where(columns < largest, columns / largest, 1)
 
 
@@ -84,6 +87,11 @@ def rounding_unit(storage: torch.dtype) -> float:
     """What a state is solved to: rounding of the type computed in, no less than 1/256 of the stored."""
     state = torch.promote_types(storage, torch.float32)
     return max(torch.finfo(state).eps, torch.finfo(storage).eps / 256)
+
+
+def state_limit(depth: int, unit: float) -> float:
+    """(10)"""
+    return min(STATE_LIMIT, DRIFT_LIMIT / math.sqrt(depth)) * unit
 
 
 class Reconstruction:
@@ -98,7 +106,7 @@ class Reconstruction:
     ) -> None:
         self.floor = floor
         self.change_unit = math.sqrt(depth) * unit if smooth else 0.0
-        self.state_limit = min(STATE_LIMIT, DRIFT_LIMIT / math.sqrt(depth)) * unit
+        self.state_limit = state_limit(depth, unit)
         self.peak_share = min(1.0, PEAK_SHARE * math.sqrt(depth))
         self.visible: Tensor | None = None  # c; None: not known yet
         self.increments: list[Tensor] = []  # Δ_{k+1}, Δ_{k+2}, ...
@@ -215,7 +223,7 @@ class Reconstruction:
         self.compare(_row_norm(found - true), norm)
 
     def report(self) -> Tensor:
-        """float64 [REPORT_SIZE] on the CPU."""
+        """float64 [REPORT_SIZE]."""
         estimate = _largest((self.squares / max(1, self.steps)).sqrt(), self.unsettled)
         steps = max(1, self.steps * len(estimate))
         values = [
@@ -224,7 +232,7 @@ class Reconstruction:
             self.evaluations.sum() / steps,
             self.orders.sum() / steps,
         ]
-        return torch.stack([v.double().cpu() for v in values])
+        return torch.stack([v.double() for v in values])
 
     def _norm(self, x: Tensor) -> Tensor:
         """(5) of each row: [B, q] -> [B, 1]."""

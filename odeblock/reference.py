@@ -228,7 +228,7 @@ def backward(
 
         return evaluate, torch.where, lambda z, e: z + F.linear(e.to(W.dtype), W[k])
 
-    report = torch.zeros(REPORT_SIZE, dtype=torch.float64)
+    report = grad.new_zeros(REPORT_SIZE, dtype=torch.float64)
     if reconstruct:
         assert h is not None, "the adjoint needs the block's input to measure its drift"
         top = state = states[-1, :batch]

@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from . import checkpointing
-from .autograd import judge_drift, pull_back
+from .autograd import DriftRecord, drift_tolerance, pull_back
 from .reconstruction import Reconstruction, check_every, probe, rounding_unit
 from .reference import state_dtype
 from .validation import check_options, check_scale, check_tensor
@@ -306,7 +306,7 @@ def _gradients(
 
     if plan.reconstruct:
         report = _reconstruct(adjoint, plan, h, checks, states)
-        judge_drift(report, steps.precision, ctx.strict, {}, rounded=True)
+        DriftRecord().judge(report, drift_tolerance(steps.precision, rounded=True), ctx.strict)
     else:
         known = [h.to(state_dtype(h.dtype)), *states]
         for n in reversed(range(len(known))):

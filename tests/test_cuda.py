@@ -9,7 +9,7 @@ import torch
 from oracle import FLOOR_ULP, NAMES, Case, baseline, check_rule, errors, make_case, rounded, run
 from test_emulated_kernels import SHAPES
 
-from odeblock import DeepResBlock, gpu, reference
+from odeblock import DeepResBlock, DriftError, DriftWarning, gpu, reference
 from odeblock.functional import deep_residual, residual_scan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -198,3 +198,102 @@ def test_any_residual_on_a_gpu(strategy: str) -> None:
         found.append([y, *torch.autograd.grad(y.square().sum(), (h, Z))])
     for cpu, cuda in zip(*found, strict=True):
         torch.testing.assert_close(cpu, cuda.cpu(), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(9, 17, 5, 70), (150, 32, 48, 100), (300, 128, 136, 70), (70, 200, 24, 40)]
+)
+def test_the_adjoint_kernels(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    def on_the_gpu(*tensors: torch.Tensor | None, **options: object) -> torch.Tensor:
+        return deep_residual(*(None if t is None else t.cuda() for t in tensors), **options).cpu()
+
+    case = make_case(*shape, activation="tanh", smooth=True, scale=0.01)
+    for anchors in (0, 2):
+        check_rule(on_the_gpu, case, dtype, rebuilt=True, backward="adjoint", anchors=anchors)
+
+
+def adjoint_block(weights: float = 1) -> DeepResBlock:
+    torch.manual_seed(0)
+    block = DeepResBlock(64, 70, activation="tanh", backward="adjoint", device="cuda")
+    with torch.no_grad():
+        block.V.mul_(weights)
+        block.W.mul_(weights)
+    return block
+
+
+def test_an_adjoint_step_on_a_gpu_waits_for_nothing() -> None:
+    block = adjoint_block()
+    x = torch.randn(200, 64, device="cuda")
+    block(x).sum().backward()  # once before, for what is asked only then
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        block(x).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    drift = block.last_drift
+    assert drift is not None
+    assert drift["estimate"] < 1e-6
+    assert drift["evaluations"] < 3
+
+
+def test_an_adjoint_on_a_gpu_is_never_silently_wrong() -> None:
+    block = adjoint_block(30)
+    x = torch.randn(200, 64, device="cuda", requires_grad=True)
+    block(x).sum().backward()
+    assert all(tensor.grad.isnan().all() for tensor in (x, block.V, block.W))
+    torch.cuda.synchronize()
+    with pytest.warns(DriftWarning, match='use backward="auto"'):
+        block(x)
+    block.strict = True
+    with pytest.raises(DriftError):
+        block(x).sum().backward()
+
+
+def test_an_adjoint_step_in_a_cuda_graph() -> None:
+    block = adjoint_block()
+    x = torch.randn(200, 64, device="cuda")
+    held = torch.zeros_like(x, requires_grad=True)
+    inputs = [held, block.V, block.W]
+
+    def step() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(block(held).square().sum(), inputs)
+
+    with torch.no_grad():
+        held.copy_(x)
+    expected = [t.clone() for t in step()]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    graph.replay()
+    for right, replayed in zip(expected, found, strict=True):
+        assert torch.equal(right, replayed)
+    drift = block.last_drift
+    with torch.no_grad():
+        held.fill_(float("nan"))
+    graph.replay()
+    assert drift is not None
+    assert drift["estimate"] < 1e-6
+    assert found[0].isnan().all()
+    with pytest.warns(DriftWarning):
+        assert block.last_drift != drift
+
+
+def test_memory_of_an_adjoint_step_does_not_grow_with_depth() -> None:
+    def peak(depth: int) -> int:
+        block = DeepResBlock(32, depth, 32, device="cuda", backward="adjoint")
+        x = torch.randn(4096, 32, device="cuda")
+        block(x).sum().backward()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        block(x).sum().backward()
+        parameters = sum(p.numel() * 4 for p in block.parameters())
+        return torch.cuda.max_memory_allocated() - before - parameters
+
+    assert peak(4096) < peak(128) + (2 << 20)

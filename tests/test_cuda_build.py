@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from matplotlib.image import imread
 from test_emulated_kernels import CSRC, PRODUCTS
 
 from odeblock import gpu, native, reference
@@ -49,7 +52,7 @@ def test_kernels_compile_without_spills(name: str, tmp_path: Path) -> None:
     with ThreadPoolExecutor() as pool:
         reports = list(pool.map(lambda architecture: resources(name, architecture, tmp_path), architectures))
     for architecture, kernels in zip(architectures, reports, strict=True):
-        assert len(kernels) == (5 if warpgroup else 10), kernels
+        assert len(kernels) == (7 if warpgroup else 15), kernels
         for kernel, (registers, stack) in kernels.items():
             assert stack == 0, f"{kernel} for {architecture}: {stack} bytes beside {registers} registers"
 
@@ -58,24 +61,25 @@ def test_kernels_compile_without_spills(name: str, tmp_path: Path) -> None:
 def test_kernels_that_are_wrong_on_a_gpu_are_left_alone(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong: dict[str, list[tuple[int, ...]]] = {"state": [], "dW": []}
+    wrong: dict[str, list[tuple[int, ...]]] = {"state": [], "dW": [], "adjoint": []}
     broken: list[tuple[int, ...]] = []
 
-    def forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        y, states, _ = reference.forward(*arguments, False, False)
+    def forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        y, states, checks = reference.forward(*arguments, False)
         if tuple(y.shape) in wrong["state"]:
-            states[1, 39, 90] += 1
-        return y, states
+            states[-1, 39, 90] += 1
+        return y, states, checks
 
     def backward(grad: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        *given, states, activation, scale, save_every, slots, weight_gradients = arguments
+        *given, slots, weight_gradients = arguments
         if tuple(grad.shape) in broken:
             raise RuntimeError("too many resources requested for launch")
-        options = (activation, scale, save_every, False, slots, False, weight_gradients)
-        *gradients, _ = reference.backward(grad, None, *given, states, states, *options)
+        gradients = reference.backward(grad, *given, slots, False, weight_gradients)
         if tuple(grad.shape) in wrong["dW"]:
             gradients[2][0, 0, 0] += 100 * gradients[2].abs().max()
-        return tuple(gradients)
+        if tuple(grad.shape) in wrong["adjoint"] and given[-1]:
+            gradients[1][1, 2, 3] = float("nan")
+        return gradients
 
     def agree() -> bool:
         return gpu.kernels_agree(torch.device("cpu"), dtype)
@@ -83,13 +87,13 @@ def test_kernels_that_are_wrong_on_a_gpu_are_left_alone(
     monkeypatch.setattr(gpu, "forward", forward)
     monkeypatch.setattr(gpu, "backward", backward)
     assert agree()
-    wrong["state"].append((40, 96))
-    with pytest.warns(RuntimeWarning, match=f"{dtype}, 40 rows of 96 features: error .*please report it"):
-        assert not agree()
-    wrong["dW"].append((64, 32))
-    with pytest.warns(RuntimeWarning, match=f"{dtype}, 64 rows of 32 features: error .*please report it"):
-        assert not agree()
+    for fault, shape in (("state", (40, 96)), ("dW", (64, 32)), ("adjoint", (70, 13))):
+        wrong[fault].append(shape)
+        expected = f"{dtype}, {shape[0]} rows of {shape[1]} features: error .*please report it"
+        with pytest.warns(RuntimeWarning, match=expected):
+            assert not agree()
     broken.append((20_000, 13))
+    wrong["adjoint"].clear()
     with pytest.warns(RuntimeWarning, match="20000 rows of 13 features: too many resources"):
         assert not agree()
 
@@ -109,3 +113,25 @@ def test_a_gpu_without_kernels_is_told_once(monkeypatch: pytest.MonkeyPatch) -> 
     gpu.has_kernels.cache_clear()
     assert found == [False, False]
     assert len(told) == 1
+
+
+def test_figures_of_a_gpu(tmp_path: Path) -> None:
+    """Of made-up results, where eager runs out of memory at the greatest depth."""
+    steps = []
+    for products, *shape in (
+        ("bfloat16", 65536, 128, 128, 256),
+        ("float32", 16384, 64, 64, 256),
+        *(("bfloat16", 4096, 64, 64, depth) for depth in (64, 1024, 8192)),
+    ):
+        names = ["store", "auto", "adjoint", *(["eager"] if shape[3] < 8192 else [])]
+        numbers = {name: 1e9 * shape[3] * (n + 1) for n, name in enumerate(names)}
+        shown = dict.fromkeys(("peak_bytes", "operations_per_second", "row_layers_per_second"), numbers)
+        steps.append({"products": products, "shape": shape, **shown})
+    results = {"gpu": "a GPU", "matrix_product": {"bfloat16": 8e14, "float32": 5e13}, "steps": steps}
+    (tmp_path / "gpu.json").write_text(json.dumps(results))
+    command = [sys.executable, CSRC.parent / "benchmarks" / "gpu_report.py", tmp_path / "gpu.json"]
+    subprocess.run([*command, "--output", tmp_path / "images"], check=True)
+    for name in ("gpu_depth.png", "gpu_steps.png"):
+        image = imread(tmp_path / "images" / name)
+        assert image.shape[0] > 200
+        assert image.std() > 0.05

@@ -15,8 +15,9 @@ from test_emulated_kernels import PRODUCTS, shapes_of
 from test_emulation import TESTS, compile_emulated, link_emulated
 from torch import Tensor
 
-from odeblock import checkpointing, gpu, native
+from odeblock import checkpointing, gpu, gpu_adjoint, native
 from odeblock.activations import ACTIVATIONS
+from odeblock.autograd import drift_tolerance
 
 KINDS = {name: dtype for name, (_, dtype) in PRODUCTS.items()}
 
@@ -29,7 +30,7 @@ class Core:
 
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
-        for name in ("forward", "sweep"):
+        for name in ("forward", "sweep", "reconstruct"):
             getattr(self.library, name).restype = ctypes.c_char_p
         self.library.fuses.restype = ctypes.c_bool
         self.calls: list[tuple[str, int, int]] = []  # kernel, layers, hidden values asked for
@@ -42,17 +43,23 @@ class Core:
         self.library.emulate(capability, multiprocessors, ctypes.c_int64(seed))
 
     def cuda_fuses(self, *arguments: Any) -> bool:
-        *sizes, backward, tf32, _ = arguments
-        flags = ctypes.c_bool(backward), ctypes.c_bool(tf32)
+        *sizes, backward, reconstruct, tf32, _ = arguments
+        flags = ctypes.c_bool(backward), ctypes.c_bool(reconstruct), ctypes.c_bool(tf32)
         return bool(self.library.fuses((ctypes.c_int64 * 6)(*sizes), *flags))
 
     def cuda_forward(self, *arguments: Any) -> None:
-        *arrays, save_every, tf32, _, _ = arguments[11:]
-        self._call("forward", arguments, arrays, ctypes.c_int64(save_every), ctypes.c_bool(tf32))
+        *arrays, save_every, reconstruct, tf32, _, _ = arguments[11:]
+        flags = ctypes.c_bool(reconstruct), ctypes.c_bool(tf32)
+        self._call("forward", arguments, arrays, ctypes.c_int64(save_every), *flags)
 
     def cuda_sweep(self, *arguments: Any) -> None:
         *arrays, tf32, _, _ = arguments[11:]
         self._call("sweep", arguments, arrays, ctypes.c_bool(tf32))
+
+    def cuda_reconstruct(self, *arguments: Any) -> None:
+        *arrays, ring, first, depth, limit, tf32, _, _ = arguments[11:]
+        place = map(ctypes.c_int64, (ring, first, depth))
+        self._call("reconstruct", arguments, arrays, *place, ctypes.c_double(limit), ctypes.c_bool(tf32))
 
     def _call(self, name: str, arguments: tuple[Any, ...], arrays: list[int], *rest: Any) -> None:
         sizes, scale, weights = arguments[:6], arguments[6], arguments[7:11]
@@ -86,20 +93,25 @@ def run(
     monkeypatch: pytest.MonkeyPatch,
     plan: checkpointing.Plan = STORE,
     weight_gradients: bool = True,
+    report: dict[str, float] | None = None,
 ) -> dict[str, Tensor]:
-    """y, y - h and the gradients, in float64."""
+    """y, y - h and the gradients, in float64; the adjoint's report."""
     dtype = PRODUCTS[products][1]
     monkeypatch.setattr(gpu, "tf32", lambda _: products == "tf32")
     h, *parameters = (None if t is None else t.to(dtype) for t in (case.tensors[name] for name in NAMES))
     assert h is not None
     scale = 1 / len(parameters[0]) if case.scale is None else case.scale
-    found = gpu.forward(h, *parameters, case.activation, scale, plan.save_every)
+    found = gpu.forward(h, *parameters, case.activation, scale, plan.save_every, plan.reconstruct)
     assert found is not None
-    y, states = found
-    states[:, len(h) :] = float("nan")  # what nothing may read
-    options = (case.activation, scale, plan.save_every, plan.slots, weight_gradients)
-    gradients = gpu.backward(case.grad.to(dtype), *parameters, states, *options)
+    y, states, checks = found
+    states[:, len(h) :] = checks[:, len(h) :] = float("nan")  # what nothing may read
+    options = (case.activation, scale, plan.save_every, plan.reconstruct, plan.slots, weight_gradients)
+    grad = case.grad.to(dtype)
+    gradients = gpu.backward(grad, h, *parameters, states, checks, *options)
     assert gradients is not None
+    *gradients, figures = gradients
+    if report is not None:
+        report.update(zip(("estimate", "drift", "evaluations", "order"), figures.tolist(), strict=True))
     results = {"y": y, **dict(zip(NAMES, gradients, strict=True))}
     results = {name: t.double() for name, t in results.items() if t.numel() or name in ("y", "h")}
     return {**results, "increment": results["y"] - case.tensors["h"]}
@@ -174,7 +186,7 @@ def test_emulated_kernels_with_little_shared_memory(core: Core, monkeypatch: pyt
         case = rounded(make_case(150, dim, 24, 2), KINDS[products])
         check_results(run(case, products, monkeypatch), case, KINDS[products])
     weights = [make_case(150, 128, 24, 2).tensors[name].float() for name in NAMES[1:]]
-    layers = gpu._Layers(*weights, "tanh", 0.5)
+    layers = gpu.Layers(*weights, "tanh", 0.5)
     assert layers.fuse(150)
     assert not layers.fuse(150, backward=True)
 
@@ -214,3 +226,167 @@ def test_products_over_rows_are_those_of_parts(batch: int, dtype: torch.dtype) -
         tolerance = 1e-13 if dtype == torch.float64 else 1e-6
         size = float(expected.abs().max())
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance * size)
+
+
+def smooth_case(products: str, *shape: int, **options: Any) -> Case:
+    options = {"hidden_bias": False, "output_bias": False, **options}
+    return rounded(make_case(*shape, smooth=True, **options), KINDS[products])
+
+
+def adjoint(save_every: int = 0) -> checkpointing.Plan:
+    return checkpointing.Plan(save_every, True, 0)
+
+
+def precision(products: str) -> torch.dtype:
+    """tf32 has the 11 bits of float16."""
+    return torch.float16 if products == "tf32" else KINDS[products]
+
+
+@pytest.mark.parametrize("products", KINDS)
+def test_emulated_adjoint(products: str, core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Smooth weights: by the rule, in a few evaluations; with anchors and without."""
+    core.emulate(products)
+    shape = (70, 48, 24, 40) if products.endswith("warpgroup") else (21, 17, 9, 70)
+    case = smooth_case(products, *shape, activation="tanh", scale=1 / 70)
+    for save_every in (0, 25):
+        report: dict[str, float] = {}
+        results = run(case, products, monkeypatch, adjoint(save_every), report=report)
+        check_results(results, case, precision(products), rebuilt=True)
+        assert max(report["estimate"], report["drift"]) <= drift_tolerance(precision(products), True)
+        assert report["evaluations"] < (6 if products == "float64" else 2)
+        assert report["order"] > 1.5
+
+
+@pytest.mark.parametrize(
+    ("products", "shape"),
+    [(p, shape) for p in KINDS for shape in shapes_of(p) if shape[0] < 300],
+    ids=str,
+)
+def test_emulated_adjoint_of_rough_weights(
+    products: str, shape: tuple[int, ...], core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps that take several evaluations of the same layer, on every odd shape."""
+    core.emulate(products, multiprocessors=2, seed=shape[0])
+    biases = shape[0] % 2 == 1
+    options: dict[str, Any] = {"hidden_bias": biases, "output_bias": biases, "scale": 0.1}
+    case = rounded(make_case(*shape, activation="gelu_tanh", **options), KINDS[products])
+    report: dict[str, float] = {}
+    results = run(case, products, monkeypatch, adjoint(), report=report)
+    check_results(results, case, precision(products), rebuilt=True)
+    assert max(report["estimate"], report["drift"]) <= drift_tolerance(precision(products), True)
+    assert report["evaluations"] >= 2
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_emulated_adjoint_of_every_activation(
+    activation: str, core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for products in ("float32", "float64", "bfloat16"):
+        case = rounded(make_case(40, 12, 10, 6, activation=activation, scale=0.05), KINDS[products])
+        check_results(run(case, products, monkeypatch, adjoint()), case, KINDS[products], rebuilt=True)
+
+
+@pytest.mark.parametrize("products", ["float32", "bfloat16", "bfloat16_warpgroup"])
+def test_no_part_of_depth_changes_a_bit_of_the_emulated_adjoint(
+    products: str, core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many layers a launch takes; nor do other rows, also those that need more evaluations."""
+    core.emulate(products)
+    batch, dim = (70, 40) if products.endswith("warpgroup") else (35, 20)
+    case = smooth_case(products, batch, dim, 8, 23, activation="tanh")
+    expected = run(case, products, monkeypatch, adjoint(10))
+    for most in (1, 3, 7):
+        monkeypatch.setattr(gpu, "MOST_LAYERS", most)
+        core.calls.clear()
+        found = run(case, products, monkeypatch, adjoint(10))
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        launches = {1: 23, 3: 9, 7: 5}[most]  # none goes beyond an anchor
+        assert [name for name, *_ in core.calls].count("reconstruct") >= launches
+    h = case.tensors["h"].clone()
+    h[::3] *= 100
+    h[1] = float("inf")
+    core.emulate(products, multiprocessors=3, seed=1)
+    found = run(replace(case, tensors={**case.tensors, "h": h}), products, monkeypatch, adjoint(10))
+    kept = torch.arange(batch) % 3 == 2
+    assert torch.equal(found["h"][kept], expected["h"][kept])
+    assert not found["h"][1].isfinite().all()
+
+
+@pytest.mark.parametrize("products", KINDS)
+def test_an_emulated_adjoint_of_no_rows(products: str, core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    report: dict[str, float] = {}
+    results = run(make_case(0, 17, 4, 3), products, monkeypatch, adjoint(), report=report)
+    assert results["h"].shape == (0, 17)
+    assert not any(report.values())
+
+
+@pytest.mark.parametrize("products", KINDS)
+def test_the_emulated_adjoint_is_never_silently_wrong(
+    products: str, core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps that cannot be inverted, a number that is not finite, states that are not the forward's."""
+    core.emulate(products)
+    tolerance = drift_tolerance(precision(products), True)
+    shape = (64, 40, 8, 18) if products.endswith("warpgroup") else (9, 6, 4, 18)
+    good = smooth_case(products, *shape, activation="tanh", scale=1 / 40)
+
+    def figures(case: Case, save_every: int = 0) -> dict[str, float]:
+        report: dict[str, float] = {}
+        run(case, products, monkeypatch, adjoint(save_every), report=report)
+        return report
+
+    found = figures(good)
+    assert max(found["estimate"], found["drift"]) <= tolerance
+    steep = {name: None if t is None else 30 * t for name, t in good.tensors.items()}
+    found = figures(replace(good, tensors={**steep, "h": good.tensors["h"]}))
+    assert not (found["estimate"] <= tolerance and found["drift"] <= tolerance)
+    h = good.tensors["h"].clone()
+    h[5, 3] = float("nan")
+    found = figures(replace(good, tensors={**good.tensors, "h": h}))
+    assert not (found["estimate"] <= tolerance and found["drift"] <= tolerance)
+
+    def spoil(which: int, save_every: int = 0) -> float:
+        """The drift where something that the forward left is a little off."""
+        real = gpu.forward
+
+        def forward(*arguments: Any) -> Any:
+            kept = real(*arguments)
+            assert kept is not None
+            kept[which][0, 7] += 0.1
+            return kept
+
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu, "forward", forward)
+            return figures(good, save_every)["drift"]
+
+    assert spoil(2) > tolerance  # a projection
+    assert spoil(1, 10) > tolerance  # an anchor
+    assert spoil(1) > tolerance  # h_L, so that h_0 is another
+
+
+def test_the_emulated_adjoint_sees_a_wrong_input(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = smooth_case("float32", 20, 8, 8, 5, activation="tanh")
+    tensors = [case.tensors[name] for name in NAMES]
+    h, V, W = (t.float() for t in tensors[:3] if t is not None)
+    found = gpu.forward(h, V, W, None, None, "tanh", 0.02, 0, True)
+    assert found is not None
+    gradients = gpu.backward(h, h + 1e-4, V, W, None, None, *found[1:], "tanh", 0.02, 0, True, 0, True)
+    assert gradients is not None
+    assert 3e-5 < float(gradients[-1][1]) < 3e-4
+
+
+def test_the_emulated_adjoint_holds_the_same_at_any_depth() -> None:
+    """What a backward holds besides gradients: the ring, the rows' memory and the factors of its layers."""
+    sizes = []
+    for depth in (200, 5000):
+        V, W = torch.empty(depth, 8, 4, device="meta"), torch.empty(depth, 4, 8, device="meta")
+        layers = gpu.Layers(V, W, None, None, "tanh", 1 / depth)
+        most = gpu._layers_at_once(layers, 1000, True)
+        states = torch.empty(1, 1008, 8)
+        descent = gpu_adjoint.Descent(layers, 1000, states, states, 0, most)
+        sizes.append((most, descent.ring.shape, descent.rows.shape))
+    assert sizes[0] == sizes[1]
+    assert sizes[0][0] == gpu.MOST_LAYERS
+    large = gpu._layers_at_once(layers, 1 << 20, True)
+    assert large < gpu.MOST_LAYERS
+    assert gpu_adjoint.ring_length(large, torch.float32) * (1 << 20) * 32 <= gpu.WORKSPACE

@@ -15,12 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 from oracle import NAMES, Case, baseline, check_results, errors, make_case, rounded, run
-from test_emulation import ROOT, TESTS, build_emulated, compile_emulated
+from test_emulation import ROOT, TESTS, build_emulated, compile_emulated, link_emulated
 from torch import Tensor
 
 from odeblock import reference
 from odeblock.activations import ACTIVATIONS
+from odeblock.gpu_adjoint import DOUBT, SIGHT_WIDTH, SPREAD
 from odeblock.native import NATIVE_DTYPES
+from odeblock.reconstruction import rounding_unit
 
 CSRC = ROOT / "csrc"
 PRODUCTS = {  # what CMakeLists.txt compiles kernels.cu for
@@ -44,40 +46,46 @@ def shapes_of(products: str) -> list[tuple[int, int, int, int]]:
     return OF_WARPGROUPS if products.endswith("warpgroup") else SHAPES
 
 
-def compile_kernels(folder: Path, name: str, *flags: str, csrc: Path = CSRC) -> Path:
+def compile_kernels(
+    target: Path, name: str, *flags: str, csrc: Path = CSRC, source: Path = CSRC / "cuda" / "kernels.cu"
+) -> Path:
     defines = (f"-DODEBLOCK_PRODUCTS={PRODUCTS[name][0]}", f"-DODEBLOCK_CUDA_KERNELS=cuda_kernels_{name}")
-    return compile_emulated(csrc / "cuda" / "kernels.cu", folder / f"{name}.o", *defines, *flags, csrc=csrc)
+    return compile_emulated(source, target, *defines, *flags, csrc=csrc)
 
 
-def compile_parts(folder: Path, names: Iterable[str], *flags: str, csrc: Path = CSRC) -> list[Path]:
-    """Object files of the CUDA part with the kernels of ``names``; it ends where others are asked for."""
-    folder.mkdir(exist_ok=True)
+def compile_rest(folder: Path, names: Iterable[str], *flags: str) -> list[Path]:
+    """Object files of the CUDA part but for the kernels of ``names``; it ends where others are asked for."""
     missing = [name for name in PRODUCTS if name not in names]
     stub = folder / "missing.cpp"
     stub.write_text(
         '#include "cuda/kernels.h"\n#include <cstdlib>\nnamespace odeblock {\n'
         "template <class P> CudaKernel<P> none() {\n"
-        "  return {0, 16, 1, 8, 0, [](int) { return size_t(0); },\n"
+        "  return {0, 16, 1, 8, 0, 1, [](int) { return size_t(0); },\n"
         "          [](CudaArguments<P>) { std::abort(); }};\n}\n"
         + "".join(
             f"CudaKernels cuda_kernels_{name}(int64_t) {{ return {{none<ForwardProblem>(), "
-            "none<SweepProblem>()}; }\n"
+            "none<SweepProblem>(), none<ReconstructionProblem>()}; }\n"
             for name in missing
         )
         + "}\n"
     )
+    return [
+        compile_emulated(CSRC / "cuda" / "launch.cu", folder / "launch.o", *flags),
+        compile_emulated(stub, folder / "missing.o", *flags),
+    ]
+
+
+def compile_parts(folder: Path, names: Iterable[str], *flags: str) -> list[Path]:
+    """Object files of the CUDA part with the kernels of ``names``."""
+    folder.mkdir(exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        kernels = pool.map(lambda name: compile_kernels(folder, name, *flags, csrc=csrc), names)
-        return [
-            compile_emulated(CSRC / "cuda" / "launch.cu", folder / "launch.o", *flags),
-            compile_emulated(stub, folder / "missing.o", *flags),
-            *kernels,
-        ]
+        kernels = pool.map(lambda name: compile_kernels(folder / f"{name}.o", name, *flags), names)
+        return [*compile_rest(folder, names, *flags), *kernels]
 
 
-def build(folder: Path, names: Iterable[str], *flags: str, csrc: Path = CSRC) -> Path:
+def build(folder: Path, names: Iterable[str], *flags: str) -> Path:
     """The program with those kernels."""
-    parts = compile_parts(folder, names, *flags, csrc=csrc)
+    parts = compile_parts(folder, names, *flags)
     return build_emulated(TESTS / "emulation" / "kernels.cpp", folder / "program", *flags, objects=parts)
 
 
@@ -90,13 +98,14 @@ def launch(
     seed: int = 0,
     save_every: int = 0,
     resumes: bool = False,
+    limit: float = 0,
 ) -> bytes:
     """What a kernel leaves: weights of a case, and ``arrays`` in."""
     dtype = PRODUCTS[products][1]
     h, V, W, b, c = (case.tensors[name] for name in NAMES)
     (batch, dim), (depth, hidden, _) = h.shape, W.shape
     header = struct.pack(
-        "14qd",
+        "14q2d",
         sweep,
         NATIVE_DTYPES[dtype],
         products == "tf32",
@@ -112,6 +121,7 @@ def launch(
         1 + seed % 3,  # multiprocessors, which decide on the warps of a block
         seed,
         1 / depth if case.scale is None else case.scale,
+        limit,
     )
     weights = [t.to(dtype) for t in (V, W, b, c) if t is not None]
     given = [t.contiguous().view(torch.uint8).numpy().tobytes() for t in (*weights, *arrays)]
@@ -176,6 +186,29 @@ def sweep(program: Path, case: Case, products: str, seed: int = 0) -> None:
     (a,) = take(out, computed, tuple(h.shape))
     expected = run(reference.deep_residual, case, torch.float64)["h"]
     torch.testing.assert_close(a.double(), expected, rtol=0.02, atol=0.02)
+
+
+def reconstruct(program: Path, case: Case, products: str, seed: int = 0) -> None:
+    """That the adjoint's states are the forward's, roughly; weights that take several evaluations."""
+    dtype = PRODUCTS[products][1]
+    case = replace(rounded(case, dtype), activation="tanh", scale=0.1)
+    tensors = [case.tensors[name] for name in NAMES]
+    (batch, dim), depth = tensors[0].shape, len(tensors[1])
+    computed = reference.state_dtype(dtype)
+    padded = reference.padded_rows(batch)
+    known = reference.forward(*tensors, "tanh", 0.1, 0, True, False)[1]
+    states = torch.full((depth + 1, padded, dim), torch.nan, dtype=computed)
+    states[-1] = known[0]
+    sight = torch.zeros(depth, SIGHT_WIDTH, dtype=computed)
+    sight[:, :dim] = 1
+    rows = torch.zeros(20, batch, dtype=computed)
+    rows[DOUBT], rows[SPREAD:] = 1, -1
+    unit = rounding_unit(torch.float16 if products == "tf32" else dtype)
+    given = (states, sight, torch.zeros(SIGHT_WIDTH, dtype=computed), rows)
+    out = launch(program, case, products, *given, sweep=3, seed=seed, limit=unit / 2)
+    (found,) = take(out, computed, (depth, padded, dim))
+    expected = reference.forward(*tensors, "tanh", 0.1, 1, False, False)[1]
+    torch.testing.assert_close(found[:, :batch].double(), expected[:, :batch], rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize(
@@ -268,8 +301,8 @@ def test_emulated_forward_under_sanitizers(sanitizer: str, tmp_path: Path) -> No
     }
     program = build(tmp_path, shapes, f"-fsanitize={sanitizer}")
     for products, shape in shapes.items():
-        check(program, make_case(*shape), products)
-        sweep(program, make_case(*shape), products)
+        for look in (check, sweep, reconstruct):
+            look(program, make_case(*shape), products)
 
 
 @pytest.mark.long
@@ -287,11 +320,10 @@ def test_emulated_forward_over_seeds(sanitizer: str, program: Path, tmp_path: Pa
             case = make_case(
                 *drawn, activation=activation, hidden_bias=seed % 2 == 0, output_bias=seed % 2 == 0
             )
-            check(program, case, products, seed)
-            sweep(program, case, products, seed)
-            if seed < 6:
-                check(watched, case, products, seed)
-                sweep(watched, case, products, seed)
+            for look in (check, sweep, reconstruct):
+                look(program, case, products, seed)
+                if seed < 6:
+                    look(watched, case, products, seed)
 
 
 # What orders the threads of a block (file, text, its replacement): without one of them the emulation must see
@@ -319,21 +351,58 @@ MUTANTS = {
     "zeros not fenced": ("chunks", "simt::fence_async();", ""),
     "a block that leaves": ("chunks", "void end() { simt::sync_cluster(); }", "void end() {}"),
     "a block that leaves a sweep": ("sweep", "chunks.end();", ""),
+    "a block that is not asked": ("reconstruction", "simt::any_of_block(open)", "open"),
+    "sums of a step too early": ("reconstruction", "P::end(sums);", ""),
+    "rates that lanes still read": ("reconstruction", "simt::sync_warp();  // all have read rates", ""),
+    "orders that lanes still read": ("reconstruction", "simt::sync_warp();  // all have read orders", ""),
+    "what a row remembers too early": ("reconstruction", "simt::sync_warp();  // rows remember", ""),
+    "a layer's chunks not again": ("reconstruction", "chunks.again();", ""),
+    "chunks of the next layer where one comes again": (
+        "chunks",
+        "while (this->chunk_ + 1 < asked) wait(), release();",
+        "",
+    ),
+    "no chunks again at the end": ("chunks", "chunk < ahead && chunk < this->all()", "chunk < 0"),
     "one block's warps": ("chunks", "threads() / 32 * simt::cluster_blocks()", "threads() / 32"),
 }
 OF_WARPGROUPS_MUTANTS = list(MUTANTS)[3:]
 
 
-@pytest.mark.parametrize("mutant", MUTANTS)
-def test_emulated_mutants_are_found(mutant: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="session")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
+    """What the programs of all mutants have in common, by products."""
+    parts = {}
+    for products in ("bfloat16", "bfloat16_warpgroup"):
+        folder = tmp_path_factory.mktemp(products)
+        own = compile_emulated(TESTS / "emulation" / "kernels.cpp", folder / "own.o", "-fsanitize=thread")
+        parts[products] = [own, *compile_rest(folder, [products], "-fsanitize=thread")]
+    return parts
+
+
+@pytest.mark.parametrize("mutant", [None, *MUTANTS])
+def test_emulated_mutants_are_found(
+    mutant: str | None, watched: dict[str, list[Path]], tmp_path: Path
+) -> None:
     csrc = tmp_path / "csrc"
     shutil.copytree(CSRC, csrc)
-    file, right, wrong = MUTANTS[mutant]
-    source = csrc / "cuda" / f"{file}.cuh"
-    assert source.read_text().count(right) == 1
-    source.write_text(source.read_text().replace(right, wrong))
-    products = "bfloat16_warpgroup" if mutant in OF_WARPGROUPS_MUTANTS else "bfloat16"
-    program = build(tmp_path / "mutant", [products], "-fsanitize=thread", csrc=csrc)
-    look = sweep if file == "sweep" else check
-    with pytest.raises(AssertionError):
-        look(program, make_case(200, 40, 360, 2), products)
+    file, right, wrong = MUTANTS[mutant] if mutant else ("chunks", "", "")
+    if mutant:
+        source = csrc / "cuda" / f"{file}.cuh"
+        assert source.read_text().count(right) == 1
+        source.write_text(source.read_text().replace(right, wrong))
+    looks = {"sweep": sweep, "reconstruction": reconstruct}
+    look = reconstruct if "again" in str(mutant) else looks.get(file, check)
+    for products in ("bfloat16", "bfloat16_warpgroup"):
+        if mutant and (products == "bfloat16") == (mutant in OF_WARPGROUPS_MUTANTS):
+            continue
+        own = TESTS / "emulation" / "one_width.cu"
+        kernels = compile_kernels(
+            tmp_path / "kernels.o", products, "-fsanitize=thread", csrc=csrc, source=own
+        )
+        program = link_emulated([kernels, *watched[products]], tmp_path / "program", "-fsanitize=thread")
+        if mutant:
+            with pytest.raises(AssertionError):
+                look(program, make_case(200, 40, 360, 2), products)
+        else:  # there is nothing to find in what is right
+            for look in (check, sweep, reconstruct):
+                look(program, make_case(200, 40, 360, 2), products)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 
 import pytest
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from odeblock import DeepResBlock, DriftError, DriftWarning, checkpointing, native, reference
 from odeblock.activations import ACTIVATIONS
+from odeblock.autograd import spoil
 from odeblock.build import build_info
 from odeblock.functional import deep_residual
 
@@ -235,6 +238,57 @@ def test_last_drift() -> None:
     assert 1 <= drift["evaluations"] < 3
     drift.clear()
     assert block.last_drift
+
+
+@pytest.mark.parametrize("report", [[1e-7, 1e-6, 1, 3], [2e-5, 0, 1, 3], [0, float("nan"), 1, 3]], ids=str)
+def test_gradients_are_spoiled_on_the_device(report: list[float]) -> None:
+    gradients = [torch.ones(3, 2), torch.ones(0), torch.ones(4, dtype=torch.bfloat16)]
+    spoil(gradients, torch.tensor(report, dtype=torch.float64), 1e-5)
+    expected = report[0] == 1e-7
+    assert all(
+        bool(gradient.isfinite().all()) == (expected or not gradient.numel()) for gradient in gradients
+    )
+
+
+def test_the_report_of_a_gpu_is_judged_when_it_has_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Event:
+        """Of a report that is on its way."""
+
+        def __init__(self, arrived: bool) -> None:
+            self.arrived = arrived
+
+        def query(self) -> bool:
+            return self.arrived
+
+        def synchronize(self) -> None:
+            self.arrived = True
+
+    def report(estimate: float) -> torch.Tensor:
+        return torch.tensor([estimate, 0, 1, 2], dtype=torch.float64)
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    torch.manual_seed(0)
+    block = DeepResBlock(4, 3)
+    x = torch.randn(2, 4)
+    events = [Event(False), Event(True)]
+    block._drift.waiting.extend((report(1e-3), event, 1e-5) for event in events)
+    block(x)  # the first is under way
+    assert len(block._drift.waiting) == 2
+    events[0].arrived = True
+    with pytest.warns(DriftWarning) as told:
+        block(x)
+    assert len(told) == 2
+    assert not block._drift.waiting
+    block._drift.waiting.append((report(1e-6), Event(False), 1e-5))
+    again = pickle.loads(pickle.dumps(copy.deepcopy(block)))  # of a report under way nothing is copied
+    assert again.last_drift == {"estimate": 1e-3, "drift": 0, "evaluations": 1, "order": 2}
+    assert block.last_drift == {"estimate": 1e-6, "drift": 0, "evaluations": 1, "order": 2}
+    replayed = report(1e-7)  # by a CUDA graph, every time anew
+    block._drift.captured = replayed, 1e-5
+    assert block.last_drift["estimate"] == 1e-7
+    replayed[0] = 1
+    with pytest.warns(DriftWarning):
+        assert block.last_drift["estimate"] == 1
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

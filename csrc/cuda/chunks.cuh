@@ -10,6 +10,8 @@
 //   hidden_bias(), output_bias()  of it: [kUnits], of which those beyond m are anything; [Q], likewise beyond q
 //   release()       this warp has read what came before the chunk that it waited for last
 //   more(), layer() whether there is a next chunk, and of which layer (kept nowhere else, while registers are full)
+//   again()         after a layer's last chunk: its first is the next once more. By all threads of a block that is no
+//                   part of a cluster, which have met after that chunk
 #pragma once
 
 #include <type_traits>
@@ -55,11 +57,12 @@ class Chunks {
 
   // Worked out where they are asked for, while registers are full.
   ODEBLOCK_DEVICE int in_layer() const { return (static_cast<int>(p_.hidden) + Shape::kUnits - 1) / Shape::kUnits; }
-  ODEBLOCK_DEVICE int all() const { return static_cast<int>(p_.depth) * in_layer(); }
+  ODEBLOCK_DEVICE int all() const { return static_cast<int>(p_.depth) * in_layer() + besides_; }
   ODEBLOCK_DEVICE int layer_of(int chunk) const {
-    return kFromLast ? static_cast<int>(p_.depth) - 1 - chunk / in_layer() : chunk / in_layer();
+    const int layer = (chunk - besides_) / in_layer();
+    return kFromLast ? static_cast<int>(p_.depth) - 1 - layer : layer;
   }
-  ODEBLOCK_DEVICE int unit_of(int chunk) const { return chunk % in_layer() * Shape::kUnits; }
+  ODEBLOCK_DEVICE int unit_of(int chunk) const { return (chunk - besides_) % in_layer() * Shape::kUnits; }
 
   ODEBLOCK_DEVICE static Stored* memory() { return reinterpret_cast<Stored*>(simt::shared()); }
   ODEBLOCK_DEVICE static Stored* matrices(int chunk) { return memory() + chunk % Stages * Shape::kMatrices; }
@@ -69,6 +72,7 @@ class Chunks {
 
   const Problem& p_;
   int chunk_ = -1;
+  int besides_ = 0;  // chunks that came again, and those that came for nothing before them
 };
 
 // A matrix of one row, in shared memory as it is.
@@ -137,6 +141,10 @@ class CopiedChunks : public Chunks<Shape, Stages, kFromLast> {
     fetch_chunk(this->chunk_ + kAhead);
   }
   ODEBLOCK_DEVICE void release() {}
+  ODEBLOCK_DEVICE void again() {
+    this->besides_ += this->in_layer() + kAhead;
+    for (int chunk = 0; chunk < kAhead; chunk++) wait();  // for what had been asked for
+  }
   ODEBLOCK_DEVICE void end() {}
 
  private:
@@ -216,6 +224,18 @@ class BulkChunks : public Chunks<Shape, Stages, kFromLast> {
     }
     simt::sync_warp();  // together again
   }
+  ODEBLOCK_DEVICE void again() {
+    // Of what would be there by now, some had been asked for, if there was so much.
+    const int next_chunk = this->chunk_ + 1, ahead = (next_chunk > kLag ? next_chunk - kLag : 0) + Stages;
+    const int asked = ahead < this->all() ? ahead : this->all(), layer = this->layer_of(this->chunk_);
+    this->besides_ += this->in_layer() + asked - next_chunk;
+    if (simt::thread() == 0) {
+      *next() = {layer, 0};
+      for (int chunk = asked; chunk < ahead && chunk < this->all(); chunk++) fetch_chunk(chunk);  // all have read
+    }
+    simt::sync_warp();
+    while (this->chunk_ + 1 < asked) wait(), release();
+  }
   // No block leaves while others may arrive at its barriers.
   ODEBLOCK_DEVICE void end() { simt::sync_cluster(); }
 
@@ -266,13 +286,19 @@ template <class Shape, int Stages, bool kFromLast>
 using StreamOf =
     std::conditional_t<Shape::kBulk, BulkChunks<Shape, Stages, kFromLast>, CopiedChunks<Shape, Stages, kFromLast>>;
 
-// A kernel on them, as launch.cu chooses and starts it; Shape: of its blocks.
+// A kernel on them, as launch.cu chooses and starts it; Shape: of its blocks; cluster: of those that share bulk chunks.
 template <class Shape, class SomeProblem>
-CudaKernel<SomeProblem> kernel_of(void (*run)(CudaArguments<SomeProblem>)) {
+CudaKernel<SomeProblem> kernel_of(void (*run)(CudaArguments<SomeProblem>), int cluster = 2) {
   typedef typename Shape::Chunk Chunk;
   typedef typename Chunk::Products P;
-  return {Chunk::kFeatures,    P::kRows, P::kWarps, Shape::kMostWarps, Chunk::kBulk ? Chunk::kUnits : 0,
-          Shape::shared_bytes, run};
+  return {Chunk::kFeatures,
+          P::kRows,
+          P::kWarps,
+          Shape::kMostWarps,
+          Chunk::kBulk ? Chunk::kUnits : 0,
+          Chunk::kBulk ? cluster : 1,
+          Shape::shared_bytes,
+          run};
 }
 
 }  // namespace

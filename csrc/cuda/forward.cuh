@@ -95,7 +95,20 @@ ODEBLOCK_DEVICE void forward_of_block(const ForwardArguments& arguments) {
   while (chunks.more()) {
     if (const int save_every = static_cast<int>(p.save_every)) {
       const int k = chunks.layer();
-      if (k % save_every == 0) write(static_cast<Number*>(p.states) + k / save_every * padded_rows(p.batch) * dim);
+      if (k % save_every == 0 && (k > 0 || !p.reconstruct))
+        write(static_cast<Number*>(p.states) + (k / save_every - p.reconstruct) * padded_rows(p.batch) * dim);
+    }
+    if (p.checks) {
+      const int k = chunks.layer(), every = static_cast<int>(check_every(p.depth));
+      if (k > 0 && k % every == 0) {
+        Number found[P::kNumbers / 2];
+        project<P, Q, Shape::kWait>(static_cast<const Number*>(p.sight) + (k / every - 1) * kSightWidth,
+                                    static_cast<const Number*>(p.probe), h, step, found);
+        Number* const checks = static_cast<Number*>(p.checks) + (k / every - 1) * padded_checks(p.batch);
+#pragma unroll
+        for (int r = 0; r < P::kNumbers / 2; r++)
+          if (simt::lane() % 4 == 0 && row_of<P>(2 * r) < p.batch) checks[row_of<P>(2 * r)] = found[r];
+      }
     }
     if constexpr (P::kRounds) {
 #pragma unroll

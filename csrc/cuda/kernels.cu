@@ -3,6 +3,7 @@
 //   ODEBLOCK_PRODUCTS      the struct of products.cuh
 //   ODEBLOCK_CUDA_KERNELS  the function of kernels.h
 #include "forward.cuh"
+#include "reconstruction.cuh"
 #include "sweep.cuh"
 
 namespace odeblock {
@@ -11,9 +12,10 @@ namespace {
 template <class P, int Q>
 CudaKernels kernels_of() {
   if constexpr (P::kWarps == 1 || Q <= kMostFeaturesOfWarpgroupSweeps)
-    return {kernel_of<ForwardShape<P, Q>>(forward_kernel<P, Q>), kernel_of<SweepShape<P, Q>>(sweep_kernel<P, Q>)};
+    return {kernel_of<ForwardShape<P, Q>>(forward_kernel<P, Q>), kernel_of<SweepShape<P, Q>>(sweep_kernel<P, Q>),
+            kernel_of<ReconstructionShape<P, Q>>(reconstruction_kernel<P, Q>, 1)};
   else
-    return {kernel_of<ForwardShape<P, Q>>(forward_kernel<P, Q>), {}};
+    return {kernel_of<ForwardShape<P, Q>>(forward_kernel<P, Q>), {}, {}};
 }
 
 }  // namespace

@@ -15,6 +15,7 @@ struct CudaArguments {
 };
 typedef CudaArguments<ForwardProblem> ForwardArguments;
 typedef CudaArguments<SweepProblem> SweepArguments;
+typedef CudaArguments<ReconstructionProblem> ReconstructionArguments;
 
 template <class SomeProblem>
 struct CudaKernel {
@@ -22,13 +23,16 @@ struct CudaKernel {
   int warp_rows;                // that a warp takes
   int least_warps, most_warps;  // of a block; a multiple of the least
   int bulk_units;               // of a chunk that comes in bulk, or 0
+  int cluster;                  // blocks that share it, where there are several
   size_t (*shared_bytes)(int warps);
   void (*run)(CudaArguments<SomeProblem>);
 };
 
 struct CudaKernels {
   CudaKernel<ForwardProblem> forward;
-  CudaKernel<SweepProblem> sweep;  // of warpgroups: up to kMostFeaturesOfWarpgroupSweeps
+  // Of warpgroups: up to kMostFeaturesOfWarpgroupSweeps.
+  CudaKernel<SweepProblem> sweep;
+  CudaKernel<ReconstructionProblem> reconstruction;
 };
 
 // The kernels for q <= kMostFeatures features, by how products are taken.

@@ -29,7 +29,8 @@ CudaKernels kernels_for(const Problem& p, bool tf32, int device) {
   const auto either = [&](CudaKernels (*of_warpgroups)(int64_t), CudaKernels (*of_warps)(int64_t)) -> CudaKernels {
     if (!warpgroup) return of_warps(p.dim);
     if (p.dim <= kMostFeaturesOfWarpgroupSweeps) return of_warpgroups(p.dim);
-    return {of_warpgroups(p.dim).forward, of_warps(p.dim).sweep};
+    const CudaKernels of_one_warp = of_warps(p.dim);
+    return {of_warpgroups(p.dim).forward, of_one_warp.sweep, of_one_warp.reconstruction};
   };
   switch (p.dtype) {
     case Dtype::float64: return cuda_kernels_float64(p.dim);
@@ -56,7 +57,7 @@ Grid grid_of(const CudaKernel<SomeProblem>& kernel, int64_t batch, int device) {
     const int64_t steps = ((tiles + w - 1) / w + all - 1) / all * w;  // of the multiprocessor with the most
     if (steps <= fewest) fewest = steps, warps = w;
   }
-  const int blocks = static_cast<int>((tiles + warps - 1) / warps), cluster = kernel.bulk_units && blocks > 1 ? 2 : 1;
+  const int blocks = static_cast<int>((tiles + warps - 1) / warps), cluster = blocks > 1 ? kernel.cluster : 1;
   return {(blocks + cluster - 1) / cluster * cluster, cluster, 32 * warps, kernel.shared_bytes(warps),
           most < there ? most : there};
 }
@@ -98,7 +99,8 @@ bool cuda_fuses(const Problem& p, bool backward, bool tf32, int device) {
   const CudaKernels kernels = kernels_for(p, tf32, device);
   const size_t there = simt::most_shared_bytes(device);
   return grid_of(kernels.forward, p.batch, device).shared_bytes <= there &&
-         (!backward || grid_of(kernels.sweep, p.batch, device).shared_bytes <= there);
+         (!backward || grid_of(kernels.sweep, p.batch, device).shared_bytes <= there) &&
+         (!p.reconstruct || grid_of(kernels.reconstruction, p.batch, device).shared_bytes <= there);
 }
 
 const char* cuda_forward(const ForwardProblem& p, bool tf32, int device, void* stream) {
@@ -111,6 +113,12 @@ const char* cuda_sweep(const SweepProblem& p, bool tf32, int device, void* strea
   if (p.batch == 0) return nullptr;
   const simt::OnDevice on(device);
   return on.error() ? on.error() : launch(kernels_for(p, tf32, device).sweep, p, device, stream);
+}
+
+const char* cuda_reconstruct(const ReconstructionProblem& p, bool tf32, int device, void* stream) {
+  if (p.batch == 0) return nullptr;
+  const simt::OnDevice on(device);
+  return on.error() ? on.error() : launch(kernels_for(p, tf32, device).reconstruction, p, device, stream);
 }
 
 }  // namespace odeblock

@@ -77,6 +77,7 @@ struct HalfProducts : FloatSums {
   static constexpr int kColumns = 16;    // of A in one product
   static constexpr bool kRounds = true;  // A is not what it is packed from
   static constexpr bool kApproximate = kBfloat16;
+  static constexpr float kEpsilon = kBfloat16 ? 0x1p-7f : 0x1p-10f;  // of what is multiplied, from 1 to the next number
   struct A {
     uint32_t x[4];
   };
@@ -137,6 +138,7 @@ struct OfFloat : FloatSums {
 // tensor cores cut off what they sum. What float32 has as infinite, and what bfloat16 rounds to it, comes out as NaN.
 struct FloatProducts : OfFloat {
   static constexpr int kColumns = 16;
+  static constexpr float kEpsilon = 0x1p-23f;
   struct A {
     uint32_t x[3][4];
   };
@@ -193,6 +195,7 @@ struct FloatProducts : OfFloat {
 // float32 rounded to the 11 bits of tf32.
 struct Tf32Products : OfFloat {
   static constexpr int kColumns = 8;
+  static constexpr float kEpsilon = 0x1p-10f;
   struct A {
     uint32_t x[4];
   };
@@ -221,6 +224,7 @@ struct DoubleProducts : OneWarp {
   typedef double Stored;
   typedef double Number;
   static constexpr int kRows = 8, kNumbers = 2, kColumns = 8;
+  static constexpr double kEpsilon = 0x1p-52;
   static constexpr bool kRounds = false, kApproximate = false;
   struct alignas(16) Tile {
     double x[kNumbers];

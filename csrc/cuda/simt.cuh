@@ -41,6 +41,8 @@ ODEBLOCK_DEVICE unsigned char* shared() {
 ODEBLOCK_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
 ODEBLOCK_DEVICE void sync_block() { __syncthreads(); }
+// The same; whether it holds for a thread of the block.
+ODEBLOCK_DEVICE bool any_of_block(bool holds) { return __syncthreads_or(holds); }
 ODEBLOCK_DEVICE void sync_warp() { __syncwarp(); }
 
 // x, of which the compiler knows nothing: what is made of it is not made before, and kept.

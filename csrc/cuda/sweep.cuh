@@ -17,12 +17,15 @@
 namespace odeblock {
 namespace {
 
-// A block for products P and up to Q features.
+// Whether registers hold states of up to Q features as operands of products P.
 template <class P, int Q>
-struct SweepShape {
+constexpr bool kPacksStates = P::kRounds && Q <= 128;
+
+// A block for products P and up to Q features, of whose rows `Waiting` states wait in shared memory.
+template <class P, int Q, int Waiting>
+struct SweepShapeOf {
   static constexpr int kSize = sizeof(typename P::Stored);
-  // Registers hold h and a as operands.
-  static constexpr bool kPacks = P::kRounds && Q <= 128;
+  static constexpr bool kPacks = kPacksStates<P, Q>;
   static constexpr int units() {
     if (kSize == 2) return Q > 64 && P::kWarps == 1 ? 16 : 32;
     return Q <= 512 / kSize || P::kColumns == 16 ? 16 : 8;
@@ -30,10 +33,10 @@ struct SweepShape {
   typedef ChunkShape<P, Q, units()> Chunk;
 
   static constexpr size_t waiting_bytes(int warps) {
-    return static_cast<size_t>(kPacks ? 1 : 2) * warps * 32 * (Q / 8) * sizeof(typename P::Tile);
+    return static_cast<size_t>(Waiting) * warps * 32 * (Q / 8) * sizeof(typename P::Tile);
   }
   // That registers allow; shared memory decides (launch.cu).
-  static constexpr int kMostWarps = P::kWarps == 4 && Q == 64 ? 12 : 8, kMostThreads = 32 * kMostWarps;
+  static constexpr int kMostWarps = P::kWarps == 4 && Q == 64 && Waiting == 1 ? 12 : 8, kMostThreads = 32 * kMostWarps;
   static constexpr int stages() {
     const int warps = Chunk::kBulk ? kMostWarps : 2;
     const int fit = static_cast<int>((P::kSharedBytes - Chunk::bytes(0) - waiting_bytes(warps)) / Chunk::kBytes);
@@ -44,6 +47,8 @@ struct SweepShape {
   static constexpr size_t kStageBytes = Chunk::bytes(kStages);
   static constexpr size_t shared_bytes(int warps) { return kStageBytes + waiting_bytes(warps); }
 };
+template <class P, int Q>
+using SweepShape = SweepShapeOf<P, Q, kPacksStates<P, Q> ? 1 : 2>;
 
 template <class P, int Q>
 ODEBLOCK_DEVICE void sweep_of_block(const SweepArguments& arguments) {

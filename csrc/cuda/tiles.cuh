@@ -56,6 +56,44 @@ ODEBLOCK_DEVICE void for_each_biased(const typename P::Stored* bias, F f) {
   }
 }
 
+// f(tile, i, entry of the column), likewise; entries [kSightWidth] in global memory.
+template <class P, int N, bool kRolled, class F>
+ODEBLOCK_DEVICE void for_each_seen(const typename P::Number* entries, F f) {
+  entries += simt::thread_again() % 4 * 2;
+#pragma unroll(kRolled ? 1 : N / 8)
+  for (int n = 0; n < N / 8; n++) {
+    const simt::Pair<typename P::Number> pair = simt::read_pair(entries + 8 * n);
+#pragma unroll
+    for (int i = 0; i < P::kNumbers; i++) f(n, i, i % 2 ? pair.y : pair.x);
+  }
+}
+
+// Of a row, from what each of its lanes has; the same bits in all.
+template <class T>
+ODEBLOCK_DEVICE T sum_of_row(T x) {
+  x += simt::shuffle_xor(x, 1);
+  return x + simt::shuffle_xor(x, 2);
+}
+
+// The projection probeᵀ(c ⊙ h) of each row that a lane has numbers of (docs/adjoint.md, 15); h: `step` from tile to
+// tile.
+template <class P, int N, bool kRolled>
+ODEBLOCK_DEVICE void project(const typename P::Number* c, const typename P::Number* probe, const typename P::Tile* h,
+                             int step, typename P::Number (&projection)[P::kNumbers / 2]) {
+  const int first = simt::thread_again() % 4 * 2;
+#pragma unroll
+  for (int r = 0; r < P::kNumbers / 2; r++) projection[r] = 0;
+#pragma unroll(kRolled ? 1 : N / 8)
+  for (int n = 0; n < N / 8; n++) {
+    const auto seen = simt::read_pair(c + 8 * n + first), direction = simt::read_pair(probe + 8 * n + first);
+#pragma unroll
+    for (int i = 0; i < P::kNumbers; i++)
+      projection[i / 2] = fma(i % 2 ? seen.y * direction.y : seen.x * direction.x, h[n * step].x[i], projection[i / 2]);
+  }
+#pragma unroll
+  for (int r = 0; r < P::kNumbers / 2; r++) projection[r] = sum_of_row(projection[r]);
+}
+
 // The row of the batch that number i of a tile is of; worked out where it is needed, while registers are full.
 template <class P>
 ODEBLOCK_DEVICE int64_t row_of(int i) {

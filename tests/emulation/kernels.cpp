@@ -1,6 +1,7 @@
 // The CUDA kernels, emulated: reads one problem from standard input, writes what its kernel does. Linked with
 // csrc/cuda/launch.cu and the kinds of kernels.cu that a test needs.
 #include <cstdio>
+#include <cstring>
 
 #include "../arrays.h"
 #include "api.h"
@@ -13,7 +14,7 @@ namespace {
 struct Header {
   int64_t sweep, dtype, tf32, activation, batch, dim, hidden, depth, save_every, resumes, biases, capability,
       multiprocessors, seed;
-  double scale;
+  double scale, limit;
 };
 
 void set(Problem& p, const Header& x) {
@@ -40,7 +41,22 @@ int main() {
   emulation::capability() = static_cast<int>(x.capability);
   emulation::multiprocessors() = static_cast<int>(x.multiprocessors);
   try {
-    if (x.sweep) {
+    if (x.sweep == 3) {  // the adjoint's states from h_L, all features seen alike, none of them compared
+      ReconstructionProblem p{};
+      set(p, x), set_weights(p);
+      p.reconstruct = true;
+      const size_t state = padded_rows(x.batch) * x.dim * computed;
+      const Bytes states = read((x.depth + 1) * state), sight = read(x.depth * kSightWidth * computed),
+                  probe = read(kSightWidth * computed), rows = read(20 * x.batch * computed);
+      const Bytes checks = allocate(padded_checks(x.batch) * kChecks * computed);
+      std::memset(checks.get(), 0, padded_checks(x.batch) * kChecks * computed);
+      p.block_depth = x.depth, p.ring = x.depth + 1, p.limit = x.limit;
+      p.states = states.get(), p.visible = p.sight = sight.get(), p.probe = probe.get();
+      p.checks = checks.get(), p.rows = rows.get();
+      if (!cuda_fuses(p, true, x.tf32 != 0, 0)) throw std::runtime_error("the kernels do not take this problem");
+      cuda_reconstruct(p, x.tf32 != 0, 0, nullptr);
+      write(states, x.depth * state);
+    } else if (x.sweep) {
       SweepProblem p{};
       set(p, x), set_weights(p);
       const size_t rows = x.depth * numbers * stored, units = x.depth * x.batch * x.hidden * stored;

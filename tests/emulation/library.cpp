@@ -42,18 +42,20 @@ void emulate(int capability, int multiprocessors, int64_t seed) {
   emulation::seed() = static_cast<uint64_t>(seed);
 }
 
-bool fuses(const int64_t* sizes, bool backward, bool tf32) {
+bool fuses(const int64_t* sizes, bool backward, bool reconstruct, bool tf32) {
   Problem p{};
   set(p, sizes, 0);
+  p.reconstruct = reconstruct;
   return cuda_fuses(p, backward, tf32, 0);
 }
 
 const char* forward(const int64_t* sizes, double scale, void* const* weights, void* const* arrays, int64_t save_every,
-                    bool tf32) {
+                    bool reconstruct, bool tf32) {
   ForwardProblem p{};
   set(p, sizes, scale), set_weights(p, weights);
-  p.save_every = save_every;
+  p.save_every = save_every, p.reconstruct = reconstruct;
   p.h = arrays[0], p.start = arrays[1], p.y = arrays[2], p.end = arrays[3], p.states = arrays[4];
+  p.sight = arrays[5], p.probe = arrays[6], p.checks = arrays[7];
   return tell([&] { return cuda_forward(p, tf32, 0, nullptr); });
 }
 
@@ -63,5 +65,15 @@ const char* sweep(const int64_t* sizes, double scale, void* const* weights, void
   p.states = arrays[0], p.a = arrays[1];
   p.layer_a = arrays[2], p.layer_h = arrays[3], p.layer_s = arrays[4], p.layer_g = arrays[5];
   return tell([&] { return cuda_sweep(p, tf32, 0, nullptr); });
+}
+
+const char* reconstruct(const int64_t* sizes, double scale, void* const* weights, void* const* arrays, int64_t ring,
+                        int64_t first, int64_t block_depth, double limit, bool tf32) {
+  ReconstructionProblem p{};
+  set(p, sizes, scale), set_weights(p, weights);
+  p.states = arrays[0], p.visible = arrays[1], p.sight = arrays[2], p.probe = arrays[3];
+  p.checks = arrays[4], p.rows = arrays[5];
+  p.ring = ring, p.first = first, p.block_depth = block_depth, p.limit = limit;
+  return tell([&] { return cuda_reconstruct(p, tf32, 0, nullptr); });
 }
 }

@@ -176,6 +176,20 @@ class Machine {
 
   // Waits for `count` threads, each with the same count, at barrier `id` of the block.
   void meet(int id, int count, const char* name) { meet(barriers_[rank() * kBarriers + id], id, count, name); }
+  // .. at barrier 0, all threads of the block, each with a vote; whether one is for it.
+  bool vote(bool mine, const char* name) {
+    Barrier& barrier = barriers_[rank() * kBarriers];
+    bool* found;
+    {
+      const Unseen unseen;
+      found = &barrier.found[barrier.round % 2];
+      if (barrier.arrived == 0) *found = false;
+      *found |= mine;
+    }
+    meet(barrier, 0, threads_, name);
+    const Unseen unseen;
+    return *found;
+  }
   void meet_cluster(const char* name) { meet(barriers_[kMaxBlocks * kBarriers], 0, cluster_ * threads_, name); }
 
   // What a warp does together: each lane brings a T, the last to come does f(T*[32]) for all.
@@ -369,6 +383,8 @@ class Machine {
   struct Barrier {
     int arrived = 0, count = 0;
     unsigned round = 0;
+    const char* name = nullptr;
+    bool found[2];  // of votes
     std::vector<Thread*> waiting;
     char order[2];
   };
@@ -397,9 +413,12 @@ class Machine {
     char* order;
     {
       const Unseen unseen;
+      if (barrier.arrived > 0 && std::strcmp(barrier.name, name) != 0)
+        fail("diverged: in %s, while threads of its block wait in %s", name, barrier.name);
       if (barrier.arrived > 0 && barrier.count != count)
         fail("%s %d of %d threads, where others wait for %d", name, id, count, barrier.count);
       barrier.count = count;
+      barrier.name = name;
       order = &barrier.order[barrier.round % 2];
     }
     release(order);

@@ -188,6 +188,7 @@ inline unsigned char* shared() { return Machine::current().shared(); }
 inline int opaque(int x) { return x; }
 inline void trap() { Machine::current().fail("trap"); }
 inline void sync_block() { Machine::current().meet(0, Machine::current().threads(), "__syncthreads"); }
+inline bool any_of_block(bool holds) { return Machine::current().vote(holds, "__syncthreads_or"); }
 inline void sync_warp() {
   Machine& machine = Machine::current();
   char* order = machine.warp_order();
