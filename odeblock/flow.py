@@ -30,8 +30,9 @@ def blocks(model: nn.Module) -> Iterator[tuple[str, DeepResBlock]]:
 def flow_rates(model: nn.Module) -> dict[nn.Parameter, float]:
     """Every trainable parameter with the factor that its gradient has in the flow: L, or 1 outside of blocks.
 
-    L is the depth of the parameter's block. (Of the parts of ``DeepResBlock.split`` each has its own, smaller
-    L: give the optimiser the groups of the whole block's flow yourself if they are to move as it would.)
+    L is the depth of the parameter's block, whose step is meant to be 1/L: with a larger ``scale``, such as
+    1/√L, this factor is too large. (Of the parts of ``DeepResBlock.split`` each has its own, smaller L: make
+    the groups yourself if they are to move as the whole would.)
     """
     rates = {p: 1.0 for p in model.parameters() if p.requires_grad}
     for _, block in blocks(model):
