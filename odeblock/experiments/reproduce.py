@@ -1,0 +1,128 @@
+"""Runs one experiment of ``python -m odeblock reproduce``, part by part, and writes what it found.
+
+An experiment is a module with two functions: ``parts(config)``, computations whose results are JSON, and
+``summarise(config, results)``, which turns those into figures, rows and findings. Each part is written to
+disk when it is done: a run that was interrupted goes on with the parts that are missing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .config import ReproduceConfig
+from .outputs import provenance, save_csv, save_figure, save_json
+
+PARTS, FORMATS = "parts", ("pdf", "png")
+INTERRUPTED = 130
+
+Advance = Callable[[int], None]
+"""Called by a part with the number of steps it has made."""
+Results = dict[str, Any]
+"""What a part found; whatever JSON holds."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A computation: its name, how many steps it counts for in the progress bar, and the function."""
+
+    name: str
+    steps: int
+    compute: Callable[[Advance], Results]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """figures: by file name, without ending. rows: of the CSV, all of the same keys. findings: to print."""
+
+    figures: Mapping[str, Figure]
+    rows: list[dict[str, Any]]
+    findings: Mapping[str, Any]
+
+
+def reproduce(name: str, config: ReproduceConfig, output: Path) -> int:
+    """Run the experiment ``name``; write its files to the folder ``output``.
+
+    NAME.json: findings, settings, versions, and everything that was computed; NAME.csv: the numbers behind
+    the figures; figures as PDF and PNG; parts/: what a later call with the same settings need not compute
+    again.
+
+    Returns the exit code: 0; 130 after Ctrl-C; 1 where a loss was not finite.
+    """
+    console = Console()
+    experiment = importlib.import_module(f".{name.replace('-', '_')}", __package__)
+    parts: list[Part] = experiment.parts(config)
+    try:
+        results = _run(parts, asdict(config), output, console)
+    except KeyboardInterrupt:
+        console.print("interrupted: the same command goes on from here", style="bold")
+        return INTERRUPTED
+    except FloatingPointError as error:
+        console.print(f"stopped: {error}", style="bold", markup=False, soft_wrap=True)
+        return 1
+    summary: Summary = experiment.summarise(config, results)
+    for figure_name, figure in summary.figures.items():
+        for ending in FORMATS:
+            save_figure(output / f"{figure_name}.{ending}", figure)
+    save_csv(output / f"{name}.csv", summary.rows)
+    found = {
+        "experiment": name,
+        "config": asdict(config),
+        **provenance(),
+        "findings": dict(summary.findings),
+        "parts": results,
+    }
+    save_json(output / f"{name}.json", found)
+    console.print(_table(name, summary.findings))
+    console.print(f"saved in {output}", markup=False, soft_wrap=True)
+    return 0
+
+
+def _run(parts: list[Part], config: dict[str, Any], output: Path, console: Console) -> dict[str, Results]:
+    """The results of all parts, by name; those on disk with the same settings are not computed again."""
+    settings = json.loads(json.dumps({"config": config, "version": provenance()["versions"]["odeblock"]}))
+    (output / PARTS).mkdir(parents=True, exist_ok=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    results: dict[str, Results] = {}
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=sum(part.steps for part in parts))
+        done = 0
+        for part in parts:
+            progress.update(task, description=f"{part.name:<20}")
+            path = output / PARTS / f"{part.name}.json"
+            found = _read(path, settings)
+            if found is None:
+                found = part.compute(lambda steps: progress.advance(task, steps))
+                save_json(path, {**settings, "results": found})
+            results[part.name] = found
+            done += part.steps
+            progress.update(task, completed=done)
+    return results
+
+
+def _read(path: Path, settings: dict[str, Any]) -> Results | None:
+    """The results of a part in ``path``; None where there are none, or those of other settings."""
+    try:
+        stored = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    results: Results = stored.pop("results", None)
+    return results if stored == settings else None
+
+
+def _table(name: str, findings: Mapping[str, Any]) -> Table:
+    table = Table(title=name, title_justify="left", title_style="bold", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for label, value in findings.items():
+        table.add_row(label, f"{value:.4g}" if isinstance(value, float) else str(value))
+    return table
