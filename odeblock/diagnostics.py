@@ -75,6 +75,17 @@ def spectrum(weights: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def high_frequencies(weights: Tensor) -> float:
+    """The share of the upper half of frequencies in what varies along depth, by ``spectrum``.
+
+    About 1/2 for independent layers, like L^-3 or less for weights smooth in depth, 0 where nothing varies.
+    """
+    power = spectrum(weights)[1:]
+    total = float(power.sum())
+    return float(power[len(power) // 2 :].sum()) / total if total > 0 else 0.0
+
+
+@torch.no_grad()
 def roughness(weights: Tensor) -> float:
     """Von Neumann's ratio Σ_k ‖Z_{k+1} - Z_k‖² / 2 Σ_k ‖Z_k - mean‖²: about 1 for independent layers.
 
@@ -153,7 +164,8 @@ class Monitor:
             weights [L*, ...] of a much deeper network, to take the ``distance`` from.
 
     ``history``: one dict of floats a record, "call", "loss", "pl_ratio", and for every stacked parameter NAME
-    "NAME.max", "NAME.total_variation" (``smoothness``) and, where there is a limit, "NAME.distance".
+    "NAME.max" and "NAME.total_variation" (``smoothness``), "NAME.high_frequencies" and, where there is a
+    limit, "NAME.distance".
 
     Raises:
         ValueError: the model has no ``DeepResBlock``, or no parameter of a name in ``limit``.
@@ -177,6 +189,7 @@ class Monitor:
             entry = {"call": float(self.calls), "loss": value, "pl_ratio": pl_ratio(self.model, value)}
             for name, weights in self._stacks().items():
                 entry.update({f"{name}.{key}": number for key, number in smoothness(weights).items()})
+                entry[f"{name}.high_frequencies"] = high_frequencies(weights)
                 if name in self.limit:
                     entry[f"{name}.distance"] = distance(weights, self.limit[name])
             self.history.append(entry)

@@ -73,6 +73,26 @@ def interpolate(weights: Tensor, position: Tensor, kind: str = "linear") -> Tens
     return total.to(weights.dtype)
 
 
+def fields(block: DeepResBlock, interpolation: str = "linear") -> dict[str, Callable[[float], Tensor]]:
+    """The weights of a block as functions of depth: 𝒱 by the name "V", 𝒲 by "W", and biases where there are.
+
+    Each is a function s -> 𝒵(s) on 0 <= s <= 1, [q, m] for 𝒱 and [m, q] for 𝒲, differentiable in the block's
+    parameters. ``initializers.Fields(found["V"], found["W"])`` starts a block of any depth from them.
+
+    Arguments:
+        block: a ``DeepResBlock``. interpolation: ``"linear"`` or ``"cubic"``, see ``interpolate``.
+    """
+
+    def field(weights: Tensor) -> Callable[[float], Tensor]:
+        def at(s: float) -> Tensor:
+            position = torch.tensor([s * len(weights)], dtype=torch.float64, device=weights.device)
+            return interpolate(weights, position, interpolation)[0]
+
+        return at
+
+    return {name: field(weights) for name, weights in block.named_parameters()}
+
+
 class VectorField(nn.Module):
     """f(s, h) = T (𝒱(s) σ(𝒲(s) h + b(s)) + c(s)), the right-hand side of a block's limiting ODE.
 

@@ -253,7 +253,7 @@ def test_small_steps_of_sgd_follow_the_flow() -> None:
             optimizer.zero_grad()
             other_risk().backward()
             optimizer.step()
-        gaps.append(float((other.block.V - network.block.V).norm()))
+        gaps.append(float((other.block.V - network.block.V).detach().norm()))
     start = regression(12, "smooth")[0].block.V
     assert gaps[0] < 0.02 * float((network.block.V - start).norm())
     assert gaps[0] / gaps[1] == pytest.approx(2, rel=0.1)  # Euler's method: of first order
@@ -297,6 +297,21 @@ def test_orders_of_interpolation() -> None:
         torch.testing.assert_close(limit.interpolate(powers, at, "cubic")[:, 0], at.double() ** (depth - 1))
     with pytest.raises(ValueError, match=r"^kind: expected one of linear, cubic; got 'spline'"):
         limit.interpolate(stack, torch.ones(1), "spline")
+
+
+@pytest.mark.parametrize("interpolation", limit.INTERPOLATIONS)
+def test_fields_of_a_block(interpolation: str) -> None:
+    block = DeepResBlock(3, 8, 4, bias=True, dtype=torch.float64)
+    found = limit.fields(block, interpolation)
+    assert list(found) == ["V", "W", "hidden_bias", "output_bias"]
+    torch.testing.assert_close(found["V"](0.5), block.V[3])
+    other = DeepResBlock(3, 16, 4, init=Fields(found["V"], found["W"]), dtype=torch.float64)
+    torch.testing.assert_close(other.W[1::2], block.W)
+    if interpolation == "linear":
+        torch.testing.assert_close(other.V, block.resample(16).V)
+    found["W"](0.3).sum().backward()
+    assert block.W.grad is not None
+    assert block.W.grad.any()
 
 
 def test_solve_is_the_matrix_exponential() -> None:
@@ -384,6 +399,14 @@ def test_spectrum() -> None:
     assert power[1:].max() / power[1:].min() < 1.5
 
 
+def test_high_frequencies() -> None:
+    assert diagnostics.high_frequencies(torch.randn(65, 40, 40)) == pytest.approx(0.5, abs=0.02)
+    assert diagnostics.high_frequencies(torch.ones(8, 2, 2)) == 0.0
+    assert diagnostics.high_frequencies(torch.randn(1, 2)) == 0.0
+    shares = [diagnostics.high_frequencies(torch.linspace(0, 1, L).double()[:, None]) for L in (64, 128)]
+    assert shares[0] / shares[1] == pytest.approx(8, rel=0.2)
+
+
 def test_distance() -> None:
     s = torch.arange(1, 4097, dtype=torch.float64)[:, None, None] / 4096
     reference = torch.cat([s.sin(), s.cos()], 1)
@@ -425,6 +448,7 @@ def test_monitor() -> None:
     assert second["net.block.V.distance"] == pytest.approx(4 * first["net.block.V.distance"])
     assert second["net.block.W.total_variation"] == first["net.block.W.total_variation"] > 0
     assert "net.block.W.distance" not in first
+    assert first["net.block.V.high_frequencies"] == diagnostics.high_frequencies(network.block.V)
     assert first["pl_ratio"] > 0
     diagnostics.Monitor(network.block)(1.0)  # a block is a model too
     with pytest.raises(ValueError, match=r"^model: expected one that holds a DeepResBlock"):
