@@ -24,7 +24,7 @@ from .networks import build_network
 from .reproduce import Advance, Part, Results, Summary
 from .style import COLOURS, FONT, TITLES, depth_axis, finish
 
-METHODS = {"refined": "shallow, then deep", "deep": "deep from the start"}
+METHODS = {"deep": "deep from the start", "refined": "shallow, then deep"}
 
 
 def parts(config: RefinementConfig) -> list[Part]:
@@ -162,10 +162,11 @@ def _training_curves(config: RefinementConfig, results: dict[str, Results]) -> F
     figure = Figure(figsize=(9.0, 4.0), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, by in zip(panels, ("time", "epoch"), strict=True):
-        for (method, text), colour in zip(METHODS.items(), ("blue", "orange"), strict=True):
+        styles = (("orange", 4.0), ("blue", 1.6))  # where both agree both are seen
+        for (method, text), (colour, width) in zip(METHODS.items(), styles, strict=True):
             found = results["refine"][method]
             x = found["time"] if by == "time" else range(config.epochs + 1)
-            axes.plot(x, found["train_loss"], color=COLOURS[colour], linewidth=1.8, label=text)
+            axes.plot(x, found["train_loss"], color=COLOURS[colour], linewidth=width, label=text)
             if method == "refined":
                 at = config.shallow_epochs
                 point = (x[at], found["train_loss"][at])

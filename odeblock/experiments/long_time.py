@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ..diagnostics import pl_ratio, smoothness
 from .config import LongTimeConfig
@@ -96,6 +97,7 @@ def _curves(config: LongTimeConfig, results: dict[str, Results]) -> Figure:
                 label=TITLES[init],
             )
         axes.set_yscale("log")
+        axes.xaxis.set_major_locator(MaxNLocator(4))
         finish(axes, "", "training iteration", label)
     panels[0].axhline(config.target, color="0.4", linestyle="--", linewidth=1.2, label=f"{config.target:.0e}")
     panels[0].legend(frameon=False, fontsize=FONT - 2)
