@@ -75,7 +75,7 @@ class LipschitzConfig:
     lr: float = 0.01
     iterations: tuple[int, ...] = (10, 50, 150, 500)
     fit_from: int = 16
-    timing_rounds: int = 7
+    timing_rounds: int = 15
     seed: int = 0
 
 

@@ -74,7 +74,7 @@ def summarise(config: DigitsConfig, results: dict[str, Results]) -> Summary:
             findings[f"train, test accuracy, %: {what}"] = " ".join(
                 f"{100 * last[f'{part}_accuracy']:.1f}" for part in ("train", "test")
             )
-            findings[f"L max|ΔV|, L max|ΔW|, start -> trained: {what}"] = ", ".join(
+            findings[f"L max|ΔV|, L max|ΔW|, a typical coefficient, start -> trained: {what}"] = ", ".join(
                 f"{first[name]['max']:.3g} -> {last[name]['max']:.3g}" for name in ("V", "W")
             )
     return Summary({"weights-on-digits": _figure(config, results)}, rows, findings)
