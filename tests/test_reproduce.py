@@ -265,11 +265,11 @@ def test_an_interrupted_run_goes_on(
     ran: list[str] = []
     stop = ["second"]
 
-    def compute(name: str, advance: reproduce.Advance) -> reproduce.Results:
+    def compute(name: str, run: reproduce.Run) -> reproduce.Results:
         ran.append(name)
         if name in stop:
             raise KeyboardInterrupt
-        advance(1)
+        run.advance(1)
         return {"number": len(ran)}
 
     def summarise(config: ReproduceConfig, results: dict[str, reproduce.Results]) -> reproduce.Summary:
@@ -296,6 +296,38 @@ def test_an_interrupted_run_goes_on(
     assert ran[3:] == ["second"]
     assert reproduce.reproduce("invented", replace(config, seed=1), tmp_path) == 0
     assert ran[4:] == ["first", "second"]  # other settings: nothing of it is used
+
+
+@pytest.mark.parametrize(
+    ("name", "interrupted_at", "saved_at"),
+    [("large-depth-convergence", 40, 4 * 6), ("long-time", 50, 40)],  # gradients of its four networks, or one
+)
+def test_an_interrupted_part_goes_on(
+    name: str,
+    interrupted_at: int,
+    saved_at: int,
+    tmp_path: Path,
+    outputs: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("odeblock.experiments.long_time.SAVED_EVERY", 20)
+    made, gradient = 0, synthetic.Descent.gradient
+
+    def counted(descent: synthetic.Descent) -> float:
+        nonlocal made
+        made += 1
+        if made == interrupted_at:
+            raise KeyboardInterrupt
+        return gradient(descent)
+
+    monkeypatch.setattr(synthetic.Descent, "gradient", counted)
+    assert reproduce.reproduce(name, SMALL[name], tmp_path) == 130
+    assert len(list((tmp_path / "parts").glob("*.pt"))) == 1
+    assert reproduce.reproduce(name, SMALL[name], tmp_path) == 0
+    steps = 2 * 4 * 12 if name == "large-depth-convergence" else len(column(outputs(name), name, "loss"))
+    assert made == interrupted_at + steps - saved_at
+    assert not list((tmp_path / "parts").glob("*.pt"))
+    assert read(tmp_path, name)["parts"] == read(outputs(name), name)["parts"]
 
 
 def test_a_loss_that_is_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

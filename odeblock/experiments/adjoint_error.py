@@ -20,7 +20,7 @@ from ..autograd import DriftWarning
 from ..functional import deep_residual
 from .config import AdjointErrorConfig
 from .gradients import adjoint_2022, random_inputs
-from .reproduce import Advance, Part, Results, Summary
+from .reproduce import Part, Results, Run, Summary
 from .style import COLOURS, FONT, TITLES, depth_axis, finish, slope
 
 METHODS: dict[str, Callable[..., Tensor]] = {
@@ -44,7 +44,7 @@ def parts(config: AdjointErrorConfig) -> list[Part]:
     ]
 
 
-def measure(config: AdjointErrorConfig, weights: str, depth: int, advance: Advance) -> Results:
+def measure(config: AdjointErrorConfig, weights: str, depth: int, run: Run) -> Results:
     """For each method the largest relative error of dx, dV and dW over all seeds, in float32."""
     errors = dict.fromkeys(METHODS, 0.0)
     for seed in range(config.seed, config.seed + config.seeds):
@@ -56,7 +56,7 @@ def measure(config: AdjointErrorConfig, weights: str, depth: int, advance: Advan
                 float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(found, truth, strict=True)
             )
             errors[name] = max(errors[name], error)
-        advance(depth)
+        run.advance(depth)
     return dict(errors)
 
 

@@ -21,7 +21,7 @@ from .config import RefinementConfig, TrainConfig
 from .digits import load_digits
 from .loop import Training, accuracy, cross_entropy
 from .networks import build_network
-from .reproduce import Advance, Part, Results, Summary
+from .reproduce import Part, Results, Run, Summary
 from .style import COLOURS, FONT, TITLES, depth_axis, finish
 
 METHODS = {"deep": "deep from the start", "refined": "shallow, then deep"}
@@ -57,7 +57,7 @@ def _training(config: RefinementConfig, depth: int, init: str, seed: int) -> Tra
     return Training(build_network(settings, init), load_digits(), settings)
 
 
-def resample(config: RefinementConfig, init: str, seed: int, advance: Advance) -> Results:
+def resample(config: RefinementConfig, init: str, seed: int, run: Run) -> Results:
     """Trained at ``shallow``: "test_accuracy" and "test_loss" at each depth.
 
     "trained_accuracy", "trained_loss": before resampling; "back": accuracy at ``shallow`` again, from the
@@ -66,7 +66,7 @@ def resample(config: RefinementConfig, init: str, seed: int, advance: Advance) -
     training = _training(config, config.shallow, init, seed)
     for _ in range(config.epochs):
         training.epoch(lambda loss: None)
-        advance(1)
+        run.advance(1)
     data = training.data
 
     def test_loss(model: nn.Module) -> torch.Tensor:
@@ -86,7 +86,7 @@ def resample(config: RefinementConfig, init: str, seed: int, advance: Advance) -
     return results
 
 
-def refine(config: RefinementConfig, advance: Advance) -> Results:
+def refine(config: RefinementConfig, run: Run) -> Results:
     """For each method, after each epoch: train_loss, test_accuracy, and time as a fraction of all of "deep".
 
     Both are trained turn by turn, an epoch each, in one process. Time is that of training steps alone.
@@ -104,7 +104,7 @@ def refine(config: RefinementConfig, advance: Advance) -> Results:
             training.epoch(lambda loss: None)
             seconds[method].append(seconds[method][-1] + time.perf_counter() - start)
             training.record()
-            advance(config.deep // config.shallow)
+            run.advance(config.deep // config.shallow)
     total = seconds["deep"][-1]
     return {
         method: {

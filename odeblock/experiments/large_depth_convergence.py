@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from ..diagnostics import distance
 from .config import ConvergenceConfig
-from .reproduce import Advance, Part, Results, Summary
+from .reproduce import Part, Results, Run, Summary
 from .style import COLOURS, FONT, SEQUENTIAL, TITLES, depth_axis, finish, guide, legend_below, slope
 from .synthetic import INITS, Descent, initial_W, make_block, make_data
 
@@ -28,7 +28,7 @@ def parts(config: ConvergenceConfig) -> list[Part]:
     return [Part(init, config.iterations, partial(train, config, init)) for init in INITS]
 
 
-def train(config: ConvergenceConfig, init: str, advance: Advance) -> Results:
+def train(config: ConvergenceConfig, init: str, run: Run) -> Results:
     """iteration: of each comparison; V, W: the distances then, a list over depths for each."""
     x, y = (data.double() for data in make_data(config.samples, config.dim, config.seed))
     W = initial_W(init, config.reference, config.hidden_dim, config.dim, config.seed)
@@ -40,16 +40,25 @@ def train(config: ConvergenceConfig, init: str, advance: Advance) -> Results:
     # The integral over depth is taken at a few points in each layer of the deepest network.
     stride = max(1, config.reference // (POINTS * config.depths[-1]))
     reference, networks = descent(config.reference), [descent(depth) for depth in config.depths]
+    everything = (reference, *networks)
     results: Results = {"iteration": [], "V": [], "W": []}
-    for iteration in range(1, config.iterations + 1):
-        for network in (reference, *networks):
+    if saved := run.load():
+        results = saved["results"]
+        for network, weights in zip(everything, saved["weights"], strict=True):
+            network.block.load_state_dict(weights)
+    done = results["iteration"][-1] if results["iteration"] else 0
+    run.advance(done)
+    for iteration in range(done + 1, config.iterations + 1):
+        for network in everything:
             network.step()
-        advance(1)
+        run.advance(1)
         if iteration % config.every == 0:
             results["iteration"].append(iteration)
             for name in STACKS:
                 limit = getattr(reference.block, name)[stride - 1 :: stride]
                 results[name].append([distance(getattr(net.block, name), limit) for net in networks])
+            weights = [network.block.state_dict() for network in everything]
+            run.save({"results": results, "weights": weights})
     return results
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from ..diagnostics import largest_step
 from .config import LipschitzConfig
-from .reproduce import Advance, Part, Results, Summary
+from .reproduce import Part, Results, Run, Summary
 from .speed import median_seconds
 from .style import FONT, TITLES, depth_axis, finish, guide, sequence, slope
 from .synthetic import INITS, Descent, LoopDescent, initial_W, make_block, make_data
@@ -28,7 +28,7 @@ def parts(config: LipschitzConfig) -> list[Part]:
     return [*found, Part("speed", config.iterations[-1] * config.depths[-1], partial(compare, config))]
 
 
-def train(config: LipschitzConfig, init: str, depth: int, advance: Advance) -> Results:
+def train(config: LipschitzConfig, init: str, depth: int, run: Run) -> Results:
     """largest_step: of V and W together after each of the iterations; loss: then."""
     x, y = make_data(config.samples, config.dim, config.seed)
     descent = Descent(
@@ -39,14 +39,14 @@ def train(config: LipschitzConfig, init: str, depth: int, advance: Advance) -> R
     for iterations in config.iterations:
         for _ in range(iterations - done):
             descent.step()
-            advance(depth)
+            run.advance(depth)
         done = iterations
         results["largest_step"].append(largest_step(torch.cat([block.V.flatten(1), block.W.flatten(1)], 1)))
         results["loss"].append(descent.gradient())
     return results
 
 
-def compare(config: LipschitzConfig, advance: Advance) -> Results:
+def compare(config: LipschitzConfig, run: Run) -> Results:
     """Time of an iteration of the Python loop over ours, of interleaved runs, medians.
 
     ratios: for each depth. whole: of one iteration at every depth, as the experiment makes them.

@@ -15,19 +15,20 @@ from matplotlib.ticker import MaxNLocator
 from ..diagnostics import pl_ratio, smoothness
 from .config import LongTimeConfig
 from .networks import along_depth, random_coefficients
-from .reproduce import Advance, Part, Results, Summary
+from .reproduce import Part, Results, Run, Summary
 from .style import COLOURS, FONT, TITLES, finish, legend_below, sequence
 from .synthetic import INITS, Descent, initial_W, make_block, make_data
 
 STACKS = ("V", "W")
 SNAPSHOTS = (0, 100, 1000, 10_000)
+SAVED_EVERY = 1000
 
 
 def parts(config: LongTimeConfig) -> list[Part]:
     return [Part(init, config.iterations, partial(train, config, init)) for init in INITS]
 
 
-def train(config: LongTimeConfig, init: str, advance: Advance) -> Results:
+def train(config: LongTimeConfig, init: str, run: Run) -> Results:
     """iteration, loss, pl_ratio: at every record; index: of the coefficients of V and W in snapshots.
 
     snapshots: iteration, and one coefficient of V and of W along depth; smoothness: of V and W at the end.
@@ -38,11 +39,16 @@ def train(config: LongTimeConfig, init: str, advance: Advance) -> Results:
     block = descent.block
     index = random_coefficients(config.dim, config.hidden_dim, config.seed)
     results: Results = {"index": index, "iteration": [], "loss": [], "pl_ratio": [], "snapshots": []}
+    start = 0
+    if saved := run.load():
+        start, results = saved["start"], saved["results"]
+        block.load_state_dict(saved["weights"])
+        run.advance(start)
 
     def snapshot(iteration: int) -> None:
         results["snapshots"].append({"iteration": iteration, **along_depth(block, index)})
 
-    for iteration in range(config.iterations + 1):
+    for iteration in range(start, config.iterations + 1):
         loss = descent.gradient()
         done = loss < config.target or iteration == config.iterations
         if done or iteration % config.every == 0:
@@ -54,7 +60,9 @@ def train(config: LongTimeConfig, init: str, advance: Advance) -> Results:
         if done:
             break
         descent.optimizer.step()
-        advance(1)
+        run.advance(1)
+        if (iteration + 1) % SAVED_EVERY == 0:
+            run.save({"start": iteration + 1, "results": results, "weights": block.state_dict()})
     return {**results, "smoothness": {name: smoothness(getattr(block, name)) for name in STACKS}}
 
 

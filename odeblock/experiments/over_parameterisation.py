@@ -28,7 +28,7 @@ from torch import Tensor
 from ..block import DeepResBlock
 from .config import OverParameterisationConfig
 from .loop import finite
-from .reproduce import Advance, Part, Results, Summary
+from .reproduce import Part, Results, Run, Summary
 from .style import FONT, SEQUENTIAL, finish
 from .synthetic import make_data
 
@@ -53,7 +53,7 @@ def parts(config: OverParameterisationConfig) -> list[Part]:
     ]
 
 
-def row(config: OverParameterisationConfig, panel: str, samples: int, advance: Advance) -> Results:
+def row(config: OverParameterisationConfig, panel: str, samples: int, run: Run) -> Results:
     """values: for each width a list over seeds, of PL constants or of the last loss over the first."""
     values: list[list[float]] = []
     for width in config.widths:
@@ -61,7 +61,7 @@ def row(config: OverParameterisationConfig, panel: str, samples: int, advance: A
         for seed in range(config.seed, config.seed + config.seeds):
             if panel in TRAINED:
                 values[-1].append(train(config, panel, samples, width, seed))
-                advance(1)
+                run.advance(1)
             else:
                 values[-1].append(pl_constant(config, samples, width, seed))
     return {"values": values}

@@ -2,7 +2,8 @@
 
 An experiment is a module with two functions: ``parts(config)``, computations whose results are JSON, and
 ``summarise(config, results)``, which turns those into figures, rows and findings. Each part is written to
-disk when it is done: a run that was interrupted goes on with the parts that are missing.
+disk when it is done, and a long one keeps its state on the way: a run that
+was interrupted goes on from there.
 """
 
 from __future__ import annotations
@@ -14,21 +15,40 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from .config import ReproduceConfig
-from .outputs import provenance, save_csv, save_figure, save_json
+from .outputs import provenance, save_checkpoint, save_csv, save_figure, save_json
 
 PARTS, FORMATS = "parts", ("pdf", "png")
 INTERRUPTED = 130
 
-Advance = Callable[[int], None]
-"""Called by a part with the number of steps it has made."""
 Results = dict[str, Any]
 """What a part found; whatever JSON holds."""
+
+
+class Run:
+    """What a part under way is given: to tell how far it is, and to keep what it has if it takes long."""
+
+    def __init__(self, advance: Callable[[int], None], path: Path, settings: dict[str, Any]) -> None:
+        self.advance = advance
+        """Called with the number of steps that were made."""
+        self._path, self._settings = path, settings
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Keep ``state``, tensors and plain values, for a later call of the same command to ``load``."""
+        save_checkpoint(self._path, {"settings": self._settings, "state": state})
+
+    def load(self) -> dict[str, Any] | None:
+        """What an interrupted call with the same settings saved last; None if there was none."""
+        if not self._path.exists():
+            return None
+        saved: dict[str, Any] = torch.load(self._path, weights_only=True)
+        return saved["state"] if saved["settings"] == self._settings else None
 
 
 @dataclass(frozen=True)
@@ -37,7 +57,7 @@ class Part:
 
     name: str
     steps: int
-    compute: Callable[[Advance], Results]
+    compute: Callable[[Run], Results]
 
 
 @dataclass(frozen=True)
@@ -101,8 +121,11 @@ def _run(parts: list[Part], config: dict[str, Any], output: Path, console: Conso
             path = output / PARTS / f"{part.name}.json"
             found = _read(path, settings)
             if found is None:
-                found = part.compute(lambda steps: progress.advance(task, steps))
+                state = path.with_suffix(".pt")
+                run = Run(lambda steps: progress.advance(task, steps), state, settings)
+                found = part.compute(run)
                 save_json(path, {**settings, "results": found})
+                state.unlink(missing_ok=True)
             results[part.name] = found
             done += part.steps
             progress.update(task, completed=done)

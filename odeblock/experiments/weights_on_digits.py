@@ -15,7 +15,7 @@ from .digits import load_digits
 from .loop import Training
 from .networks import along_depth, build_network, random_coefficients
 from .plots import coefficient_figure
-from .reproduce import Advance, Part, Results, Summary
+from .reproduce import Part, Results, Run, Summary
 from .style import TITLES
 
 NAMES = {"gelu": "GELU", "relu": "ReLU"}
@@ -29,7 +29,7 @@ def parts(config: DigitsConfig) -> list[Part]:
     ]
 
 
-def train(config: DigitsConfig, activation: str, init: str, advance: Advance) -> Results:
+def train(config: DigitsConfig, activation: str, init: str, run: Run) -> Results:
     """history: as ``loop.Training`` has it, after each epoch; coefficients: as ``plots`` wants them."""
     settings = TrainConfig(
         depth=config.depth,
@@ -46,7 +46,7 @@ def train(config: DigitsConfig, activation: str, init: str, advance: Advance) ->
     for _ in range(config.epochs):
         training.epoch(lambda loss: None)
         training.record()
-        advance(1)
+        run.advance(1)
     trained = along_depth(training.network.block, indices)
     coefficients = {
         name: {"index": index, "initial": initial[name], "trained": trained[name]}
