@@ -333,7 +333,7 @@ def test_an_interrupted_part_goes_on(
 def test_a_loss_that_is_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = replace(SMALL["long-time"], lr=1e20)
     assert reproduce.reproduce("long-time", config, tmp_path) == 1
-    assert "stopped: the loss is" in capsys.readouterr().out
+    assert "stopped: smooth: the loss is" in capsys.readouterr().out
 
 
 # ---- command line ----------------------------------------------------------------------------------------

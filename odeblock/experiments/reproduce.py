@@ -123,7 +123,10 @@ def _run(parts: list[Part], config: dict[str, Any], output: Path, console: Conso
             if found is None:
                 state = path.with_suffix(".pt")
                 run = Run(lambda steps: progress.advance(task, steps), state, settings)
-                found = part.compute(run)
+                try:
+                    found = part.compute(run)
+                except FloatingPointError as error:
+                    raise FloatingPointError(f"{part.name}: {error}") from None
                 save_json(path, {**settings, "results": found})
                 state.unlink(missing_ok=True)
             results[part.name] = found
