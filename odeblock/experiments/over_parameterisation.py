@@ -148,11 +148,10 @@ def _figure(config: OverParameterisationConfig, results: dict[str, Results]) -> 
     figure = Figure(figsize=(11.0, 4.4), layout="constrained")
     axes_row: list[Axes] = list(figure.subplots(1, 3, sharey=True))
     panels = dict(zip(TITLES, axes_row, strict=True))
-    losses = np.array([_medians(config, results, panel) for panel in TRAINED])
     for panel, axes in panels.items():
         grid = np.array(_medians(config, results, panel))
         trained = panel in TRAINED
-        norm = LogNorm(losses.min(), 1.0) if trained else LogNorm(1e-6, max(grid.max(), 1e-5), clip=True)
+        norm = LogNorm(1e-6, 1.0, clip=True) if trained else LogNorm(1e-8, 1e-2, clip=True)
         mesh = axes.pcolormesh(grid, norm=norm, cmap=SEQUENTIAL + ("_r" if trained else ""))
         y, x = np.nonzero(_good(config, panel, grid))
         axes.plot(x + 0.5, y + 0.5, "o", color="white", markeredgecolor="black", markersize=6)
@@ -164,6 +163,6 @@ def _figure(config: OverParameterisationConfig, results: dict[str, Results]) -> 
             axes, f"{TITLES[panel]}\n({dot})", width, "samples $n$" if panel == "constant" else "", grid=""
         )
         if panel != "hidden":
-            bar = figure.colorbar(mesh, ax=axes)
+            bar = figure.colorbar(mesh, ax=axes, extend="min")
             bar.ax.tick_params(labelsize=FONT - 2)
     return figure
