@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -89,26 +90,30 @@ def resample(config: RefinementConfig, init: str, seed: int, run: Run) -> Result
 def refine(config: RefinementConfig, run: Run) -> Results:
     """For each method, after each epoch: train_loss, test_accuracy, and time as a fraction of all of "deep".
 
-    Both are trained turn by turn, an epoch each, in one process. Time is that of training steps alone.
+    Both are trained turn by turn, an epoch each, in one process. Time is that of training steps alone, for
+    each epoch the median of all with that depth.
     """
     trainings = {
         "refined": _training(config, config.shallow, "smooth", config.seed),
         "deep": _training(config, config.deep, "smooth", config.seed),
     }
-    seconds: dict[str, list[float]] = {method: [0.0] for method in METHODS}
+    seconds: dict[str, list[float]] = {method: [] for method in METHODS}
     for epoch in range(config.epochs):
         if epoch == config.shallow_epochs:
             trainings["refined"].change_depth(config.deep)
         for method, training in trainings.items():
             start = time.perf_counter()
             training.epoch(lambda loss: None)
-            seconds[method].append(seconds[method][-1] + time.perf_counter() - start)
+            seconds[method].append(time.perf_counter() - start)
             training.record()
             run.advance(config.deep // config.shallow)
-    total = seconds["deep"][-1]
+    deep = [statistics.median(seconds["deep"])] * config.epochs
+    shallow = [statistics.median(seconds["refined"][: config.shallow_epochs])] * config.shallow_epochs
+    rest = config.epochs - config.shallow_epochs
+    typical = {"deep": deep, "refined": shallow + [statistics.median(seconds["refined"][-rest:])] * rest}
     return {
         method: {
-            "time": [value / total for value in seconds[method]],
+            "time": [done / sum(deep) for done in accumulate(typical[method], initial=0.0)],
             **{key: [entry[key] for entry in training.history] for key in ("train_loss", "test_accuracy")},
         }
         for method, training in trainings.items()
@@ -197,5 +202,5 @@ def _depths(config: RefinementConfig, results: dict[str, Results]) -> Figure:
         depth_axis(axes, config.depths)
     finish(panels[0], "", "depth $L$ after resampling", "test accuracy, %")
     finish(panels[1], "", "depth $L$ after resampling", "test loss")
-    panels[0].legend(frameon=False, fontsize=FONT - 2)
+    panels[1].legend(frameon=False, fontsize=FONT - 2, loc="center right")
     return figure

@@ -15,7 +15,7 @@ from ..diagnostics import largest_step
 from .config import LipschitzConfig
 from .reproduce import Part, Results, Run, Summary
 from .speed import median_seconds
-from .style import FONT, TITLES, depth_axis, finish, guide, sequence, slope
+from .style import FONT, TITLES, depth_axis, finish, guide, legend_below, sequence, slope
 from .synthetic import INITS, Descent, LoopDescent, initial_W, make_block, make_data
 
 
@@ -92,7 +92,7 @@ def summarise(config: LipschitzConfig, results: dict[str, Results]) -> Summary:
 
 
 def _figure(config: LipschitzConfig, results: dict[str, Results], slopes: dict[str, list[float]]) -> Figure:
-    figure = Figure(figsize=(9.0, 4.4), layout="constrained")
+    figure = Figure(figsize=(9.0, 5.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, init in zip(panels, INITS, strict=True):
         steps = [results[f"{init}-{depth}"]["largest_step"] for depth in config.depths]
@@ -108,6 +108,6 @@ def _figure(config: LipschitzConfig, results: dict[str, Results], slopes: dict[s
         axes.set_yscale("log")
         depth_axis(axes, config.depths)
         finish(axes, TITLES[init], "depth $L$")
-        axes.legend(frameon=False, fontsize=FONT - 2, loc="lower left")
+        legend_below(axes, columns=2)
     panels[0].set_ylabel(r"$\max_k\,\|Z_{k+1}-Z_k\|_F$", fontsize=FONT)
     return figure
