@@ -206,9 +206,8 @@ class Monitor:
 
 # ---- hypotheses ------------------------------------------------------------------------------------------
 
-SMOOTH_BELOW = (
-    0.25  # of ``roughness``: independent layers have 1 at any depth, the default smooth ones 0.06 at L = 16
-)
+SMOOTH_BELOW = 0.25
+"""Of ``roughness``: independent layers have 1 at any depth, default smooth ones 0.2 at L = 8, 0.06 at 16."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +232,8 @@ def check_assumptions(model: nn.Module) -> list[Assumption]:
     - "Lipschitz activation": every activation here is.
     - "smooth activation": σ' is continuous; fails for relu and leaky_relu.
     - "depth-scaled step": scale = 1/L.
-    - "weights smooth in depth": as they are now, by ``roughness``; to be asked before training.
+    - "weights smooth in depth": as they are now, by ``roughness``; to be asked before training. Less than 8
+      layers look rough whatever they are.
 
     They are sufficient, not necessary: networks that fail one may behave as the theorems say.
 

@@ -91,9 +91,7 @@ def integrate(
 ) -> list[float]:
     """Solve the gradient flow itself, with torchdiffeq's adaptive steps; the model ends at the last time.
 
-    The theory's setting, for networks small enough that the whole training set fits one call. Weights near a
-    minimum make the flow stiff: there ``method="implicit_adams"`` takes fewer steps, and SGD is cheaper
-    still.
+    The theory's setting, for networks small enough that the whole training set fits one call.
 
     Arguments:
         model: whose trainable parameters move; all of one dtype and device.
