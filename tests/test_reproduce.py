@@ -296,6 +296,9 @@ def test_an_interrupted_run_goes_on(
     assert ran[3:] == ["second"]
     assert reproduce.reproduce("invented", replace(config, seed=1), tmp_path) == 0
     assert ran[4:] == ["first", "second"]  # other settings: nothing of it is used
+    monkeypatch.setattr("inspect.getsource", lambda function: "other code")
+    assert reproduce.reproduce("invented", replace(config, seed=1), tmp_path) == 0
+    assert ran[6:] == ["first", "second"]  # nor where they are computed differently now
 
 
 @pytest.mark.parametrize(

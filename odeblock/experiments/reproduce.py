@@ -8,10 +8,13 @@ was interrupted goes on from there.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +56,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Part:
-    """A computation: its name, how many steps it counts for in the progress bar, and the function."""
+    """A computation: its name, its steps in the progress bar, and the function, which takes a ``Run``."""
 
     name: str
     steps: int
-    compute: Callable[[Run], Results]
+    compute: partial[Results]
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,6 @@ def reproduce(name: str, config: ReproduceConfig, output: Path) -> int:
 
 def _run(parts: list[Part], config: dict[str, Any], output: Path, console: Console) -> dict[str, Results]:
     """The results of all parts, by name; those on disk with the same settings are not computed again."""
-    settings = json.loads(json.dumps({"config": config, "version": provenance()["versions"]["odeblock"]}))
     (output / PARTS).mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     results: dict[str, Results] = {}
@@ -118,7 +120,7 @@ def _run(parts: list[Part], config: dict[str, Any], output: Path, console: Conso
         done = 0
         for part in parts:
             progress.update(task, description=f"{part.name:<20}")
-            path = output / PARTS / f"{part.name}.json"
+            path, settings = output / PARTS / f"{part.name}.json", _settings(part, config)
             found = _read(path, settings)
             if found is None:
                 state = path.with_suffix(".pt")
@@ -133,6 +135,14 @@ def _run(parts: list[Part], config: dict[str, Any], output: Path, console: Conso
             done += part.steps
             progress.update(task, completed=done)
     return results
+
+
+def _settings(part: Part, config: dict[str, Any]) -> dict[str, Any]:
+    """What results depend on: the configuration, and the function that computes them, by its source."""
+    source = inspect.getsource(part.compute.func)
+    settings = {"config": config, "function": hashlib.sha256(source.encode()).hexdigest()}
+    found: dict[str, Any] = json.loads(json.dumps(settings))  # as it is read again: lists for tuples
+    return found
 
 
 def _read(path: Path, settings: dict[str, Any]) -> Results | None:
