@@ -33,10 +33,11 @@ import accuracy_report  # noqa: E402
 import oracle  # noqa: E402
 import peers  # noqa: E402
 
-from odeblock import DriftWarning, functional, initializers, reference  # noqa: E402
+from odeblock import DriftWarning, functional, reference  # noqa: E402
 from odeblock.activations import Activation, get_activation  # noqa: E402
 from odeblock.experiments.config import TrainConfig  # noqa: E402
 from odeblock.experiments.digits import load_digits  # noqa: E402
+from odeblock.experiments.gradients import random_inputs  # noqa: E402
 from odeblock.experiments.loop import Training, cross_entropy  # noqa: E402
 from odeblock.experiments.networks import build_network  # noqa: E402
 from odeblock.experiments.outputs import save_json  # noqa: E402
@@ -64,11 +65,7 @@ def make_case(weights: str, depth: int, seed: int, epochs: int) -> oracle.Case:
     """Inputs and the gradient of a loss: random ones, or a trained network's on digits that it never saw."""
     if weights == "trained":
         return trained_case(TrainConfig(depth=depth, dim=DIM, hidden_dim=HIDDEN, epochs=epochs, seed=seed))
-    generator = torch.Generator().manual_seed(seed)
-    V, W = torch.empty(depth, DIM, HIDDEN), torch.empty(depth, HIDDEN, DIM)
-    initializers.get_initializer(weights)(V, W, generator=generator)
-    h, grad = torch.randn(2, BATCH, DIM, generator=generator)
-    return _case(h, V, W, grad)
+    return _case(**random_inputs(weights, BATCH, DIM, HIDDEN, depth, seed))
 
 
 def trained_case(config: TrainConfig) -> oracle.Case:

@@ -1,23 +1,26 @@
-"""The command line: ``python -m odeblock info | train``."""
+"""The command line: ``python -m odeblock info | train | reproduce | bench``."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import re
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 import torch
 
 from .activations import ACTIVATIONS
 from .build import build_info
-from .experiments.config import QUICK, TrainConfig
+from .experiments.config import BENCH_QUICK, EXPERIMENTS, QUICK, BenchConfig, TrainConfig
 from .validation import STRATEGIES
 
 MAX_SEED = 2**63 - 1
@@ -32,13 +35,31 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+INTRODUCTION = """\
+Very deep residual networks, h <- h + V_k s(W_k h) / L for k = 1 .. L, in the regime of neural ODEs.
+
+  python -m odeblock info                      what was built, and what will run here
+  python -m odeblock train --quick             two networks on real digits, in seconds
+  python -m odeblock reproduce long-time       an experiment of the paper, figures and numbers
+  python -m odeblock bench --depth 512         speed and memory of a block of your sizes
+
+Each command explains itself: python -m odeblock COMMAND --help
+"""
+
+EXIT_CODES = "exit codes: 0 done; 1 the loss was no longer finite; 2 wrong options; 130 interrupted (Ctrl-C)"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code. Wrong options end the process with code 2."""
     parser = _Parser(
-        prog="python -m odeblock", description="Very deep residual networks.", allow_abbrev=False
+        prog="python -m odeblock",
+        description=INTRODUCTION,
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_info, _add_train):
+    for add in (_add_info, _add_train, _add_reproduce, _add_bench):
         add(commands)
     arguments = parser.parse_args(argv)
     try:
@@ -85,20 +106,13 @@ def _add_train(commands: Any) -> None:
     parser = commands.add_parser(
         "train",
         help="train on handwritten digits from smooth and from i.i.d. weights, and compare",
-        description="Train on handwritten digits from smooth and from i.i.d. weights, and compare.",
+        description="Train on handwritten digits from smooth and from i.i.d. weights, and compare: accuracy, "
+        "smoothness in depth, memory and time. Writes a table, a figure, checkpoints and results.json.",
+        epilog=EXIT_CODES,
         allow_abbrev=False,
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for all files")
-    parser.add_argument("--quick", action="store_true", help="a run of seconds: small and short by default")
-
-    default, quick = TrainConfig(), replace(TrainConfig(), **QUICK)
-
-    def option(name: str, kind: Callable[[str], Any], text: str, **extra: Any) -> None:
-        key = name[2:].replace("-", "_")
-        usual, small = getattr(default, key), getattr(quick, key)
-        shown = f"{'dim' if usual is None else usual}" + (f"; quick: {small}" if small != usual else "")
-        parser.add_argument(name, type=kind, help=f"{text} (default: {shown})", **extra)
-
+    _add_common(parser, "outputs/train")
+    option = _options(parser, TrainConfig(), replace(TrainConfig(), **QUICK))
     option("--depth", _whole_number(1), "L, residual steps", metavar="L")
     option("--dim", _whole_number(1), "q, features", metavar="Q")
     option("--hidden-dim", _whole_number(1), "m, hidden units of a step", metavar="M")
@@ -113,14 +127,134 @@ def _add_train(commands: Any) -> None:
 
 
 def _train(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    train = _experiment("train", parser).train
+    config = _given(arguments, replace(TrainConfig(), **(QUICK if arguments.quick else {})))
+    code: int = train(config, _writable(arguments.output, parser))
+    return code
+
+
+# ---- reproduce -------------------------------------------------------------------------------------------
+
+
+def _add_reproduce(commands: Any) -> None:
+    width = max(map(len, EXPERIMENTS))
+    names = "\n".join(f"  {name:<{width}}  {listing.text}" for name, listing in EXPERIMENTS.items())
+    parser = commands.add_parser(
+        "reproduce",
+        help="an experiment of the paper: figures and every number",
+        description="Redraw an experiment of Marion, Wu, Sander & Biau, ICLR 2024 (docs/paper.md compares):"
+        f"\n\n{names}\n\nWrites figures (PDF and PNG), NAME.csv, and NAME.json with settings, versions and "
+        "every number.\nInterrupted, it goes on where it was when it is called again.",
+        epilog=f"{_settings()}\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("name", choices=list(EXPERIMENTS), metavar="NAME", help="one of those above")
+    _add_common(parser, "outputs/NAME")
+    parser.add_argument(
+        "--seed", type=_whole_number(0, MAX_SEED), metavar="S", help="of weights and data (default: 0)"
+    )
+    parser.set_defaults(run=lambda arguments: _reproduce(arguments, parser))
+
+
+def _settings() -> str:
+    lines = ["settings, full:"]
+    for name, listing in EXPERIMENTS.items():
+        settings = ", ".join(
+            f"{key}={value[0]}..{value[-1]}" if isinstance(value, tuple) else f"{key}={value}"
+            for key, value in asdict(listing.config).items()
+            if key != "seed"
+        )
+        lines.append(textwrap.fill(f"{name}: {settings}", 100, initial_indent="  ", subsequent_indent="    "))
+    return "\n".join(lines)
+
+
+def _reproduce(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    reproduce = _experiment("reproduce", parser).reproduce
+    listing = EXPERIMENTS[arguments.name]
+    config = _given(arguments, listing.quick if arguments.quick else listing.config)
+    output = arguments.output or Path("outputs") / arguments.name
+    code: int = reproduce(arguments.name, config, _writable(output, parser))
+    return code
+
+
+# ---- bench -----------------------------------------------------------------------------------------------
+
+
+def _add_bench(commands: Any) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="speed and memory of a block here, by backward strategy, against a PyTorch loop",
+        description="Speed and memory of a block here, by backward strategy, against a loop of PyTorch "
+        "operators: medians of runs that take turns. Wants a quiet machine. Writes bench.json.",
+        epilog=EXIT_CODES,
+        allow_abbrev=False,
+    )
+    _add_common(parser, "outputs/bench")
+    option = _options(parser, BenchConfig(), replace(BenchConfig(), **BENCH_QUICK))
+    option("--depth", _whole_number(1), "L, residual steps", metavar="L")
+    option("--dim", _whole_number(1), "q, features", metavar="Q")
+    option("--hidden-dim", _whole_number(1), "m, hidden units of a step", metavar="M")
+    option("--batch-size", _whole_number(1), "rows", metavar="B")
+    option("--seed", _whole_number(0, MAX_SEED), "of weights and rows", metavar="S")
+    option("--device", _device, "cpu, cuda or cuda:N", metavar="DEVICE")
+    option("--activation", str, "σ", choices=list(ACTIVATIONS))
+    parser.set_defaults(run=lambda arguments: _bench(arguments, parser))
+
+
+def _bench(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    bench = _experiment("bench", parser).bench
+    config = _given(arguments, replace(BenchConfig(), **(BENCH_QUICK if arguments.quick else {})))
+    code: int = bench(config, _writable(arguments.output, parser))
+    return code
+
+
+# ---- what commands share ---------------------------------------------------------------------------------
+
+
+def _add_common(parser: argparse.ArgumentParser, folder: str) -> None:
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=None if "NAME" in folder else Path(folder),
+        metavar="DIR",
+        help=f"folder for all files (default: {folder})",
+    )
+    parser.add_argument("--quick", action="store_true", help="a run of seconds: small and short by default")
+
+
+def _options(parser: argparse.ArgumentParser, default: Any, quick: Any) -> Callable[..., None]:
+    """Adds options for fields of a configuration, whose help tells their defaults."""
+
+    def option(name: str, kind: Callable[[str], Any], text: str, **extra: Any) -> None:
+        key = name[2:].replace("-", "_")
+        usual, small = getattr(default, key), getattr(quick, key)
+        shown = f"{'dim' if usual is None else usual}" + (f"; quick: {small}" if small != usual else "")
+        parser.add_argument(name, type=kind, help=f"{text} (default: {shown})", **extra)
+
+    return option
+
+
+def _given(arguments: argparse.Namespace, config: Any) -> Any:
+    """The configuration with what was given in the place of its values."""
+    names = {field.name for field in fields(config)}
+    given = {key: value for key, value in vars(arguments).items() if key in names and value is not None}
+    return replace(config, **given)
+
+
+def _experiment(name: str, parser: argparse.ArgumentParser) -> ModuleType:
+    """A module of ``odeblock.experiments``; one line with the remedy where a package is missing."""
     try:
-        from .experiments.train import train
+        return importlib.import_module(f".experiments.{name}", __package__)
     except ModuleNotFoundError as missing:
         package = (missing.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise
         parser.error(f"{package} is not installed, please run: pip install 'odeblock[experiments]'")
-    output = arguments.output
+
+
+def _writable(output: Path, parser: argparse.ArgumentParser) -> Path:
+    """The folder, made if need be."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()
@@ -128,10 +262,7 @@ def _train(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
         parser.error(
             f"argument --output: expected a folder to write to, got {str(output)!r} ({error.strerror})"
         )
-    config = replace(TrainConfig(), **(QUICK if arguments.quick else {}))
-    names = {field.name for field in fields(TrainConfig)}
-    given = {key: value for key, value in vars(arguments).items() if key in names and value is not None}
-    return train(replace(config, **given), output)
+    return output
 
 
 # ---- kinds of option values ------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .activations import get_activation
 from .autograd import Drift, DriftRecord
 from .functional import recorded
-from .initializers import get_initializer
+from .initializers import Initializer, get_initializer
 from .layers import make_layer, stack_layers
 from .limit import VectorField, interpolate
 from .validation import check_options, check_scale, check_size
@@ -32,7 +32,8 @@ class DeepResBlock(nn.Module):
         hidden_dim: m, number of hidden units of a step; ``dim`` by default.
         activation: σ, see ``odeblock.functional.deep_residual``.
         bias: whether to learn ``hidden_bias`` and ``output_bias``; they start at zero.
-        init: ``"smooth"``, ``"tied"``, ``"iid"`` or ``"zero_v"``, see ``odeblock.initializers``.
+        init: ``"smooth"``, ``"tied"``, ``"iid"`` or ``"zero_v"``, or an initializer such as
+            ``GaussianProcess("matern32")``, see ``odeblock.initializers``.
         scale: step size, 1/L by default.
         backward: ``"auto"``, ``"adjoint"``, ``"checkpoint"`` or ``"store"``, see
             ``odeblock.functional.deep_residual``.
@@ -62,7 +63,7 @@ class DeepResBlock(nn.Module):
         *,
         activation: str = "gelu",
         bias: bool = False,
-        init: str = "smooth",
+        init: str | Initializer = "smooth",
         scale: float | None = None,
         backward: str = "auto",
         strict: bool = False,
@@ -192,12 +193,13 @@ class DeepResBlock(nn.Module):
         pieces = self._cut(lambda p: p.detach().tensor_split(parts))
         return nn.Sequential(*(self._like(piece, self.scale) for piece in pieces))
 
-    def vector_field(self) -> VectorField:
+    def vector_field(self, interpolation: str = "linear") -> VectorField:
         """f(s, h), the right-hand side of the block's limiting ODE, for any ODE solver on 0 <= s <= 1.
 
-        It shares the block's parameters: see ``odeblock.limit.VectorField``.
+        It shares the block's parameters, and interpolates them in depth (``"linear"`` or ``"cubic"``): see
+        ``odeblock.limit.VectorField``.
         """
-        return VectorField(self)
+        return VectorField(self, interpolation)
 
     @classmethod
     def from_layers(

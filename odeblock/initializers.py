@@ -1,18 +1,31 @@
-"""Initial weights as functions of depth: smooth, tied, i.i.d., and the paper's V = 0.
+"""Initial weights as functions of depth: smooth, tied, i.i.d., the paper's V = 0, and any function of k/L.
 
 Each initializer fills V [L, q, m] and W [L, m, q] in place. Entries of W have variance 1/q and entries
 of V variance 1/m at every depth, so that initializers differ only in how layers depend on each other.
+
+Those that a block knows by name are functions (``INITIALIZERS``). Those with settings are objects, and
+``DeepResBlock(init=...)`` takes them as well:
+
+    DeepResBlock(64, 256, init=GaussianProcess("matern32", length_scale=0.1))
+    DeepResBlock(64, 256, init=Fourier(modes=4))
+    DeepResBlock(64, 256, init=Fields(lambda s: torch.zeros(64, 64), lambda s: (1 - s) * W0 + s * W1))
+
+How large the steps may be goes with the initialisation: see ``depth_scale``.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 LENGTH_SCALE = 0.25  # of the Gaussian process in s = k/L
+
+JITTER = 1e-10  # variance by which a kernel may be off, 1e-5 of a weight's standard deviation
 
 
 class Initializer(Protocol):
@@ -21,37 +34,24 @@ class Initializer(Protocol):
     def __call__(self, V: Tensor, W: Tensor, *, generator: torch.Generator | None = None) -> None: ...
 
 
-def _kernel_factor(depth: int, length_scale: float) -> Tensor:
-    """A factor R [L, r] in float64 with R Rᵀ = K, K_ij = exp(-(s_i - s_j)² / 2ℓ²), s_k = k/L.
+def depth_scale(depth: int, beta: float = 1.0) -> float:
+    """The step 1/L^β, for ``DeepResBlock(scale=...)`` (Marion, Fermanian, Biau & Vert 2022).
 
-    Cholesky with diagonal pivoting (Harbrecht, Peters & Schneider 2012), stopped when no diagonal
-    entry of K - R Rᵀ exceeds 1e-10: the kernel's spectrum decays faster than exponentially, so a rank r
-    of about 20 is exact to 1e-5 in a weight's standard deviation, at a cost of O(L r²) for any depth.
+    What the output of the block does as L grows, at initialisation, depends on how layers depend on each
+    other: for weights smooth in depth β = 1 gives an ODE, for independent ones β = 1/2 gives a stochastic
+    differential equation; with a larger β the block becomes the identity, with a smaller one it explodes.
+
+    Arguments:
+        depth: L, >= 1. beta: β, any finite number; 1 is what ``DeepResBlock`` takes by default.
     """
-    s = torch.arange(1, depth + 1, dtype=torch.float64) / depth
-    remaining = torch.ones(depth, dtype=torch.float64)
-    columns: list[Tensor] = []
-    while len(columns) < depth:
-        pivot = int(remaining.argmax())
-        if remaining[pivot] < 1e-10:
-            break
-        column = torch.exp(-((s - s[pivot]) ** 2) / (2 * length_scale**2))
-        for previous in columns:
-            column = column - previous[pivot] * previous
-        column = column / remaining[pivot].sqrt()
-        columns.append(column)
-        remaining = (remaining - column**2).clamp_min(0.0)
-    return torch.stack(columns, dim=1)
+    if depth < 1:
+        raise ValueError(f"depth: expected an int >= 1, got {depth!r}")
+    if not math.isfinite(beta):
+        raise ValueError(f"beta: expected a finite number, got {beta!r}")
+    return 1.0 / math.pow(depth, beta)
 
 
-def _smooth_stack(stack: Tensor, std: float, length_scale: float, generator: torch.Generator | None) -> None:
-    """stack_k = std · Σ_r R_kr ξ_r with ξ independent standard normal: each entry a Gaussian process."""
-    dtype = torch.promote_types(stack.dtype, torch.float32)  # half-precision sums would roughen the process
-    factor = _kernel_factor(stack.shape[0], length_scale).to(device=stack.device, dtype=dtype)
-    noise = torch.randn(
-        factor.shape[1], stack[0].numel(), device=stack.device, dtype=dtype, generator=generator
-    )
-    stack.copy_(((std * factor) @ noise).view_as(stack))
+# ---- by name ---------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -63,10 +63,7 @@ def smooth_(
     V_k = 𝒱(k/L), W_k = 𝒲(k/L) for smooth random functions 𝒱, 𝒲: the setting in which the network
     discretises a neural ODE (Marion, Wu, Sander & Biau, ICLR 2024).
     """
-    if not (math.isfinite(length_scale) and length_scale > 0):
-        raise ValueError(f"length_scale: expected a finite number > 0, got {length_scale!r}")
-    _smooth_stack(W, W.shape[2] ** -0.5, length_scale, generator)
-    _smooth_stack(V, V.shape[2] ** -0.5, length_scale, generator)
+    GaussianProcess(length_scale=length_scale)(V, W, generator=generator)
 
 
 @torch.no_grad()
@@ -78,7 +75,11 @@ def tied_(V: Tensor, W: Tensor, *, generator: torch.Generator | None = None) -> 
 
 @torch.no_grad()
 def iid_(V: Tensor, W: Tensor, *, generator: torch.Generator | None = None) -> None:
-    """Independent Gaussian entries at every depth: the usual initialization, rough in depth."""
+    """Independent Gaussian entries at every depth: the usual initialization, rough in depth.
+
+    With the default step 1/L the block tends to the identity as L grows; ``depth_scale(L, 0.5)`` is the step
+    at which it neither vanishes nor explodes.
+    """
     W.normal_(0.0, W.shape[2] ** -0.5, generator=generator)
     V.normal_(0.0, V.shape[2] ** -0.5, generator=generator)
 
@@ -93,10 +94,183 @@ def zero_v_(V: Tensor, W: Tensor, *, generator: torch.Generator | None = None) -
 INITIALIZERS: dict[str, Initializer] = {"smooth": smooth_, "tied": tied_, "iid": iid_, "zero_v": zero_v_}
 
 
-def get_initializer(name: str) -> Initializer:
-    """Look an initializer up by name; ValueError lists the known ones."""
-    if not isinstance(name, str):
-        raise TypeError(f"init: expected a name (str), got {type(name).__name__}")
-    if name not in INITIALIZERS:
-        raise ValueError(f"init: expected one of {', '.join(INITIALIZERS)}; got {name!r}")
-    return INITIALIZERS[name]
+def get_initializer(init: str | Initializer) -> Initializer:
+    """The initializer itself, or the one of that name; ValueError lists the known ones."""
+    if not isinstance(init, str):
+        if callable(init):
+            return init
+        raise TypeError(f"init: expected a name (str) or an initializer, got {type(init).__name__}")
+    if init not in INITIALIZERS:
+        raise ValueError(f"init: expected one of {', '.join(INITIALIZERS)}; got {init!r}")
+    return INITIALIZERS[init]
+
+
+# ---- with settings ---------------------------------------------------------------------------------------
+
+Kernel = Callable[[Tensor], Tensor]
+KERNELS: dict[str, Kernel] = {
+    "squared_exponential": lambda r: torch.exp(-(r**2) / 2),
+    "matern52": lambda r: (1 + 5**0.5 * r + 5 * r**2 / 3) * torch.exp(-(5**0.5) * r),
+    "matern32": lambda r: (1 + 3**0.5 * r) * torch.exp(-(3**0.5) * r),
+    "exponential": lambda r: torch.exp(-r),
+}
+"""K as a function of r = |s - s'| / ℓ. Paths: analytic; twice differentiable; once; continuous only, with
+neighbours that differ like L^-1/2, so that no Lipschitz function of depth is their limit."""
+
+
+@dataclass(frozen=True)
+class GaussianProcess:
+    """Every entry an independent Gaussian process in s = k/L of variance 1/q (W) or 1/m (V).
+
+    Arguments:
+        kernel: a name of ``KERNELS``, or a function of r = |s - s'| / ℓ (a tensor [L, L] in float64) with
+            value 1 at 0 that is positive definite.
+        length_scale: ℓ, > 0.
+
+    The default is ``init="smooth"``. A named squared exponential takes O(L) time for any depth, every other
+    kernel a Cholesky factor [L, L].
+    """
+
+    kernel: str | Kernel = "squared_exponential"
+    length_scale: float = LENGTH_SCALE
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.length_scale) and self.length_scale > 0):
+            raise ValueError(f"length_scale: expected a finite number > 0, got {self.length_scale!r}")
+        if not callable(self.kernel) and self.kernel not in KERNELS:
+            raise ValueError(
+                f"kernel: expected a function or one of {', '.join(KERNELS)}; got {self.kernel!r}"
+            )
+
+    def __call__(self, V: Tensor, W: Tensor, *, generator: torch.Generator | None = None) -> None:
+        depth = V.shape[0]
+        if self.kernel == "squared_exponential":
+            factor = _low_rank_factor(depth, self.length_scale)
+        else:
+            kernel = self.kernel if callable(self.kernel) else KERNELS[self.kernel]
+            s = _layers(depth)
+            values = kernel((s[:, None] - s[None, :]).abs() / self.length_scale)
+            factor = torch.linalg.cholesky(values + JITTER * torch.eye(depth, dtype=torch.float64))
+        _combine(V, W, factor, generator)
+
+
+@dataclass(frozen=True)
+class Fourier:
+    """Every entry a random trigonometric polynomial, of period 1 in s = k/L:
+
+    Σ_{j=0}^{J} c_j (a_j cos 2πjs + b_j sin 2πjs), with a_j, b_j independent normal, c_j ∝ max(j, 1)^-p.
+
+    Arguments:
+        modes: J, >= 0; 0 is tied weights.
+        decay: p; the larger, the smoother.
+
+    The factors c_j are scaled such that the variance is 1/q (W) and 1/m (V) at every depth.
+    """
+
+    modes: int = 3
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.modes < 0:
+            raise ValueError(f"modes: expected an int >= 0, got {self.modes!r}")
+        if not math.isfinite(self.decay):
+            raise ValueError(f"decay: expected a finite number, got {self.decay!r}")
+
+    def __call__(self, V: Tensor, W: Tensor, *, generator: torch.Generator | None = None) -> None:
+        j = torch.arange(self.modes + 1, dtype=torch.float64)
+        c = j.clamp(min=1) ** -self.decay
+        c = c / c.norm()
+        angle = 2 * math.pi * _layers(V.shape[0])[:, None] * j
+        _combine(V, W, torch.cat([c * angle.cos(), (c * angle.sin())[:, 1:]], 1), generator)
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """Every entry a random polynomial in s = k/L: Σ_{j=0}^{n} a_j √(2j+1) P_j(2s - 1), P_j of Legendre.
+
+    Arguments:
+        degree: n, >= 0.
+
+    The coefficients a_j are independent and such that the variance is 1/q (W) and 1/m (V) on average over
+    depth; it is larger at both ends.
+    """
+
+    degree: int = 3
+
+    def __post_init__(self) -> None:
+        if self.degree < 0:
+            raise ValueError(f"degree: expected an int >= 0, got {self.degree!r}")
+
+    def __call__(self, V: Tensor, W: Tensor, *, generator: torch.Generator | None = None) -> None:
+        x = 2 * _layers(V.shape[0]) - 1
+        columns = [
+            torch.special.legendre_polynomial_p(x, j) * math.sqrt((2 * j + 1) / (self.degree + 1))
+            for j in range(self.degree + 1)
+        ]
+        _combine(V, W, torch.stack(columns, 1), generator)
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The user's own V_k = 𝒱(k/L), W_k = 𝒲(k/L), as they are: nothing is drawn, nothing scaled.
+
+    Arguments:
+        V: s -> [q, m]. W: s -> [m, q]. s is a float, 0 < s <= 1.
+    """
+
+    V: Callable[[float], Tensor]
+    W: Callable[[float], Tensor]
+
+    @torch.no_grad()
+    def __call__(self, V: Tensor, W: Tensor, *, generator: torch.Generator | None = None) -> None:
+        for name, field, stack in (("V", self.V, V), ("W", self.W, W)):
+            for k, layer in enumerate(stack, start=1):
+                value = field(k / len(stack))
+                if not isinstance(value, Tensor) or value.shape != layer.shape:
+                    got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                    raise ValueError(f"{name}: expected a function of s -> {list(layer.shape)}, got {got}")
+                layer.copy_(value)
+
+
+# ---- inside ----------------------------------------------------------------------------------------------
+
+
+def _layers(depth: int) -> Tensor:
+    """s_k = k/L for k = 1 .. L, in float64."""
+    return torch.arange(1, depth + 1, dtype=torch.float64) / depth
+
+
+@torch.no_grad()
+def _combine(V: Tensor, W: Tensor, factor: Tensor, generator: torch.Generator | None) -> None:
+    """Z_k = std · Σ_r R_kr ξ_r with ξ independent standard normal, R = ``factor`` [L, r]; W first."""
+    for stack in (W, V):
+        dtype = torch.promote_types(stack.dtype, torch.float32)  # sums in half precision would roughen it
+        R = factor.to(device=stack.device, dtype=dtype)
+        noise = torch.randn(
+            R.shape[1], stack[0].numel(), device=stack.device, dtype=dtype, generator=generator
+        )
+        stack.copy_(((stack.shape[2] ** -0.5 * R) @ noise).view_as(stack))
+
+
+def _low_rank_factor(depth: int, length_scale: float) -> Tensor:
+    """A factor R [L, r] in float64 with R Rᵀ = K, K_ij = exp(-(s_i - s_j)² / 2ℓ²), s_k = k/L.
+
+    Cholesky with diagonal pivoting (Harbrecht, Peters & Schneider 2012), stopped when no diagonal
+    entry of K - R Rᵀ exceeds 1e-10 (``JITTER``): the kernel's spectrum decays faster than exponentially, so
+    a rank r of about 20 is exact to 1e-5 in a weight's standard deviation, at a cost of O(L r²) for any
+    depth.
+    """
+    s = _layers(depth)
+    remaining = torch.ones(depth, dtype=torch.float64)
+    columns: list[Tensor] = []
+    while len(columns) < depth:
+        pivot = int(remaining.argmax())
+        if remaining[pivot] < JITTER:
+            break
+        column = torch.exp(-((s - s[pivot]) ** 2) / (2 * length_scale**2))
+        for previous in columns:
+            column = column - previous[pivot] * previous
+        column = column / remaining[pivot].sqrt()
+        columns.append(column)
+        remaining = (remaining - column**2).clamp_min(0.0)
+    return torch.stack(columns, dim=1)

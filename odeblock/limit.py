@@ -1,17 +1,19 @@
-"""The neural ODE of a block: weights as functions of s in [0, 1], and the field that an ODE solver takes.
+"""The neural ODE of a block: weights as functions of s in [0, 1], the ODE's field and solution, other depths.
 
 A block of depth L and step ``scale`` is the explicit Euler method, with step 1/L, for
 
     dh/ds = T (𝒱(s) σ(𝒲(s) h + b(s)) + c(s)),   T = scale · L (1 by default),   0 <= s <= 1,
 
 where Z_k = 𝒵(k/L) for each of the weights Z = V, W, b, c (Marion, Wu, Sander & Biau, ICLR 2024). Between its
-layers 𝒵 is taken to be linear, and constant below s = 1/L.
+layers 𝒵 is taken to be linear, or cubic if asked, and constant below s = 1/L.
 """
 
 from __future__ import annotations
 
+import copy
 import numbers
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,27 +24,73 @@ if TYPE_CHECKING:
     from .block import DeepResBlock
 
 
-def interpolate(weights: Tensor, position: Tensor) -> Tensor:
-    """𝒵(position / L): the stack Z_1 .. Z_L as a function of depth, linear between layers.
+INTERPOLATIONS = ("linear", "cubic")
+
+
+def interpolate(weights: Tensor, position: Tensor, kind: str = "linear") -> Tensor:
+    """𝒵(position / L): the stack Z_1 .. Z_L as a function of depth.
 
     Differentiable in both arguments.
 
     Arguments:
         weights: shape [L, ...], Z_k at position k.
         position: shape [n]; below 1 it counts as 1, above L as L.
+        kind: ``"linear"`` between two layers, or ``"cubic"``, the polynomial of Lagrange through the four
+            nearest (of lower degree where L < 4). For a smooth 𝒵 the error is O(1/L²), or O(1/L⁴);
+            independent layers are better left to ``"linear"``, which never leaves the range of two
+            neighbours.
 
     Returns:
         shape [n, ...], of the dtype of ``weights``; half precision is interpolated in float32. A whole
-        position k gives Z_k itself, and equal neighbours give exactly themselves.
+        position k gives Z_k itself, and linear interpolation of equal neighbours gives exactly themselves.
     """
+    if kind not in INTERPOLATIONS:
+        raise ValueError(f"kind: expected one of {', '.join(INTERPOLATIONS)}; got {kind!r}")
     depth = weights.shape[0]
     dtype = torch.promote_types(weights.dtype, torch.float32)
     offset = (position.to(torch.float64) - 1).clamp(0, depth - 1)
     below = offset.detach().floor().clamp(max=max(depth - 2, 0)).long()
-    fraction = (offset - below).to(dtype).view(-1, *[1] * (weights.dim() - 1))
-    low = weights.index_select(0, below).to(dtype)
-    high = weights.index_select(0, (below + 1).clamp(max=depth - 1)).to(dtype)
-    return torch.lerp(low, high, fraction).to(weights.dtype)
+
+    def layers(index: Tensor) -> Tensor:
+        return weights.index_select(0, index).to(dtype)
+
+    def factor(values: Tensor) -> Tensor:
+        return values.to(dtype).view(-1, *[1] * (weights.dim() - 1))
+
+    if kind == "linear":
+        low, high = layers(below), layers((below + 1).clamp(max=depth - 1))
+        return torch.lerp(low, high, factor(offset - below)).to(weights.dtype)
+    points = min(4, depth)
+    first = (below - 1).clamp(0, depth - points)
+    x = offset - first  # of the stencil 0 .. points - 1
+    total = torch.zeros((), dtype=dtype, device=weights.device)
+    for i in range(points):
+        basis = torch.ones_like(x)
+        for j in range(points):
+            if j != i:
+                basis = basis * (x - j) / (i - j)
+        total = total + factor(basis) * layers(first + i)
+    return total.to(weights.dtype)
+
+
+def fields(block: DeepResBlock, interpolation: str = "linear") -> dict[str, Callable[[float], Tensor]]:
+    """The weights of a block as functions of depth: 𝒱 by the name "V", 𝒲 by "W", and biases where there are.
+
+    Each is a function s -> 𝒵(s) on 0 <= s <= 1, [q, m] for 𝒱 and [m, q] for 𝒲, differentiable in the block's
+    parameters. ``initializers.Fields(found["V"], found["W"])`` starts a block of any depth from them.
+
+    Arguments:
+        block: a ``DeepResBlock``. interpolation: ``"linear"`` or ``"cubic"``, see ``interpolate``.
+    """
+
+    def field(weights: Tensor) -> Callable[[float], Tensor]:
+        def at(s: float) -> Tensor:
+            position = torch.tensor([s * len(weights)], dtype=torch.float64, device=weights.device)
+            return interpolate(weights, position, interpolation)[0]
+
+        return at
+
+    return {name: field(weights) for name, weights in block.named_parameters()}
 
 
 class VectorField(nn.Module):
@@ -53,11 +101,16 @@ class VectorField(nn.Module):
 
     Arguments:
         block: a ``DeepResBlock``.
+        interpolation: of the weights in depth, ``"linear"`` or ``"cubic"``, see ``interpolate``.
     """
 
-    def __init__(self, block: DeepResBlock) -> None:
+    def __init__(self, block: DeepResBlock, interpolation: str = "linear") -> None:
         super().__init__()
-        self.block = block
+        if interpolation not in INTERPOLATIONS:
+            raise ValueError(
+                f"interpolation: expected one of {', '.join(INTERPOLATIONS)}; got {interpolation!r}"
+            )
+        self.block, self.interpolation = block, interpolation
 
     def forward(self, s: Tensor | float, h: Tensor) -> Tensor:
         """s: time, a number or a tensor of one element; h [..., q] -> dh/ds [..., q], of h's dtype.
@@ -76,7 +129,9 @@ class VectorField(nn.Module):
         if time.numel() != 1:
             raise ValueError(f"s: expected one number, got a tensor of shape {list(time.shape)}")
         V, W, hidden_bias, output_bias = (
-            None if p is None else interpolate(p, time.reshape(1) * block.depth)[0].to(h.dtype)
+            None
+            if p is None
+            else interpolate(p, time.reshape(1) * block.depth, self.interpolation)[0].to(h.dtype)
             for p in (block.V, block.W, block.hidden_bias, block.output_bias)
         )
         assert isinstance(V, Tensor)
@@ -84,3 +139,101 @@ class VectorField(nn.Module):
         z = nn.functional.linear(h, W, hidden_bias)
         f = nn.functional.linear(get_activation(block.activation).function(z), V, output_bias)
         return (block.scale * block.depth) * f
+
+
+# ---- the solution ----------------------------------------------------------------------------------------
+
+
+def import_torchdiffeq() -> Any:
+    """The module ``torchdiffeq``; ImportError with the remedy where it is not installed."""
+    try:
+        import torchdiffeq
+    except ModuleNotFoundError:
+        raise ImportError("torchdiffeq is not installed, please run: pip install 'odeblock[ode]'") from None
+    return torchdiffeq
+
+
+def solve(
+    block: DeepResBlock,
+    h: Tensor,
+    *,
+    rtol: float = 1e-6,
+    atol: float = 1e-8,
+    method: str = "dopri5",
+    interpolation: str = "linear",
+) -> Tensor:
+    """H(1) of the block's limiting ODE from H(0) = h, by ``torchdiffeq.odeint``: the network's limit.
+
+    Differentiable, by autograd through the solver's steps.
+
+    Arguments:
+        block: a ``DeepResBlock``.
+        h: shape [..., q]. In float32 rounding makes tolerances below 1e-6 unreachable: use float64 (the
+            block's weights are cast to the dtype of h).
+        rtol, atol, method: of ``torchdiffeq.odeint``.
+        interpolation: of the weights in depth, ``"linear"`` or ``"cubic"``.
+
+    Raises:
+        ImportError: torchdiffeq is not installed. TypeError, ValueError: as ``VectorField``.
+    """
+    field = VectorField(block, interpolation)
+    field(0.0, h)  # refuses what cannot be solved, before the solver does in its own words
+    ends = torch.tensor([0.0, 1.0], dtype=h.dtype, device=h.device)
+    path = import_torchdiffeq().odeint(field, h, ends, rtol=rtol, atol=atol, method=method)
+    result: Tensor = path[-1]
+    return result
+
+
+@torch.no_grad()
+def ode_gap(block: DeepResBlock, h: Tensor, *, interpolation: str = "linear", tol: float = 1e-8) -> float:
+    """How far the block is from its own ODE: ‖h_L - H(1)‖ / ‖H(1)‖, computed in float64.
+
+    Like 1/L for weights that are smooth in depth. For independent ones the ODE of the interpolated weights
+    is no limit of anything, and the gap need not fall.
+
+    Arguments:
+        block: a ``DeepResBlock``. h: inputs, shape [..., q], of any floating-point dtype.
+        interpolation: see ``interpolate``. tol: rtol and atol of the solver.
+    """
+    exact = copy.deepcopy(block).double()
+    truth = solve(exact, h.double(), rtol=tol, atol=tol, interpolation=interpolation)
+    return float((exact(h.double()) - truth).norm() / truth.norm())
+
+
+class Resampled(NamedTuple):
+    """``model`` is new; ``before`` and ``after`` are the loss of the model as it was, and of the new one."""
+
+    model: nn.Module
+    before: float
+    after: float
+
+
+def resample(model: nn.Module, depth: int, loss: Callable[[nn.Module], Tensor | float]) -> Resampled:
+    """A copy of a model with every ``DeepResBlock`` at another depth, and what that does to the loss.
+
+    Train at L = 32, run at L = 1024, and back. For weights smooth in depth the loss hardly changes, as both
+    are discretisations of one ODE; for independent ones it is another network's.
+
+    Arguments:
+        model: any module; itself a ``DeepResBlock``, or with such within. It is left as it is.
+        depth: of every block of the copy, >= 1; see ``DeepResBlock.resample``.
+        loss: model -> its loss, or any other number to compare, a float or a scalar tensor.
+
+    Raises:
+        TypeError, ValueError: ``depth`` is not a whole number >= 1; the model has no ``DeepResBlock``.
+    """
+    from .block import DeepResBlock
+
+    if isinstance(model, DeepResBlock):
+        other: nn.Module = model.resample(depth)
+    else:
+        other = copy.deepcopy(model)
+        names = [name for name, module in other.named_modules() if isinstance(module, DeepResBlock)]
+        if not names:
+            raise ValueError("model: expected one that holds a DeepResBlock, found none")
+        for name in names:
+            block = other.get_submodule(name)
+            assert isinstance(block, DeepResBlock)
+            other.set_submodule(name, block.resample(depth))
+    with torch.no_grad():
+        return Resampled(other, float(loss(model)), float(loss(other)))

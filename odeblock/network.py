@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .block import DeepResBlock
+from .initializers import Initializer
 from .validation import check_size
 
 
@@ -35,7 +36,7 @@ class DeepResNet(nn.Module):
         *,
         activation: str = "gelu",
         bias: bool = False,
-        init: str = "smooth",
+        init: str | Initializer = "smooth",
         scale: float | None = None,
         backward: str = "auto",
         strict: bool = False,

@@ -1,4 +1,4 @@
-"""The settings of the experiment ``train``. Imports nothing, so that the command line can list defaults."""
+"""The settings of every experiment. Imports nothing heavy, so that the command line can list defaults."""
 
 from __future__ import annotations
 
@@ -32,3 +32,213 @@ class TrainConfig:
 
 QUICK: dict[str, Any] = {"depth": 16, "dim": 16, "epochs": 2, "timing_rounds": 3}
 """What ``--quick`` puts in place of the defaults: seconds instead of a minute."""
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Settings of ``python -m odeblock bench``: one block, forward and backward of a batch.
+
+    depth: L. dim: q. hidden_dim: m, ``dim`` if None. batch_size: B. activation: σ. seed: of weights and
+    batch. device: "cpu", "cuda" or "cuda:N". rounds: how often everything is timed.
+    """
+
+    depth: int = 256
+    dim: int = 64
+    hidden_dim: int | None = None
+    batch_size: int = 64
+    activation: str = "gelu"
+    seed: int = 0
+    device: str = "cpu"
+    rounds: int = 11
+
+
+BENCH_QUICK: dict[str, Any] = {"depth": 32, "dim": 16, "rounds": 3}
+
+
+# ---- reproduce -------------------------------------------------------------------------------------------
+
+POWERS = tuple(2**i for i in range(1, 11))
+
+
+@dataclass(frozen=True)
+class LipschitzConfig:
+    """depths: L. dim: d = q. hidden_dim: m. samples: n. lr: a step of gradient descent is lr · L ∂R/∂Z.
+
+    iterations: training times at which neighbours are compared. fit_from: L from which slopes are fitted.
+    timing_rounds: iterations timed for each of ours and the Python loop. seed: of weights and data.
+    """
+
+    depths: tuple[int, ...] = POWERS
+    dim: int = 16
+    hidden_dim: int = 32
+    samples: int = 100
+    lr: float = 0.01
+    iterations: tuple[int, ...] = (10, 50, 150, 500)
+    fit_from: int = 16
+    timing_rounds: int = 15
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ConvergenceConfig:
+    """As ``LipschitzConfig``; reference: depth of the network that stands for the limit.
+
+    iterations: of gradient descent. every: iterations between two comparisons.
+    """
+
+    depths: tuple[int, ...] = POWERS
+    reference: int = 2**14
+    dim: int = 16
+    hidden_dim: int = 32
+    samples: int = 100
+    lr: float = 0.01
+    iterations: int = 300
+    every: int = 15
+    fit_from: int = 16
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LongTimeConfig:
+    """depth: L. dim: d = q. hidden_dim: m. samples: n. lr: as in ``LipschitzConfig``.
+
+    target: loss at which training ends. iterations: after which it ends in any case. every: iterations
+    between two records of loss and PL ratio. seed: of weights and data.
+    """
+
+    depth: int = 64
+    dim: int = 16
+    hidden_dim: int = 64
+    samples: int = 50
+    lr: float = 0.005
+    target: float = 1e-6
+    iterations: int = 100_000
+    every: int = 50
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class OverParameterisationConfig:
+    """depth: L. dim: d, size of x and y. widths: of the block. samples: n. seeds: trainings of a cell.
+
+    lr, iterations: of gradient descent in the theorem's normalisation. success: loss, as a fraction of the
+    loss at the start, below which training counts as successful. seed: the first of the seeds of weights
+    and data.
+    """
+
+    depth: int = 16
+    dim: int = 8
+    widths: tuple[int, ...] = (4, 8, 16, 32, 64, 128)
+    samples: tuple[int, ...] = (8, 16, 32, 64)
+    seeds: int = 3
+    lr: float = 0.5
+    iterations: int = 2000
+    success: float = 1e-2
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class DigitsConfig:
+    """Networks and training of ``TrainConfig``, for each activation from smooth and i.i.d. weights."""
+
+    activations: tuple[str, ...] = ("gelu", "relu")
+    depth: int = 256
+    dim: int = 64
+    epochs: int = 30
+    batch_size: int = 64
+    lr: float = 0.05
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class RefinementConfig:
+    """shallow: L of the first phase. deep: L of the second, and of the network trained deep from the start.
+
+    depths: at which the network trained at ``shallow`` is run. epochs: of all trainings. shallow_epochs: of
+    the first phase. seeds: networks that are resampled, counted from ``seed``. dim, batch_size, lr: as
+    ``TrainConfig``.
+    """
+
+    shallow: int = 32
+    deep: int = 256
+    depths: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512, 1024)
+    epochs: int = 30
+    shallow_epochs: int = 20
+    seeds: int = 3
+    dim: int = 64
+    batch_size: int = 64
+    lr: float = 0.05
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class AdjointErrorConfig:
+    """depths: L. batch: B. dim: q = m. activation: σ. seeds: of weights and inputs, counted from ``seed``."""
+
+    depths: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+    batch: int = 16
+    dim: int = 32
+    activation: str = "gelu"
+    seeds: int = 3
+    seed: int = 0
+
+
+ReproduceConfig = (
+    LipschitzConfig
+    | ConvergenceConfig
+    | LongTimeConfig
+    | OverParameterisationConfig
+    | DigitsConfig
+    | RefinementConfig
+    | AdjointErrorConfig
+)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What the command line knows of an experiment: a line about it, and settings, full and ``--quick``."""
+
+    text: str
+    config: ReproduceConfig
+    quick: ReproduceConfig
+
+
+EXPERIMENTS: dict[str, Listing] = {
+    "large-depth-lipschitz": Listing(
+        "neighbouring layers differ by O(1/L), at every time of training",
+        LipschitzConfig(),
+        LipschitzConfig(depths=POWERS[:8], iterations=(5, 20), timing_rounds=3),
+    ),
+    "large-depth-convergence": Listing(
+        "weights converge to a function of depth like 1/L, at every time of training",
+        ConvergenceConfig(),
+        ConvergenceConfig(depths=POWERS[:8], reference=2**11, iterations=50, every=10),
+    ),
+    "long-time": Listing(
+        "gradient descent goes on to a global minimum, with weights that stay smooth in depth",
+        LongTimeConfig(),
+        LongTimeConfig(iterations=2000, every=20),
+    ),
+    "over-parameterisation": Listing(
+        "training succeeds once the width is a multiple of the number of samples",
+        OverParameterisationConfig(),
+        OverParameterisationConfig(depth=8, widths=(4, 16, 64), samples=(8, 32), seeds=1, iterations=300),
+    ),
+    "weights-on-digits": Listing(
+        "weights along depth after training on real digits, smooth and i.i.d., GELU and ReLU",
+        DigitsConfig(),
+        DigitsConfig(depth=32, dim=16, epochs=3),
+    ),
+    "depth-refinement": Listing(
+        "train shallow, run deep; and train shallow first, then deep, against deep from the start",
+        RefinementConfig(),
+        RefinementConfig(
+            shallow=16, deep=64, depths=(8, 16, 64, 128), epochs=4, shallow_epochs=2, seeds=1, dim=16
+        ),
+    ),
+    "adjoint-error": Listing(
+        "error of the gradient against L: our adjoint, that of 2022, and stored states",
+        AdjointErrorConfig(),
+        AdjointErrorConfig(depths=(16, 64, 256), seeds=1),
+    ),
+}

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..diagnostics import smoothness
+from ..flow import gradient_flow_groups
 from ..network import DeepResNet
 from .config import TrainConfig
 from .digits import Digits
@@ -22,16 +23,8 @@ LABEL_SMOOTHING = 0.1
 
 
 def make_optimizer(network: DeepResNet, lr: float) -> torch.optim.SGD:
-    """SGD with momentum; rate lr for A and B, L·lr for V and W.
-
-    The gradient of the risk R with respect to one layer is of size 1/L. The gradient flow
-    dZ/dt = -L ∂R/∂Z (Marion et al. 2024) makes up for it: layers move at a speed that does not
-    depend on L, and neighbours move alike, so that weights smooth in depth stay smooth.
-    """
-    stacked = list(network.block.parameters())
-    ends = [*network.A.parameters(), *network.B.parameters()]
-    groups = [{"params": stacked, "lr": lr * network.block.depth}, {"params": ends, "lr": lr}]
-    return torch.optim.SGD(groups, momentum=MOMENTUM)
+    """SGD with momentum along the gradient flow (``odeblock.flow``): rate lr for A, B, L·lr for V, W."""
+    return torch.optim.SGD(gradient_flow_groups(network, lr), momentum=MOMENTUM)
 
 
 def train_step(network: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> float:
@@ -87,7 +80,9 @@ class Training:
         self.total_steps = config.epochs * self.steps_per_epoch
         self.generator = torch.Generator().manual_seed(config.seed)  # of the order of the data
         self.optimizer = make_optimizer(network, config.lr)
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.total_steps)
+        self.schedule: torch.optim.lr_scheduler.LRScheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
+            self.optimizer, self.total_steps
+        )
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self.record()
@@ -106,7 +101,7 @@ class Training:
         """
         try:
             for _ in range(self.config.epochs):
-                self._epoch(on_step)
+                self.epoch(on_step)
                 self.record()
         except FloatingPointError as error:
             where = f"after step {self.step} of {self.total_steps}"
@@ -115,7 +110,8 @@ class Training:
             self.record()
             raise
 
-    def _epoch(self, on_step: Callable[[float], None]) -> None:
+    def epoch(self, on_step: Callable[[float], None]) -> None:
+        """One pass over the training set in a random order."""
         data = self.data
         order = torch.randperm(len(data.train_x), generator=self.generator).to(self.config.device)
         for rows in order.split(self.config.batch_size):
@@ -123,3 +119,12 @@ class Training:
             self.schedule.step()
             self.step += 1
             on_step(loss)
+
+    def change_depth(self, depth: int) -> None:
+        """Go on with the block resampled to another depth. The schedule stays, momentum starts anew."""
+        self.network.block = self.network.block.resample(depth)
+        self.optimizer = make_optimizer(self.network, self.config.lr)
+        start, total = self.step, self.total_steps
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * (start + step) / total))
+        )

@@ -12,6 +12,7 @@ import re
 import statistics
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..autograd import DriftWarning
 from ..native import release_memory
 from ..network import DeepResNet
 from .networks import eager_twin
@@ -48,6 +50,8 @@ def step_memory(network: dict[str, Any], batch: int, device: str, *, eager: bool
 
 
 def _measure_here(network: dict[str, Any], batch: int, device: str, eager: bool) -> int:
+    warnings.simplefilter("ignore", DriftWarning)  # of random gradients: memory is all that is measured
+
     def build(depth: int) -> DeepResNet:
         return DeepResNet(**{**network, "depth": depth}, device=device)
 

@@ -40,6 +40,21 @@ def build_network(config: TrainConfig, init: str) -> DeepResNet:
     return network.to(config.device)
 
 
+def random_coefficients(dim: int, hidden: int, seed: int) -> dict[str, list[int]]:
+    """[i, j] of a random coefficient of V [q, m] and of W [m, q], the same for every network of a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"V": (dim, hidden), "W": (hidden, dim)}
+    return {
+        name: [int(torch.randint(size, (), generator=generator)) for size in shape]
+        for name, shape in shapes.items()
+    }
+
+
+def along_depth(block: DeepResBlock, indices: dict[str, list[int]]) -> dict[str, list[float]]:
+    """These coefficients of V and of W, from layer 1 to L."""
+    return {name: getattr(block, name).detach()[:, i, j].tolist() for name, (i, j) in indices.items()}
+
+
 class EagerBlock(nn.Module):
     """A block's own parameters run as a loop of PyTorch operators, differentiated by ordinary autograd."""
 

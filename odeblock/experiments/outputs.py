@@ -1,19 +1,33 @@
-"""The files of an experiment, each written whole or not at all: JSON, checkpoints, figures."""
+"""The files of an experiment, each written whole or not at all: JSON, CSV, checkpoints, figures."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.figure import Figure
 
+from ..build import build_info
+
 FIGURE_DPI = 200
+PACKAGES = ("odeblock", "torch", "numpy", "scikit-learn", "matplotlib", "rich")
+
+
+def provenance() -> dict[str, Any]:
+    """What made the numbers: "versions" of Python and packages, and the "build" of the native core."""
+    versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    return {"versions": versions, "build": build_info()}
 
 
 @contextmanager
@@ -38,6 +52,16 @@ def save_json(path: Path, value: dict[str, Any]) -> None:
         file.write((json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
+def save_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A table with a header; the keys of the first row are its columns, and those of all rows."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with atomic_file(path) as file:
+        file.write(text.getvalue().encode())
+
+
 def save_checkpoint(path: Path, value: dict[str, Any]) -> None:
     """A dict of tensors and plain values, for ``torch.load(path, weights_only=True)``."""
     with atomic_file(path) as file:
@@ -45,6 +69,9 @@ def save_checkpoint(path: Path, value: dict[str, Any]) -> None:
 
 
 def save_figure(path: Path, figure: Figure) -> None:
-    """A PNG drawn by Agg, whatever backend the user has."""
+    """A PNG or a PDF, by the ending of ``path``, whatever backend the user has; the same bytes each time."""
+    pdf = path.suffix == ".pdf"
+    canvas = FigureCanvasPdf(figure) if pdf else FigureCanvasAgg(figure)
+    metadata = {"CreationDate": None} if pdf else {}
     with atomic_file(path) as file:
-        FigureCanvasAgg(figure).print_figure(file, dpi=FIGURE_DPI, format="png")
+        canvas.print_figure(file, dpi=FIGURE_DPI, format=path.suffix[1:], metadata=metadata)

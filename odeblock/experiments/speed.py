@@ -1,13 +1,14 @@
-"""Seconds of a training step, ours against the eager loop: in one process, interleaved A B A B, medians."""
+"""Seconds of ours and of others: in one process, interleaved A B A B, medians."""
 
 from __future__ import annotations
 
 import copy
 import statistics
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from torch import nn
 
 from ..network import DeepResNet
 from .config import TrainConfig
@@ -16,27 +17,33 @@ from .loop import make_optimizer, train_step
 from .networks import eager_twin
 
 
+def median_seconds(
+    peers: Sequence[Callable[[], object]], rounds: int, device: str = "cpu"
+) -> tuple[float, ...]:
+    """Median seconds of a call of each of ``peers``, turn by turn for ``rounds`` turns after one untimed."""
+
+    def seconds(peer: Callable[[], object]) -> float:
+        _synchronize(device)
+        start = time.perf_counter()
+        peer()
+        _synchronize(device)
+        return time.perf_counter() - start
+
+    turns = [[seconds(peer) for peer in peers] for _ in range(1 + rounds)]
+    return tuple(statistics.median(times) for times in zip(*turns[1:], strict=True))
+
+
 def step_seconds(network: DeepResNet, data: Digits, config: TrainConfig) -> tuple[float, float]:
     """Median seconds of one training step on a copy of ``network``: (ours, the eager loop).
 
-    Both take real steps (forward, backward, optimiser) on the same weights and digits, turn by turn; one
-    turn of each goes untimed before.
+    Both take real steps (forward, backward, optimiser) on the same weights and digits.
     """
     network = copy.deepcopy(network)
     optimizer = make_optimizer(network, config.lr)
     x, y = data.train_x[: config.batch_size], data.train_y[: config.batch_size]
-
-    def seconds(model: nn.Module) -> float:
-        _synchronize(config.device)
-        start = time.perf_counter()
-        train_step(model, optimizer, x, y)
-        _synchronize(config.device)
-        return time.perf_counter() - start
-
-    peers = (network, eager_twin(network))
-    rounds = [[seconds(peer) for peer in peers] for _ in range(1 + config.timing_rounds)]
-    ours, eager = zip(*rounds[1:], strict=True)
-    return statistics.median(ours), statistics.median(eager)
+    peers = [partial(train_step, model, optimizer, x, y) for model in (network, eager_twin(network))]
+    ours, eager = median_seconds(peers, config.timing_rounds, config.device)
+    return ours, eager
 
 
 def _synchronize(device: str) -> None:

@@ -6,24 +6,20 @@ and the network remains the discretisation of a neural ODE; weights that start i
 
 from __future__ import annotations
 
-import platform
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..build import build_info
 from ..network import DeepResNet
 from .config import TrainConfig
 from .digits import SPLIT_SEED, load_digits
 from .loop import Training
 from .memory import step_memory
-from .networks import build_network, network_arguments
-from .outputs import save_checkpoint, save_figure, save_json
+from .networks import along_depth, build_network, network_arguments, random_coefficients
+from .outputs import provenance, save_checkpoint, save_figure, save_json
 from .plots import coefficient_figure
 from .report import render, table_rows
 from .speed import step_seconds
@@ -31,7 +27,6 @@ from .speed import step_seconds
 INITS = {"smooth": "smooth", "iid": "i.i.d."}
 RESULTS, FIGURE = "results.json", "coefficients.png"
 CHECKPOINTS = {init: f"checkpoint_{init}.pt" for init in INITS}
-PACKAGES = ("odeblock", "torch", "numpy", "scikit-learn", "matplotlib", "rich")
 
 
 def train(config: TrainConfig, output: Path) -> int:
@@ -81,13 +76,7 @@ class Experiment:
     def __init__(self, config: TrainConfig, output: Path) -> None:
         self.config, self.output = config, output
         self.runs: dict[str, Run] = {}
-        generator = torch.Generator().manual_seed(config.seed)
-        sizes = {"V": (config.dim, config.hidden_dim or config.dim)}
-        sizes["W"] = sizes["V"][::-1]
-        self.indices = {
-            name: [int(torch.randint(size, (), generator=generator)) for size in shape]
-            for name, shape in sizes.items()
-        }
+        self.indices = random_coefficients(config.dim, config.hidden_dim or config.dim, config.seed)
         """The coefficient of V and of W that the figure shows, the same in both networks."""
 
     def run(self, console: Console) -> None:
@@ -132,11 +121,7 @@ class Experiment:
                 progress.advance(task)
 
     def _coefficients(self, network: DeepResNet) -> dict[str, list[float]]:
-        """The chosen coefficient of V and of W, from layer 1 to L."""
-        block = network.block
-        return {
-            name: getattr(block, name).detach()[:, i, j].tolist() for name, (i, j) in self.indices.items()
-        }
+        return along_depth(network.block, self.indices)
 
     def summary(self) -> dict[str, Any]:
         """For each network that was reached: history, the two coefficients along depth, and costs."""
@@ -164,14 +149,13 @@ class Experiment:
                 (self.output / name).unlink(missing_ok=True)
         networks = self.summary()
         curves = {init: network["coefficients"] for init, network in networks.items()}
-        save_figure(self.output / FIGURE, coefficient_figure(curves))
+        save_figure(self.output / FIGURE, coefficient_figure({"": curves}))
         results = {
             "experiment": "train",
             "interrupted": interrupted,
             "error": error,
             "config": asdict(self.config),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-            "build": build_info(),
+            **provenance(),
             "data": {"name": "scikit-learn digits", "split_seed": SPLIT_SEED},
             "networks": networks,
             "table": [asdict(row) for row in table_rows(networks)],

@@ -1,0 +1,416 @@
+"""The experiments of ``reproduce``, and ``bench``: files, laws, determinism, interruption, refusals."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from odeblock.__main__ import main
+from odeblock.experiments.config import (
+    BENCH_QUICK,
+    EXPERIMENTS,
+    AdjointErrorConfig,
+    BenchConfig,
+    ConvergenceConfig,
+    DigitsConfig,
+    LipschitzConfig,
+    LongTimeConfig,
+    OverParameterisationConfig,
+    RefinementConfig,
+    ReproduceConfig,
+    TrainConfig,
+)
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+pytest.importorskip("sklearn")
+
+import matplotlib.image
+
+from odeblock import DeepResBlock
+from odeblock.experiments import (
+    adjoint_error,
+    bench,
+    over_parameterisation,
+    reproduce,
+    speed,
+    style,
+    synthetic,
+)
+from odeblock.experiments.digits import load_digits
+from odeblock.experiments.loop import Training
+from odeblock.experiments.networks import build_network
+
+SMALL: dict[str, ReproduceConfig] = {
+    "large-depth-lipschitz": LipschitzConfig(
+        depths=(16, 32, 64), iterations=(3, 12), samples=20, timing_rounds=1
+    ),
+    "large-depth-convergence": ConvergenceConfig(
+        depths=(16, 32, 64), reference=1024, samples=20, iterations=12, every=6
+    ),
+    "long-time": LongTimeConfig(
+        depth=8, dim=4, hidden_dim=16, samples=3, lr=0.05, iterations=2000, target=1e-2, every=1
+    ),
+    "over-parameterisation": OverParameterisationConfig(
+        depth=4, widths=(4, 8, 16), samples=(6, 12), seeds=1, iterations=20
+    ),
+    "weights-on-digits": DigitsConfig(depth=8, dim=8, epochs=1),
+    "depth-refinement": RefinementConfig(
+        shallow=8, deep=16, depths=(4, 8, 32), epochs=2, shallow_epochs=1, seeds=1, dim=8
+    ),
+    "adjoint-error": AdjointErrorConfig(depths=(64, 256), seeds=1, batch=4, dim=8),
+}
+FIGURES = {
+    "large-depth-convergence": {"large-depth-convergence", "large-depth-convergence-rate"},
+    "long-time": {"long-time", "long-time-weights"},
+    "depth-refinement": {"depth-refinement", "depth-resampling"},
+}
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a small run of an experiment, made when it is first asked for."""
+    folders: dict[str, Path] = {}
+
+    def run(name: str) -> Path:
+        if name not in folders:
+            folder = tmp_path_factory.mktemp(name)
+            assert reproduce.reproduce(name, SMALL[name], folder) == 0
+            folders[name] = folder
+        return folders[name]
+
+    return run
+
+
+def read(folder: Path, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+    return found
+
+
+# ---- every experiment ------------------------------------------------------------------------------------
+
+
+def test_every_experiment_is_tested() -> None:
+    assert list(SMALL) == list(EXPERIMENTS)
+    for name, listing in EXPERIMENTS.items():
+        assert type(listing.config) is type(listing.quick) is type(SMALL[name])
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_files(name: str, outputs: Callable[[str], Path]) -> None:
+    folder = outputs(name)
+    figures = FIGURES.get(name, {name})
+    pictures = {f"{figure}.{ending}" for figure in figures for ending in ("pdf", "png")}
+    assert {path.name for path in folder.iterdir()} == {f"{name}.json", f"{name}.csv", "parts", *pictures}
+    for figure in figures:
+        assert (folder / f"{figure}.pdf").read_bytes().startswith(b"%PDF")
+        image = matplotlib.image.imread(folder / f"{figure}.png")[..., :3]
+        assert image.shape[1] > 1500
+        colourful = image.max(2) - image.min(2) > 0.3
+        assert colourful.sum() > 1000
+    found = read(folder, name)
+    assert found["experiment"] == name
+    assert found["config"] == json.loads(json.dumps(asdict(SMALL[name])))
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["findings"]
+    assert {f"{part}.json" for part in found["parts"]} == {path.name for path in (folder / "parts").iterdir()}
+    with (folder / f"{name}.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert rows
+    assert all(None not in row for row in rows)
+
+
+def column(folder: Path, name: str, key: str, **where: str) -> list[float]:
+    with (folder / f"{name}.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if all(row[k] == v for k, v in where.items())]
+    return [float(row[key]) for row in rows]
+
+
+def test_neighbours_differ_like_one_over_the_depth(outputs: Callable[[str], Path]) -> None:
+    folder = outputs("large-depth-lipschitz")
+    smooth, iid = (
+        column(folder, "large-depth-lipschitz", "largest_step", init=init, iteration="12")
+        for init in ("smooth", "iid")
+    )
+    assert style.slope((16, 32, 64), smooth, 16) == pytest.approx(-1, abs=0.05)
+    assert style.slope((16, 32, 64), iid, 16) == pytest.approx(0, abs=0.1)
+
+
+def test_weights_converge_like_one_over_the_depth(outputs: Callable[[str], Path]) -> None:
+    name = "large-depth-convergence"
+    for stack in ("V", "W"):
+        smooth, iid = (
+            column(outputs(name), name, stack, init=init, iteration="12") for init in ("smooth", "iid")
+        )
+        assert style.slope((16, 32, 64), smooth, 16) == pytest.approx(-1, abs=0.08)
+        assert style.slope((16, 32, 64), iid, 16) == pytest.approx(0, abs=0.1)
+
+
+def test_long_training_ends_at_the_target(outputs: Callable[[str], Path]) -> None:
+    folder = outputs("long-time")
+    for init in ("smooth", "iid"):
+        losses = column(folder, "long-time", "loss", init=init)
+        assert losses[-1] < 1e-2 < losses[-2]
+        assert min(column(folder, "long-time", "pl_ratio", init=init)) > 0
+        snapshots = read(folder, "long-time")["parts"][init]["snapshots"]
+        assert [s["iteration"] for s in snapshots] == [0, len(losses) - 1]
+        assert len(snapshots[-1]["V"]) == 8
+
+
+def test_the_pl_constant_is_that_of_the_gradient() -> None:
+    """λ_min(K)/n is the least of ‖∇R‖²/2R over y at V = 0, and 0 for fewer hidden units than samples."""
+    config = OverParameterisationConfig(depth=5, dim=3)
+    assert over_parameterisation.pl_constant(config, 6, 5, 0) < over_parameterisation.ZERO
+    constant = over_parameterisation.pl_constant(config, 6, 40, 0)
+    assert constant > 1e-5
+    x, _ = synthetic.make_data(6, 3, 0)
+    torch.manual_seed(0)
+    block = DeepResBlock(3, 5, 40, init="zero_v").double()
+    x = x.double()
+    features = torch.nn.functional.gelu(x @ block.W[0].detach().T)
+    worst = torch.linalg.eigh(features @ features.T).eigenvectors[:, :1].expand(-1, 3)
+    risk = 0.5 * (block(x) - (x + worst)).square().sum(1).mean()
+    (gradient,) = torch.autograd.grad(risk, block.V)
+    square = 5 / 40 * gradient.square().sum()  # the flow of √m V, whose rate for V is L/m
+    assert (square / (2 * risk)).item() == pytest.approx(constant, rel=1e-4)
+
+
+def test_refinement_goes_on_with_the_same_function(outputs: Callable[[str], Path]) -> None:
+    found = read(outputs("depth-refinement"), "depth-refinement")["parts"]
+    resampled = found["resample-smooth-0"]
+    assert resampled["test_accuracy"][1] == resampled["trained_accuracy"]  # at its own depth
+    times = found["refine"]["deep"]["time"]
+    assert times[0] == 0
+    assert times[-1] == pytest.approx(1)
+    assert times == sorted(times)
+    config = TrainConfig(depth=8, dim=8, epochs=3)
+    training = Training(build_network(config, "smooth"), load_digits(), config)
+    training.epoch(lambda loss: None)
+    rate = training.optimizer.param_groups[0]["lr"]
+    training.record()
+    training.change_depth(64)
+    assert training.network.block.depth == 64
+    groups = {id(p): g["lr"] for g in training.optimizer.param_groups for p in g["params"]}
+    assert groups[id(training.network.A.weight)] == pytest.approx(rate)  # the schedule goes on
+    assert groups[id(training.network.block.V)] == pytest.approx(64 * rate)
+    before = training.history[-1]["train_loss"]
+    training.epoch(lambda loss: None)
+    training.epoch(lambda loss: None)
+    training.record()
+    assert training.history[-1]["train_loss"] < before
+    assert training.optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+def test_errors_of_adjoints(outputs: Callable[[str], Path]) -> None:
+    name = "adjoint-error"
+    old, new = (column(outputs(name), name, key, weights="smooth") for key in ("adjoint_2022", "adjoint"))
+    assert style.slope((64, 256), old, 64) == pytest.approx(-1, abs=0.2)
+    assert max(new) < 1e-5 < min(old)
+    assert set(adjoint_error.METHODS) == set(adjoint_error.LABELS) == set(adjoint_error.STYLES)
+
+
+@pytest.mark.parametrize("init", ["smooth", "iid"])
+def test_the_python_loop_is_the_same_descent(init: str) -> None:
+    x, y = synthetic.make_data(9, 3, 0)
+    ours, loop = (
+        kind(synthetic.make_block(synthetic.initial_W(init, 6, 5, 3, 0)), x, y, 0.1)
+        for kind in (synthetic.Descent, synthetic.LoopDescent)
+    )
+    for _ in range(20):
+        assert ours.step() == pytest.approx(loop.step(), rel=1e-5)
+    torch.testing.assert_close(ours.block.V, loop.block.V)
+    assert not torch.equal(ours.block.V[0], ours.block.V[1])
+
+
+def test_slope() -> None:
+    assert style.slope((2, 4, 8, 16), (9.0, 3 / 4, 3 / 8, 3 / 16), 4) == pytest.approx(-1)
+
+
+def test_peers_take_turns() -> None:
+    calls: list[str] = []
+    seconds = speed.median_seconds([lambda: calls.append("a"), lambda: calls.append("b")], 3)
+    assert calls == ["a", "b"] * 4
+    assert len(seconds) == 2
+    assert min(seconds) >= 0
+
+
+# ---- harness ---------------------------------------------------------------------------------------------
+
+
+def test_same_seed_same_numbers_and_files(tmp_path: Path, outputs: Callable[[str], Path]) -> None:
+    name, config = "adjoint-error", SMALL["adjoint-error"]
+    assert reproduce.reproduce(name, config, tmp_path) == 0
+    for path in outputs(name).iterdir():
+        if path.is_file():
+            assert path.read_bytes() == (tmp_path / path.name).read_bytes()
+    other = tmp_path / "other"
+    assert reproduce.reproduce(name, replace(config, seed=1), other) == 0
+    assert (other / f"{name}.csv").read_text() != (tmp_path / f"{name}.csv").read_text()
+
+
+def test_an_interrupted_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[str] = []
+    stop = ["second"]
+
+    def compute(name: str, run: reproduce.Run) -> reproduce.Results:
+        ran.append(name)
+        if name in stop:
+            raise KeyboardInterrupt
+        run.advance(1)
+        return {"number": len(ran)}
+
+    def summarise(config: ReproduceConfig, results: dict[str, reproduce.Results]) -> reproduce.Summary:
+        return reproduce.Summary({}, [{name: part["number"] for name, part in results.items()}], {})
+
+    experiment = SimpleNamespace(
+        parts=lambda config: [
+            reproduce.Part(name, 1, partial(compute, name)) for name in ("first", "second")
+        ],
+        summarise=summarise,
+    )
+    monkeypatch.setitem(sys.modules, "odeblock.experiments.invented", experiment)
+    config = SMALL["adjoint-error"]
+    assert reproduce.reproduce("invented", config, tmp_path) == 130
+    assert "goes on from here" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["parts"]
+    assert [path.name for path in (tmp_path / "parts").iterdir()] == ["first.json"]
+    stop.clear()
+    assert reproduce.reproduce("invented", config, tmp_path) == 0
+    assert ran == ["first", "second", "second"]
+    assert (tmp_path / "invented.csv").read_text() == "first,second\n1,3\n"
+    (tmp_path / "parts" / "second.json").write_text("{")  # not ours, or half of it
+    assert reproduce.reproduce("invented", config, tmp_path) == 0
+    assert ran[3:] == ["second"]
+    assert reproduce.reproduce("invented", replace(config, seed=1), tmp_path) == 0
+    assert ran[4:] == ["first", "second"]  # other settings: nothing of it is used
+    monkeypatch.setattr("inspect.getsource", lambda function: "other code")
+    assert reproduce.reproduce("invented", replace(config, seed=1), tmp_path) == 0
+    assert ran[6:] == ["first", "second"]  # nor where they are computed differently now
+
+
+@pytest.mark.parametrize(
+    ("name", "interrupted_at", "saved_at"),
+    [("large-depth-convergence", 40, 4 * 6), ("long-time", 50, 40)],  # gradients of its four networks, or one
+)
+def test_an_interrupted_part_goes_on(
+    name: str,
+    interrupted_at: int,
+    saved_at: int,
+    tmp_path: Path,
+    outputs: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("odeblock.experiments.long_time.SAVED_EVERY", 20)
+    made, gradient = 0, synthetic.Descent.gradient
+
+    def counted(descent: synthetic.Descent) -> float:
+        nonlocal made
+        made += 1
+        if made == interrupted_at:
+            raise KeyboardInterrupt
+        return gradient(descent)
+
+    monkeypatch.setattr(synthetic.Descent, "gradient", counted)
+    assert reproduce.reproduce(name, SMALL[name], tmp_path) == 130
+    assert len(list((tmp_path / "parts").glob("*.pt"))) == 1
+    assert reproduce.reproduce(name, SMALL[name], tmp_path) == 0
+    steps = 2 * 4 * 12 if name == "large-depth-convergence" else len(column(outputs(name), name, "loss"))
+    assert made == interrupted_at + steps - saved_at
+    assert not list((tmp_path / "parts").glob("*.pt"))
+    assert read(tmp_path, name)["parts"] == read(outputs(name), name)["parts"]
+
+
+def test_a_loss_that_is_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = replace(SMALL["long-time"], lr=1e20)
+    assert reproduce.reproduce("long-time", config, tmp_path) == 1
+    assert "stopped: smooth: the loss is" in capsys.readouterr().out
+
+
+# ---- command line ----------------------------------------------------------------------------------------
+
+
+def test_reproduce_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(reproduce, "reproduce", lambda *arguments: seen.append(arguments) or 0)
+    monkeypatch.chdir(tmp_path)
+    assert main(["reproduce", "long-time"]) == 0
+    assert main(["reproduce", "adjoint-error", "--quick", "--seed", "7", "--output", "here"]) == 0
+    quick = replace(EXPERIMENTS["adjoint-error"].quick, seed=7)
+    assert seen == [
+        ("long-time", EXPERIMENTS["long-time"].config, Path("outputs/long-time")),
+        ("adjoint-error", quick, Path("here")),
+    ]
+    assert (tmp_path / "outputs" / "long-time").is_dir()
+    for options, expected in (
+        (["reproduce", "everything"], ["NAME", "everything", "long-time"]),
+        (["reproduce", "long-time", "--seed", "x"], ["--seed", ">= 0"]),
+        (["reproduce"], ["NAME"]),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(options)
+        assert stop.value.code == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1
+        for part in expected:
+            assert part in message
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    for options, expected in (
+        (["--help"], ["info", "train", "reproduce long-time", "bench", "exit codes"]),
+        (["reproduce", "--help"], [*EXPERIMENTS, "reference=16384", "outputs/NAME"]),
+        (["train", "--help"], ["outputs/train", "default: 256; quick: 16"]),
+        (["bench", "--help"], ["outputs/bench", "default: 256; quick: 32"]),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(options)
+        assert stop.value.code == 0
+        text = " ".join(capsys.readouterr().out.split())
+        for part in expected:
+            assert part in text
+
+
+@pytest.mark.parametrize("command", [["reproduce", "long-time"], ["bench"]])
+def test_missing_extra(command: list[str], tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['matplotlib'] = None; from odeblock.__main__ import main; main(sys.argv[1:])"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code, *command, "--output", str(tmp_path / "new")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert process.returncode == 2
+    assert process.stderr.count("\n") == 1
+    assert "pip install 'odeblock[experiments]'" in process.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(bench, "step_memory", lambda network, batch, device, eager: 2**20 * network["depth"])
+    assert main(["bench", "--quick", "--dim", "8", "--output", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert found["config"] == asdict(BenchConfig(**{**BENCH_QUICK, "dim": 8}))
+    strategies = ["auto", "adjoint", "checkpoint", "store"]
+    assert list(found["speedup"]) == [*strategies, "forward"]
+    assert min(found["speedup"].values()) > 0
+    assert found["memory_bytes"] == dict.fromkeys(["eager loop", *strategies], 32 * 2**20)
+    out = capsys.readouterr().out
+    assert "B = 64, q = 8, m = 8, L = 32" in out
+    assert "32.00" in out
