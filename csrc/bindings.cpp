@@ -192,7 +192,7 @@ bool cuda_fuses(int dtype, int activation, int64_t batch, int64_t dim, int64_t h
 
 void cuda_forward(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth, double scale,
                   uintptr_t V, uintptr_t W, uintptr_t hidden_bias, uintptr_t output_bias, uintptr_t h, uintptr_t start,
-                  uintptr_t y, uintptr_t end, uintptr_t states, uintptr_t sight, uintptr_t probe, uintptr_t checks,
+                  uintptr_t y, uintptr_t end, uintptr_t states, uintptr_t directions, uintptr_t checks,
                   int64_t save_every, bool reconstruct, bool tf32, int device, uintptr_t stream) {
   ForwardProblem p{};
   set_sizes(p, dtype, activation, batch, dim, hidden, depth, 0);
@@ -204,8 +204,7 @@ void cuda_forward(int dtype, int activation, int64_t batch, int64_t dim, int64_t
   p.y = pointer<void>(y);
   p.end = pointer<void>(end);
   p.states = pointer<void>(states);
-  p.sight = pointer<const void>(sight);
-  p.probe = pointer<const void>(probe);
+  p.directions = pointer<const void>(directions);
   p.checks = pointer<void>(checks);
   p.reconstruct = reconstruct;
   const char* error;

@@ -76,8 +76,9 @@ struct ForwardProblem : Problem {
   // On a GPU, where y may be null. Of the adjoint's states h_L is `end`, not among `states`.
   const void* start;  // [B, q]  read in the place of h, as computed; or null
   void* end;          // [B, q]  written: h_L as computed; or null
-  const void* sight;  // [(L - 1) / c, kSightWidth]  read where `checks` is not null: how the layers that are checked
-                      // see each feature (docs/adjoint.md, equation 5), as computed; zero from q on, as `probe` is
+  // In the place of `probe` [(L - 1) / c, kSightWidth]: that of each layer that is checked, times how it sees each
+  // feature (docs/adjoint.md, equation 5), zero from q on. Read where `checks` is not null, as computed.
+  const void* directions;
 };
 
 // On a GPU: the adjoint's states, from that of the last layer down to that of the first, each by solving a step for its

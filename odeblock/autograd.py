@@ -46,14 +46,14 @@ def drift_tolerance(dtype: torch.dtype, rounded: bool) -> float:
 
 
 class DriftRecord:
-    """Reports of a block's adjoint backwards: the last one that is known, and those that GPUs still have."""
+    """Reports of adjoint backwards: the last one that is known, and those that GPUs still have."""
 
     MOST_WAITING = 64
 
     def __init__(self) -> None:
         self.last: Drift = {}
-        self.waiting: deque[tuple[Tensor, Any, float]] = deque(maxlen=self.MOST_WAITING)
-        self.captured: tuple[Tensor, float] | None = None
+        self.waiting: deque[tuple[Tensor, Any, float]] = deque()
+        self.captured: deque[tuple[Tensor, float]] = deque(maxlen=self.MOST_WAITING)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**DriftRecord().__dict__, "last": dict(self.last)}  # what a GPU has is of the original
@@ -62,30 +62,45 @@ class DriftRecord:
         """A report on a GPU: on its way to the CPU, which nothing waits for. In a CUDA graph every replay
         writes it, and it stays there until it is asked for."""
         if torch.cuda.is_current_stream_capturing():
-            self.captured = report, tolerance
+            self.captured.append((report, tolerance))
             return
+        self.captured.clear()  # no graph is replayed any more
         arriving = torch.empty(REPORT_SIZE, dtype=torch.float64, pin_memory=True)
         arriving.copy_(report, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record(torch.cuda.current_stream(report.device))
         self.waiting.append((arriving, arrived, tolerance))
+        if len(self.waiting) > self.MOST_WAITING:  # the first has arrived long ago
+            self._take(wait=True)
 
     def settle(self) -> None:
         """Judge what has arrived."""
         if self.waiting and not torch.cuda.is_current_stream_capturing():
-            while self.waiting and self.waiting[0][1].query():
-                report, _, tolerance = self.waiting.popleft()
-                self.judge(report, tolerance)
+            while self._take(wait=False):
+                pass
 
     def read(self) -> Drift | None:
         """The last report, waited for; None before there was one."""
-        while self.waiting:
-            report, arrived, tolerance = self.waiting.popleft()
-            arrived.synchronize()
+        while self._take(wait=True):
+            pass
+        for report, tolerance in self.captured:
             self.judge(report, tolerance)
-        if self.captured is not None:
-            self.judge(*self.captured)
         return dict(self.last) or None
+
+    def _take(self, wait: bool) -> bool:
+        """Judge the first report that is on its way, if there is one and it has arrived. (Other threads may
+        take one at the same time.)"""
+        try:
+            report, arrived, tolerance = self.waiting.popleft()
+        except IndexError:
+            return False
+        if wait:
+            arrived.synchronize()
+        elif not arrived.query():
+            self.waiting.appendleft((report, arrived, tolerance))
+            return False
+        self.judge(report, tolerance)
+        return True
 
     def judge(self, report: Tensor, tolerance: float, strict: bool = False) -> None:
         """Keep a report; warn, or raise if ``strict``, where it says that gradients cannot be trusted."""
@@ -114,6 +129,7 @@ def judge_drift(
     if report.is_cuda and not strict:
         record.wait_for(report, tolerance)
     else:
+        record.read()  # what came before
         record.judge(report, tolerance, strict)
 
 

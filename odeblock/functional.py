@@ -77,7 +77,13 @@ def deep_residual(
     ODEs", ICLR 2024, arXiv 2309.01213.
     """
     options = (activation, scale, backward, strict, anchors, memory_budget)
-    return recorded(DriftRecord(), h, V, W, hidden_bias, output_bias, *options)
+    if not torch.compiler.is_compiling():
+        _record.settle()
+    return recorded(_record, h, V, W, hidden_bias, output_bias, *options)
+
+
+_record = DriftRecord()
+"""Of all calls that have no block, for what GPUs report later."""
 
 
 def recorded(record: DriftRecord, *arguments: Any) -> Tensor:

@@ -24,6 +24,10 @@ WORKSPACE, MOST_LAYERS = 512 << 20, 64
 """Bytes of the factors that a sweep leaves for the products, and of the adjoint's states; layers at most.
 Neither grows with depth."""
 
+BATCHES = (40, 64, 70, 20_000)
+"""Rows that kernels are compared with PyTorch on, for each way to launch: a warp a block, four, two blocks
+of four, as many as a block takes."""
+
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """dh, dV, dW, dhidden_bias, doutput_bias; empty where not asked for. And the adjoint's report."""
 
@@ -77,16 +81,16 @@ def kernels_agree(device: torch.device, dtype: torch.dtype) -> bool:
     tolerance = 2e-3 if tf32(dtype) else {2: 4, 4: 100, 8: 100}[dtype.itemsize] * torch.finfo(dtype).eps
     generator = torch.Generator().manual_seed(0)
     # One for each number of features that kernels are compiled for, rows of every alignment among them, and
-    # more hidden units than fit on chip; and a batch for each way to launch them: a warp a block, four, two
-    # blocks of four, as many as a block takes.
+    # more hidden units than fit on chip.
     for dim, hidden in ((13, 72), (32, 64), (61, 70), (64, 67), (40, 8), (64, 264), (96, 328), (200, 72)):
-        sizes = ((20_000, dim), (2, dim, hidden), (2, hidden, dim), (2, hidden), (2, dim), (20_000, dim))
+        rows = (BATCHES[-1], dim)
+        sizes = (rows, (2, dim, hidden), (2, hidden, dim), (2, hidden), (2, dim), rows)
         made = [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
         made[1] /= hidden**0.5
         made[2] /= dim**0.5
         with torch.inference_mode():
             tensors = [tensor.to(dtype).to(device) for tensor in made]
-            for batch in (40, 64, 70, 20_000):
+            for batch in BATCHES:
                 try:
                     error = max(_errors(batch, *tensors), default=0.0)
                     fault = None if error <= tolerance else f"error {error:.1e}"
@@ -120,18 +124,21 @@ def _errors(
 
     # All states stored, one of them, and none, for which steps must be small.
     for scale, save_every, reconstruct in ((0.5, 1, False), (0.5, 2, False), (0.05, 0, True)):
-        y, states, checks = reference.forward(h.double(), *exact, "tanh", scale, 1, False, False)
+        y, states, _ = reference.forward(h.double(), *exact, "tanh", scale, 1, False, False)
         found = forward(h, *weights, "tanh", scale, save_every, reconstruct)
         if found is None:
             continue
         compare(found[0], y, 1)
         if save_every == 1:
             compare(found[1][:, :batch], states[:, :batch], 1)
+        if reconstruct:
+            checks = reference.forward(h.double(), *exact, "tanh", scale, save_every, True, False)[2]
+            compare(found[2][:, :batch], checks[:, :batch], 1)
         tensors = (grad, h, *weights, *found[1:])
         gradients = backward(*tensors, "tanh", scale, save_every, reconstruct, 1, True)
         if gradients is None:
             continue
-        exactly = (grad.double(), None, *exact, states, checks)
+        exactly = (grad.double(), None, *exact, states, states)
         right = reference.backward(*exactly, "tanh", scale, 1, False, 0, False, True)
         for ours, theirs in zip(gradients[:5], right[:5], strict=True):
             compare(ours, theirs, 0.25)  # a gradient is a chain of several roundings
@@ -196,8 +203,7 @@ class Layers:
         if reconstruct:
             given["end"] = states[-1]
             if checks.numel():
-                every = check_every(self.depth)
-                given["sight"], given["probe"] = gpu_adjoint.sight_of_checks(self.W, every, states)
+                given["directions"] = gpu_adjoint.directions(self.W, check_every(self.depth), states)
                 given["checks"] = checks
         self._run(batch, 0, self.depth, save_every, reconstruct, h=h, y=y, states=states, **given)
         return y, states, checks
@@ -231,15 +237,14 @@ class Layers:
         y: Tensor | None = None,
         end: Tensor | None = None,
         states: Tensor | None = None,
-        sight: Tensor | None = None,
-        probe: Tensor | None = None,
+        directions: Tensor | None = None,
         checks: Tensor | None = None,
     ) -> None:
         native.core.cuda_forward(
             *self._sizes(batch, bottom, top),
             self.scale,
             *self._weights(bottom),
-            *(native.pointer(t) for t in (h, start, y, end, states, sight, probe, checks)),
+            *(native.pointer(t) for t in (h, start, y, end, states, directions, checks)),
             save_every,
             reconstruct,
             *self._place(),

@@ -38,15 +38,15 @@ def _sight(W: Tensor) -> Tensor:
     return F.pad(visibility(W), (0, SIGHT_WIDTH - W.shape[2]))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # and held: CUDA graphs have its address
 def _direction(dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The direction of (15): [SIGHT_WIDTH]. Copied there once, which waits."""
     return F.pad(probe(dim, dtype), (0, SIGHT_WIDTH - dim)).to(device)
 
 
-def sight_of_checks(W: Tensor, every: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """What the forward projects the states of the layers every, 2 every, .. with: sight and direction."""
-    return _sight(W[every::every]), _direction(W.shape[2], like.dtype, like.device)
+def directions(W: Tensor, every: int, like: Tensor) -> Tensor:
+    """What the forward projects the states of the layers every, 2 every, .. on (15): [n, SIGHT_WIDTH]."""
+    return _sight(W[every::every]) * _direction(W.shape[2], like.dtype, like.device)
 
 
 class Descent:

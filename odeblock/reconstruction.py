@@ -155,16 +155,20 @@ class Reconstruction:
             delta = torch.where(active, found, delta)
             size = self._norm(delta)
 
+            # Rounding of f, by Δ or by what its input moves it: below it changes are noise, and show no rate.
+            floor = self.floor * size
+            noise = torch.maximum(floor, self.floor * self.seen * norm)
+            at_floor = moved <= (noise if evaluation else floor)
             # (7): the rate at which changes shrink.
             if evaluation > 0:
-                measured = active & (change > 0)
-                seen = torch.maximum(moved / change, RATE_MEMORY * self.seen)
+                ratio = moved / change
+                measured = active & (change > 0) & ((moved > noise) | (ratio < self.seen))
+                seen = torch.maximum(ratio, RATE_MEMORY * self.seen)
                 self.seen = torch.where(measured, seen, self.seen)
                 self.doubt = torch.where(measured, self.doubt / 2, self.doubt)
                 self.rate = torch.maximum(self.seen, self.doubt).clamp(max=1)
                 self.age = torch.where(measured, 0, self.age)
             left = 1 - self.rate
-            at_floor = moved <= self.floor * size
             # (9): z may stay as it is; (10): it need only be corrected.
             near = self.rate * moved <= left * self.state_limit * norm
             if self.visible is None and evaluation < 3:  # nothing is known of f yet: to be on the safe side

@@ -15,7 +15,7 @@ from test_emulated_kernels import PRODUCTS, shapes_of
 from test_emulation import TESTS, compile_emulated, link_emulated
 from torch import Tensor
 
-from odeblock import checkpointing, gpu, gpu_adjoint, native
+from odeblock import checkpointing, gpu, gpu_adjoint, native, reference
 from odeblock.activations import ACTIVATIONS
 from odeblock.autograd import drift_tolerance
 
@@ -23,6 +23,8 @@ KINDS = {name: dtype for name, (_, dtype) in PRODUCTS.items()}
 
 
 STORE = checkpointing.Plan(1, False, 0)
+CHECKED = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+"""How far projections of states may be off, of the largest."""
 
 
 class Core:
@@ -104,6 +106,11 @@ def run(
     found = gpu.forward(h, *parameters, case.activation, scale, plan.save_every, plan.reconstruct)
     assert found is not None
     y, states, checks = found
+    if plan.reconstruct:
+        projections = reference.forward(*case.tensors.values(), case.activation, scale, 0, True, False)[2]
+        size = float(projections.abs().max()) if projections.numel() else 0
+        error = CHECKED[PRODUCTS[products][1]] * (100 if products == "tf32" else 1) * size
+        torch.testing.assert_close(checks[:, : len(h)].double(), projections[:, : len(h)], rtol=0, atol=error)
     states[:, len(h) :] = checks[:, len(h) :] = float("nan")  # what nothing may read
     options = (case.activation, scale, plan.save_every, plan.reconstruct, plan.slots, weight_gradients)
     grad = case.grad.to(dtype)
@@ -362,6 +369,25 @@ def test_the_emulated_adjoint_is_never_silently_wrong(
     assert spoil(2) > tolerance  # a projection
     assert spoil(1, 10) > tolerance  # an anchor
     assert spoil(1) > tolerance  # h_L, so that h_0 is another
+
+
+@pytest.mark.parametrize("products", ["bfloat16", "float16", "tf32"])
+def test_rounded_products_give_the_emulated_adjoint_no_false_alarm(
+    products: str, core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Increments smaller than what rounding a state moves f by: changes that do not shrink are noise."""
+    case = smooth_case(products, 128, 40, 32, 16, activation="tanh")
+    h, W = case.tensors["h"], case.tensors["W"]
+    assert h is not None
+    assert W is not None
+    tensors = {**case.tensors, "h": h + 3, "W": W - W.mean(2, keepdim=True)}
+    case = rounded(replace(case, tensors=tensors), KINDS[products])
+    report: dict[str, float] = {}
+    check_results(
+        run(case, products, monkeypatch, adjoint(), report=report), case, precision(products), rebuilt=True
+    )
+    assert max(report["estimate"], report["drift"]) < drift_tolerance(precision(products), True) / 4
+    assert report["evaluations"] < 4
 
 
 def test_the_emulated_adjoint_sees_a_wrong_input(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:

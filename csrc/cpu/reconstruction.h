@@ -243,9 +243,13 @@ struct Reconstruction {
     for (int64_t i = 0; i < dim * W; i += W) store(delta + i, select(active, load(f + i), load(delta + i)));
     const Vec<T> delta_norm = row_norm<T>(visible, dim, [&](int64_t i) { return load(delta + i * W); });
 
-    const Mask<T> measured = active & (change > zero);  // the change before this one
+    // Rounding of f, by Δ or by what its input moves it: below it changes are noise, and show no rate.
+    const Vec<T> floor = broadcast(kEpsilon<T>) * delta_norm,
+                 noise = largest<T>(floor, broadcast(kEpsilon<T>) * memory.seen * norm);
     const Vec<T> ratio = moved / largest<T>(change, broadcast(kTiny<T>));
+    const Mask<T> at_floor = moved <= (evaluation > 0 ? noise : floor);
     if (evaluation > 0) {
+      const Mask<T> measured = active & (change > zero) & ((moved > noise) | (ratio < memory.seen));
       const Vec<T> kept = broadcast(T(kRateMemory)) * memory.seen, doubt = broadcast(T(0.5)) * memory.doubt;
       memory.seen = select(measured, largest<T>(ratio, kept), memory.seen);
       memory.doubt = select(measured, doubt, memory.doubt);
@@ -255,9 +259,8 @@ struct Reconstruction {
     }
     const bool first = evaluation == 0;
     const Vec<T> left = one - memory.rate;  // (6): the error before the evaluation is at most change / (1 - ρ)
-    const Vec<T> floor = broadcast(kEpsilon<T>) * delta_norm;  // rounding of f itself
     const T limit = static_cast<T>(first ? kFirstLimit : kChangeLimit) * change_unit;
-    const Mask<T> good = moved <= left * broadcast(limit) * norm, at_floor = moved <= floor;
+    const Mask<T> good = moved <= left * broadcast(limit) * norm;
     const Mask<T> stale = memory.age >= broadcast(T(kProbeEvery));
     const Mask<T> near = memory.rate * moved <= left * broadcast(state_limit) * norm;
     const Mask<T> settled = active & (smooth ? at_floor | (good & near) : at_floor);

@@ -80,7 +80,7 @@ ODEBLOCK_DEVICE void forward_of_block(const ForwardArguments& arguments) {
   else
     read(static_cast<const Stored*>(p.h));
   const auto write = [&](auto* to) {
-    const int width = simt::opaque(dim);  // as in row_of
+    const int width = simt::opaque(static_cast<int>(p.dim));  // as in row_of
     const Rows<P, std::remove_pointer_t<decltype(to)>> rows(to, width, width, p.batch);
     for_each_pair<P, Q, Shape::kWait>([&](int n, int i) { rows.write(n, i, h[n * step].x[i], h[n * step].x[i + 1]); });
   };
@@ -96,19 +96,20 @@ ODEBLOCK_DEVICE void forward_of_block(const ForwardArguments& arguments) {
     if (const int save_every = static_cast<int>(p.save_every)) {
       const int k = chunks.layer();
       if (k % save_every == 0 && (k > 0 || !p.reconstruct))
-        write(static_cast<Number*>(p.states) + (k / save_every - p.reconstruct) * padded_rows(p.batch) * dim);
+        write(static_cast<Number*>(p.states) + (k / save_every - p.reconstruct) * padded_rows(p.batch) * p.dim);
     }
-    if (p.checks) {
-      const int k = chunks.layer(), every = static_cast<int>(check_every(p.depth));
-      if (k > 0 && k % every == 0) {
-        Number found[P::kNumbers / 2];
-        project<P, Q, Shape::kWait>(static_cast<const Number*>(p.sight) + (k / every - 1) * kSightWidth,
-                                    static_cast<const Number*>(p.probe), h, step, found);
-        Number* const checks = static_cast<Number*>(p.checks) + (k / every - 1) * padded_checks(p.batch);
+    if (p.checks && chunks.layer() > 0 && chunks.layer() % check_every(p.depth) == 0) {
+      const int64_t which = chunks.layer() / check_every(p.depth) - 1;
+      const auto direction = [&](int n) {
+        return simt::read_pair(static_cast<const Number*>(p.directions) + which * kSightWidth + 8 * n +
+                               simt::thread_again() % 4 * 2);
+      };
+      Number found[P::kNumbers / 2];
+      project<P, Q, Shape::kWait>(direction, h, step, found);
 #pragma unroll
-        for (int r = 0; r < P::kNumbers / 2; r++)
-          if (simt::lane() % 4 == 0 && row_of<P>(2 * r) < p.batch) checks[row_of<P>(2 * r)] = found[r];
-      }
+      for (int r = 0; r < P::kNumbers / 2; r++)
+        if (simt::thread_again() % 4 == 0 && row_of<P>(2 * r) < p.batch)
+          static_cast<Number*>(p.checks)[which * padded_checks(p.batch) + row_of<P>(2 * r)] = found[r];
     }
     if constexpr (P::kRounds) {
 #pragma unroll

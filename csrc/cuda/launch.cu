@@ -92,7 +92,9 @@ const char* cuda_unsupported(int device) {
 bool cuda_fuses(const Problem& p, bool backward, bool tf32, int device) {
   if (p.dim > kMostFeatures) return false;
   if (p.batch == 0) return true;
-  if (p.depth * p.hidden > INT32_MAX / 2 || p.batch > INT32_MAX / 2) return false;  // kernels count in int
+  // Kernels count in int; chunks of the adjoint's come many times.
+  if (p.depth * p.hidden > INT32_MAX / 2 || p.batch > INT32_MAX / 2 || (p.reconstruct && p.hidden > 1 << 20))
+    return false;
   const int64_t bytes = p.dtype == Dtype::float64 ? 8 : p.dtype == Dtype::float32 ? 4 : 2;
   const bool few = p.batch <= 16 * simt::multiprocessors(device) / 4;
   if (few && 2 * p.dim * p.hidden * bytes > kWideLayer) return false;

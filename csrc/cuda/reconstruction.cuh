@@ -180,13 +180,19 @@ struct Verdict {
   T error;  // (6): what is left of a row that is settled, the bound of one that is given up
 };
 // evaluations: with this one; probes: settles after the second at the earliest; seen, doubt: of the rate (7); limit: of
-// (10); floor: rounding of f itself.
+// (10); floor: of what is multiplied, relative. Below it, of Δ or of what h moves f by, changes are noise: they need
+// not shrink, and no rate is learned from them.
 template <class T>
 ODEBLOCK_DEVICE Verdict<T> judge(const OpenRow<T>& row, int evaluations, bool probes, T moved, T size, T limit, T floor,
                                  T& seen, T& doubt) {
-  if (evaluations > 1 && row.change > 0) seen = larger(moved / row.change, T(0.95) * seen), doubt *= T(0.5);
+  const T noise = floor * larger(size, seen * row.norm);
+  const bool at_floor = moved <= (evaluations > 1 ? noise : floor * size);
+  if (evaluations > 1 && row.change > 0) {
+    const T ratio = moved / row.change;
+    if (moved > noise || ratio < seen) seen = larger(ratio, T(0.95) * seen), doubt *= T(0.5);
+  }
   const T rate = smaller(larger(seen, doubt), T(1)), left = 1 - rate, rest = left > T(0.01) ? left : T(0.01);
-  const bool at_floor = moved <= floor * size, near = rate * moved <= left * limit * row.norm;  // (10)
+  const bool near = rate * moved <= left * limit * row.norm;  // (10)
   const bool settled = at_floor || (near && (evaluations > 1 || !probes));
   const bool hopeless = !(moved - moved == 0) || (evaluations >= kSlowEvaluations && moved > T(0.95) * row.change) ||
                         evaluations >= kMostEvaluations;
@@ -343,22 +349,32 @@ ODEBLOCK_DEVICE void reconstruct_of_block(const ReconstructionArguments& argumen
 
     const int every = static_cast<int>(check_every(p.block_depth));
     if (k > 0 && k % every == 0) {  // (15)
-      const Number* const sight = of_layer(p.sight);
-      Number found[kRows], square[kRows] = {};
-      project<P, Q, true>(sight, static_cast<const Number*>(p.probe), h, step, found);
+      const Number *const sight = of_layer(p.sight), *const probe = static_cast<const Number*>(p.probe);
+      Number found[kRows], largest[kRows] = {}, square[kRows] = {};
+      project<P, Q, true>(
+          [&](int n) {
+            const int column = 8 * n + simt::lane() % 4 * 2;
+            const simt::Pair<Number> c = simt::read_pair(sight + column), r = simt::read_pair(probe + column);
+            return simt::Pair<Number>{c.x * r.x, c.y * r.y};
+          },
+          h, step, found);
+      for_each_seen<P, Q, true>(
+          sight, [&](int n, int i, Number c) { largest[i / 2] = larger(largest[i / 2], c * abs(h[n * step].x[i])); });
+#pragma unroll
+      for (int r = 0; r < kRows; r++) largest[r] = larger(norm_of_row(largest[r]), kTiny);
       for_each_seen<P, Q, true>(sight, [&](int n, int i, Number c) {
-        const Number x = c * h[n * step].x[i];
+        const Number x = c * h[n * step].x[i] / largest[i / 2];  // whose square is in range
         square[i / 2] = fma(x, x, square[i / 2]);
       });
 #pragma unroll
       for (int r = 0; r < kRows; r++) {
-        const Number norm = sum_of_row(square[r]);
+        const Number norm = largest[r] * static_cast<Number>(::sqrt(sum_of_row(square[r])));
         if (row_of<P>(2 * r) >= p.batch) continue;
         const Number seen =
             static_cast<const Number*>(p.checks)[(k / every - 1) * padded_checks(p.batch) + row_of<P>(2 * r)];
         const Number error = abs(found[r] - seen);
         if (error != 0) {
-          const Number ratio = error / static_cast<Number>(::sqrt(norm));
+          const Number ratio = error / norm;
           memory.update(kDrift, 2 * r, [=](Number drift) { return larger(drift, ratio); });
         }
         memory.write(kPeak, 2 * r, 0);

@@ -75,20 +75,19 @@ ODEBLOCK_DEVICE T sum_of_row(T x) {
   return x + simt::shuffle_xor(x, 2);
 }
 
-// The projection probeᵀ(c ⊙ h) of each row that a lane has numbers of (docs/adjoint.md, 15); h: `step` from tile to
-// tile.
-template <class P, int N, bool kRolled>
-ODEBLOCK_DEVICE void project(const typename P::Number* c, const typename P::Number* probe, const typename P::Tile* h,
-                             int step, typename P::Number (&projection)[P::kNumbers / 2]) {
-  const int first = simt::thread_again() % 4 * 2;
+// The projection of each row that a lane has numbers of (docs/adjoint.md, 15); h: `step` from tile to tile;
+// direction(n): its entries for the columns of tile n that are this lane's.
+template <class P, int N, bool kRolled, class Direction>
+ODEBLOCK_DEVICE void project(Direction direction, const typename P::Tile* h, int step,
+                             typename P::Number (&projection)[P::kNumbers / 2]) {
 #pragma unroll
   for (int r = 0; r < P::kNumbers / 2; r++) projection[r] = 0;
 #pragma unroll(kRolled ? 1 : N / 8)
   for (int n = 0; n < N / 8; n++) {
-    const auto seen = simt::read_pair(c + 8 * n + first), direction = simt::read_pair(probe + 8 * n + first);
+    const simt::Pair<typename P::Number> pair = direction(n);
 #pragma unroll
     for (int i = 0; i < P::kNumbers; i++)
-      projection[i / 2] = fma(i % 2 ? seen.y * direction.y : seen.x * direction.x, h[n * step].x[i], projection[i / 2]);
+      projection[i / 2] = fma(i % 2 ? pair.y : pair.x, h[n * step].x[i], projection[i / 2]);
   }
 #pragma unroll
   for (int r = 0; r < P::kNumbers / 2; r++) projection[r] = sum_of_row(projection[r]);

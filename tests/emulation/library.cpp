@@ -55,7 +55,7 @@ const char* forward(const int64_t* sizes, double scale, void* const* weights, vo
   set(p, sizes, scale), set_weights(p, weights);
   p.save_every = save_every, p.reconstruct = reconstruct;
   p.h = arrays[0], p.start = arrays[1], p.y = arrays[2], p.end = arrays[3], p.states = arrays[4];
-  p.sight = arrays[5], p.probe = arrays[6], p.checks = arrays[7];
+  p.directions = arrays[5], p.checks = arrays[6];
   return tell([&] { return cuda_forward(p, tf32, 0, nullptr); });
 }
 
