@@ -35,6 +35,7 @@ import peers  # noqa: E402
 
 from odeblock import DriftWarning, functional, reference  # noqa: E402
 from odeblock.activations import Activation, get_activation  # noqa: E402
+from odeblock.autograd import DriftRecord  # noqa: E402
 from odeblock.experiments.config import TrainConfig  # noqa: E402
 from odeblock.experiments.digits import load_digits  # noqa: E402
 from odeblock.experiments.gradients import random_inputs  # noqa: E402
@@ -89,7 +90,8 @@ def ours(
     record: peers.Record, *tensors: Tensor | None, activation: str, scale: None, backward: str
 ) -> Tensor:
     """``deep_residual``, with the report of an adjoint backward in ``record``."""
-    y: Tensor = functional.recorded(record, *tensors, activation, scale, backward, False, 0, None)
+    options = (activation, scale, backward, False, 0, None)
+    y: Tensor = functional.recorded(DriftRecord(record), *tensors, *options)
     return y
 
 

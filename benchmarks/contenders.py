@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from odeblock import initializers
+from odeblock.autograd import DriftRecord
 from odeblock.functional import recorded
 
 ACTIVATION = "gelu_tanh"
@@ -23,7 +24,8 @@ Run = Callable[[str, tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 
 def ours(record: dict[str, float], *tensors: Tensor | None, strategy: str, **options: Any) -> Tensor:
-    y: Tensor = recorded(record, *tensors, options["activation"], options["scale"], strategy, False, 0, None)
+    arguments = (*tensors, options["activation"], options["scale"], strategy, False, 0, None)
+    y: Tensor = recorded(DriftRecord(record), *arguments)
     return y
 
 

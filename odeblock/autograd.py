@@ -50,13 +50,13 @@ class DriftRecord:
 
     MOST_WAITING = 64
 
-    def __init__(self) -> None:
-        self.last: Drift = {}
+    def __init__(self, last: Drift | None = None) -> None:
+        self.last: Drift = {} if last is None else last
         self.waiting: deque[tuple[Tensor, Any, float]] = deque()
         self.captured: deque[tuple[Tensor, float]] = deque(maxlen=self.MOST_WAITING)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**DriftRecord().__dict__, "last": dict(self.last)}  # what a GPU has is of the original
+        return DriftRecord(dict(self.last)).__dict__  # what a GPU has is of the original
 
     def wait_for(self, report: Tensor, tolerance: float) -> None:
         """A report on a GPU: on its way to the CPU, which nothing waits for. In a CUDA graph every replay

@@ -97,19 +97,24 @@ def roughness(weights: Tensor) -> float:
 
 
 @torch.no_grad()
-def distance(weights: Tensor, limit: Tensor) -> float:
+def distance(weights: Tensor, limit: Tensor, at: Tensor | None = None) -> float:
     """The distance of two functions of depth, (∫ ‖𝒵(s) - 𝒵*(s)‖² ds)^½, in the Frobenius norm.
 
     Arguments:
         weights: shape [L, ...], for 𝒵, linear in depth between its layers.
-        limit: shape [L*, ...], for 𝒵*, best much deeper: the integral is the mean over its layers.
+        limit: shape [n, ...], for 𝒵*, at n > L depths: the integral is the mean over them.
+        at: these depths s, shape [n], evenly in [0, 1]; k/n, the layers of a network, by default. Depths that
+            are layers of both show less than there is between them.
 
     Like 1/L for a network whose weights discretise 𝒵*. Computed in float32, or float64 for such weights.
     """
     if weights.shape[1:] != limit.shape[1:]:
-        raise ValueError(f"limit: expected shape [L*, {list(weights.shape[1:])}], got {list(limit.shape)}")
-    layers = torch.arange(1, len(limit) + 1, dtype=torch.float64, device=weights.device)
-    values = interpolate(weights, layers * len(weights) / len(limit))
+        raise ValueError(f"limit: expected shape [n, {list(weights.shape[1:])}], got {list(limit.shape)}")
+    if at is None:
+        at = torch.arange(1, len(limit) + 1, dtype=torch.float64, device=weights.device) / len(limit)
+    if at.shape != (len(limit),):
+        raise ValueError(f"at: expected shape [{len(limit)}], as many as in limit, got {list(at.shape)}")
+    values = interpolate(weights, at * len(weights))
     return float((_flat(values, values.dtype) - _flat(limit, values.dtype)).square().sum(1).mean().sqrt())
 
 

@@ -155,14 +155,15 @@ class Reconstruction:
             delta = torch.where(active, found, delta)
             size = self._norm(delta)
 
-            # Rounding of f, by Δ or by what its input moves it: below it changes are noise, and show no rate.
+            # Rounding of f, by Δ or by what its input moves it. Below it changes are noise, no rate near 1.
             floor = self.floor * size
             noise = torch.maximum(floor, self.floor * self.seen * norm)
             at_floor = moved <= (noise if evaluation else floor)
             # (7): the rate at which changes shrink.
             if evaluation > 0:
                 ratio = moved / change
-                measured = active & (change > 0) & ((moved > noise) | (ratio < self.seen))
+                shown = (moved > noise) | (ratio < self.seen.clamp(min=0.5))
+                measured = active & (change > 0) & shown
                 seen = torch.maximum(ratio, RATE_MEMORY * self.seen)
                 self.seen = torch.where(measured, seen, self.seen)
                 self.doubt = torch.where(measured, self.doubt / 2, self.doubt)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from odeblock import DeepResBlock, DriftError, DriftWarning, functional, initializers, native, reference
+from odeblock.autograd import DriftRecord
 from odeblock.functional import deep_residual
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -33,7 +34,7 @@ def adjoint(record: dict[str, float], *, strict: bool = False, anchors: int = 0)
 
     def function(*tensors: Tensor | None, activation: str, scale: float | None) -> Tensor:
         options = (activation, scale, "adjoint", strict, anchors, None)
-        y: Tensor = functional.recorded(record, *tensors, *options)
+        y: Tensor = functional.recorded(DriftRecord(record), *tensors, *options)
         return y
 
     return function

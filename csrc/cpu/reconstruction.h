@@ -243,13 +243,14 @@ struct Reconstruction {
     for (int64_t i = 0; i < dim * W; i += W) store(delta + i, select(active, load(f + i), load(delta + i)));
     const Vec<T> delta_norm = row_norm<T>(visible, dim, [&](int64_t i) { return load(delta + i * W); });
 
-    // Rounding of f, by Δ or by what its input moves it: below it changes are noise, and show no rate.
+    // Rounding of f, by Δ or by what its input moves it: below it changes are noise, which shows no rate near 1.
     const Vec<T> floor = broadcast(kEpsilon<T>) * delta_norm,
                  noise = largest<T>(floor, broadcast(kEpsilon<T>) * memory.seen * norm);
     const Vec<T> ratio = moved / largest<T>(change, broadcast(kTiny<T>));
     const Mask<T> at_floor = moved <= (evaluation > 0 ? noise : floor);
     if (evaluation > 0) {
-      const Mask<T> measured = active & (change > zero) & ((moved > noise) | (ratio < memory.seen));
+      const Mask<T> measured =
+          active & (change > zero) & ((moved > noise) | (ratio < largest<T>(memory.seen, broadcast(T(0.5)))));
       const Vec<T> kept = broadcast(T(kRateMemory)) * memory.seen, doubt = broadcast(T(0.5)) * memory.doubt;
       memory.seen = select(measured, largest<T>(ratio, kept), memory.seen);
       memory.doubt = select(measured, doubt, memory.doubt);

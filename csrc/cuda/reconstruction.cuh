@@ -181,7 +181,7 @@ struct Verdict {
 };
 // evaluations: with this one; probes: settles after the second at the earliest; seen, doubt: of the rate (7); limit: of
 // (10); floor: of what is multiplied, relative. Below it, of Δ or of what h moves f by, changes are noise: they need
-// not shrink, and no rate is learned from them.
+// not shrink, and a rate near 1 is not learned from them.
 template <class T>
 ODEBLOCK_DEVICE Verdict<T> judge(const OpenRow<T>& row, int evaluations, bool probes, T moved, T size, T limit, T floor,
                                  T& seen, T& doubt) {
@@ -189,7 +189,7 @@ ODEBLOCK_DEVICE Verdict<T> judge(const OpenRow<T>& row, int evaluations, bool pr
   const bool at_floor = moved <= (evaluations > 1 ? noise : floor * size);
   if (evaluations > 1 && row.change > 0) {
     const T ratio = moved / row.change;
-    if (moved > noise || ratio < seen) seen = larger(ratio, T(0.95) * seen), doubt *= T(0.5);
+    if (moved > noise || ratio < larger(seen, T(0.5))) seen = larger(ratio, T(0.95) * seen), doubt *= T(0.5);
   }
   const T rate = smaller(larger(seen, doubt), T(1)), left = 1 - rate, rest = left > T(0.01) ? left : T(0.01);
   const bool near = rate * moved <= left * limit * row.norm;  // (10)

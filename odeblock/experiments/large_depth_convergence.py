@@ -11,6 +11,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
@@ -37,8 +38,10 @@ def train(config: ConvergenceConfig, init: str, run: Run) -> Results:
         step = config.reference // depth
         return Descent(make_block(W[step - 1 :: step]).double(), x, y, config.lr)
 
-    # The integral over depth is taken at a few points in each layer of the deepest network.
-    stride = max(1, config.reference // (POINTS * config.depths[-1]))
+    # The integral over depth is taken at a few points within each layer of the deepest network: at the layers
+    # themselves i.i.d. networks begin with the same weights.
+    stride = config.reference // (POINTS * config.depths[-1])
+    layers = torch.arange(max(1, stride // 2), config.reference + 1, max(1, stride))
     reference, networks = descent(config.reference), [descent(depth) for depth in config.depths]
     everything = (reference, *networks)
     results: Results = {"iteration": [], "V": [], "W": []}
@@ -55,8 +58,9 @@ def train(config: ConvergenceConfig, init: str, run: Run) -> Results:
         if iteration % config.every == 0:
             results["iteration"].append(iteration)
             for name in STACKS:
-                limit = getattr(reference.block, name)[stride - 1 :: stride]
-                results[name].append([distance(getattr(net.block, name), limit) for net in networks])
+                limit = getattr(reference.block, name)[layers - 1]
+                found = [distance(getattr(n.block, name), limit, layers / config.reference) for n in networks]
+                results[name].append(found)
             weights = [network.block.state_dict() for network in everything]
             run.save({"results": results, "weights": weights})
     return results

@@ -1,4 +1,4 @@
-"""Neighbouring layers: max_k ‖Z_{k+1} - Z_k‖ against L at several times of training, Z = (V, W).
+"""Neighbouring layers: max_k ‖Z_{k+1} - Z_k‖ against L at several times of training, for Z = V and Z = W.
 
 The theorem: O(1/L), uniformly in time, if it holds at the start. And how much longer the Python loop takes.
 """
@@ -18,6 +18,8 @@ from .speed import median_seconds
 from .style import FONT, TITLES, depth_axis, finish, guide, legend_below, sequence, slope
 from .synthetic import INITS, Descent, LoopDescent, initial_W, make_block, make_data
 
+STACKS = ("V", "W")
+
 
 def parts(config: LipschitzConfig) -> list[Part]:
     found = [
@@ -29,19 +31,20 @@ def parts(config: LipschitzConfig) -> list[Part]:
 
 
 def train(config: LipschitzConfig, init: str, depth: int, run: Run) -> Results:
-    """largest_step: of V and W together after each of the iterations; loss: then."""
+    """V, W: the largest step of each after each of the iterations; loss: then."""
     x, y = make_data(config.samples, config.dim, config.seed)
     descent = Descent(
         make_block(initial_W(init, depth, config.hidden_dim, config.dim, config.seed)), x, y, config.lr
     )
-    results: Results = {"largest_step": [], "loss": []}
+    results: Results = {"V": [], "W": [], "loss": []}
     block, done = descent.block, 0
     for iterations in config.iterations:
         for _ in range(iterations - done):
             descent.step()
             run.advance(depth)
         done = iterations
-        results["largest_step"].append(largest_step(torch.cat([block.V.flatten(1), block.W.flatten(1)], 1)))
+        for name in STACKS:
+            results[name].append(largest_step(getattr(block, name)))
         results["loss"].append(descent.gradient())
     return results
 
@@ -63,26 +66,28 @@ def compare(config: LipschitzConfig, run: Run) -> Results:
 
 
 def summarise(config: LipschitzConfig, results: dict[str, Results]) -> Summary:
-    slopes: dict[str, list[float]] = {}
+    slopes: dict[tuple[str, str], list[float]] = {}
     rows = []
     for init in INITS:
-        steps = [results[f"{init}-{depth}"]["largest_step"] for depth in config.depths]
-        slopes[init] = [slope(config.depths, at, config.fit_from) for at in zip(*steps, strict=True)]
+        for name in STACKS:
+            steps = [results[f"{init}-{depth}"][name] for depth in config.depths]
+            slopes[init, name] = [
+                slope(config.depths, at, config.fit_from) for at in zip(*steps, strict=True)
+            ]
         rows += [
             {
                 "init": init,
                 "depth": depth,
                 "iteration": iteration,
-                "largest_step": results[f"{init}-{depth}"]["largest_step"][i],
-                "loss": results[f"{init}-{depth}"]["loss"][i],
+                **{name: results[f"{init}-{depth}"][name][i] for name in (*STACKS, "loss")},
             }
             for depth in config.depths
             for i, iteration in enumerate(config.iterations)
         ]
     speed = results["speed"]
     findings = {
-        f"slope over L >= {config.fit_from}, {TITLES[init]}": f"{min(found):.3f} to {max(found):.3f}"
-        for init, found in slopes.items()
+        f"slope of {name} over L >= {config.fit_from}, {TITLES[init]}": f"{min(at):.3f} to {max(at):.3f}"
+        for (init, name), at in slopes.items()
     }
     findings["time of the Python loop / ours, by depth"] = ", ".join(
         f"{depth}: {ratio:.1f}" for depth, ratio in zip(config.depths, speed["ratios"], strict=True)
@@ -91,15 +96,18 @@ def summarise(config: LipschitzConfig, results: dict[str, Results]) -> Summary:
     return Summary({"large-depth-lipschitz": _figure(config, results, slopes)}, rows, findings)
 
 
-def _figure(config: LipschitzConfig, results: dict[str, Results], slopes: dict[str, list[float]]) -> Figure:
+def _figure(
+    config: LipschitzConfig, results: dict[str, Results], slopes: dict[tuple[str, str], list[float]]
+) -> Figure:
+    """Of V, which starts at 0: what is seen comes from training. (i.i.d. W starts with steps of its own.)"""
     figure = Figure(figsize=(9.0, 5.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, init in zip(panels, INITS, strict=True):
-        steps = [results[f"{init}-{depth}"]["largest_step"] for depth in config.depths]
+        steps = [results[f"{init}-{depth}"]["V"] for depth in config.depths]
         colours = sequence(len(config.iterations))
         for i, (iteration, colour) in enumerate(zip(config.iterations, colours, strict=True)):
             values = [at[i] for at in steps]
-            label = f"iteration {iteration}: slope {slopes[init][i]:.2f}"
+            label = f"iteration {iteration}: slope {slopes[init, 'V'][i]:.2f}"
             axes.plot(
                 config.depths, values, color=colour, linewidth=1.8, marker="o", markersize=4, label=label
             )
@@ -109,5 +117,5 @@ def _figure(config: LipschitzConfig, results: dict[str, Results], slopes: dict[s
         depth_axis(axes, config.depths)
         finish(axes, TITLES[init], "depth $L$")
         legend_below(axes, columns=2)
-    panels[0].set_ylabel(r"$\max_k\,\|Z_{k+1}-Z_k\|_F$", fontsize=FONT)
+    panels[0].set_ylabel(r"$\max_k\,\|V_{k+1}-V_k\|_F$", fontsize=FONT)
     return figure
