@@ -11,8 +11,8 @@ linear algebra, the rank of K. What is measured is λ_min(K) for m = r n as n gr
 fixed, and its limit for m → ∞.
 
 "hidden" trains with the hidden units m for a width, q = d; "both" with q = m for a width, behind a frozen
-normal A [d, q] and before a frozen B [q, d]. The step that descends fastest depends on width, so that each
-network is trained at several rates.
+normal A [d, q] and before a frozen B [q, d]: for q < d most y are out of reach, by the rank of B. The step
+that descends fastest depends on the width, so that each network is trained at several rates.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ def summarise(config: OverParameterisationConfig, results: dict[str, Results]) -
         label = f"least m/n with n · PL constant >= {config.floor:g}, {name}, by n"
         findings[label] = _listed({n: "none" if r is None else f"{r:.2f}" for n, r in least.items()})
         widths = {n: n * r for n, r in least.items() if r is not None}
-        if len(widths) > 1:
+        if len(widths) > 2:
             findings[f"exponent p of that m ∝ n^p, {name}"] = slope(list(widths), list(widths.values()), 0)
         findings[f"n · PL constant at infinite width, {name}, by n"] = _listed(infinite)
     for panel, name in zip(TRAINED, ("q = d", "q = m"), strict=True):
@@ -310,7 +310,7 @@ def _figure(config: OverParameterisationConfig, results: dict[str, Results]) -> 
     maps = list(lower.subplots(1, 2, sharey=True))
     for axes, panel in zip(maps, TRAINED, strict=True):
         grid = np.array(shares(config, results, panel))
-        mesh = axes.pcolormesh(grid, vmin=0.0, vmax=1.0, cmap=SEQUENTIAL)
+        mesh = axes.pcolormesh(grid, vmin=0.0, vmax=1.0, cmap=SEQUENTIAL, edgecolors="white", linewidth=1.0)
         for (y, x), share in np.ndenumerate(grid):
             colour = "black" if share > 0.5 else "white"
             axes.text(x + 0.5, y + 0.5, f"{share:.1f}", ha="center", va="center", color=colour, fontsize=FONT)
@@ -320,7 +320,7 @@ def _figure(config: OverParameterisationConfig, results: dict[str, Results]) -> 
         finish(axes, f"training, {name} ($d = {config.dim}$)", label, "", grid="")
     maps[0].set_ylabel("samples $n$", fontsize=FONT)
     bar = lower.colorbar(mesh, ax=maps)
-    bar.set_label(f"seeds that reach {config.target:g} of the first loss", fontsize=FONT)
+    bar.set_label(f"share of seeds that reach {config.target:g} of the first loss", fontsize=FONT)
     bar.ax.tick_params(labelsize=FONT - 1)
     return figure
 
@@ -333,7 +333,7 @@ def _lines(config: OverParameterisationConfig, results: dict[str, Results], pane
         pairs = [(r, v) for r, v in zip(config.ratios, _medians(part["finite"]), strict=True) if r >= 1]
         axes.plot(*zip(*pairs, strict=True), "o-", color=colour, markersize=4, label=f"$n = {n}$")
         axes.plot(right, statistics.median(part["infinite"]), "D", color=colour, markersize=6, clip_on=False)
-    axes.axhline(config.floor, color="0.4", linestyle="--", linewidth=1.2)
+    axes.axhline(config.floor, color="0.4", linestyle="--", linewidth=1.2, label=f"{config.floor:g}")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     ticks = [ratio for ratio in (1, 2, 4, 8, 16) if ratio <= config.ratios[-1]]
