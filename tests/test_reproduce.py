@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -38,7 +39,6 @@ pytest.importorskip("sklearn")
 
 import matplotlib.image
 
-from odeblock import DeepResBlock
 from odeblock.experiments import (
     adjoint_error,
     bench,
@@ -63,7 +63,15 @@ SMALL: dict[str, ReproduceConfig] = {
         depth=8, dim=4, hidden_dim=16, samples=3, lr=0.05, iterations=2000, target=1e-2, every=1
     ),
     "over-parameterisation": OverParameterisationConfig(
-        depth=4, widths=(4, 8, 16), samples=(6, 12), seeds=1, iterations=20
+        depth=4,
+        constant_samples=(6, 12),
+        ratios=(0.5, 1, 4),
+        constant_seeds=3,
+        samples=(6, 12),
+        widths=(4, 16),
+        seeds=2,
+        rates=(1.0, 4.0),
+        iterations=100,
     ),
     "weights-on-digits": DigitsConfig(depth=8, dim=8, epochs=1),
     "depth-refinement": RefinementConfig(
@@ -168,15 +176,29 @@ def test_long_training_ends_at_the_target(outputs: Callable[[str], Path]) -> Non
         assert len(snapshots[-1]["V"]) == 8
 
 
+def test_streams_have_nothing_in_common() -> None:
+    """Data, frozen matrices and weights of one seed, and of the next, at every shift."""
+    drawn = {}
+    for seed in (0, 1):
+        drawn["data", seed] = torch.cat(over_parameterisation.draw_data(64, 8, seed))
+        drawn["W", seed] = over_parameterisation.draw_block(1, 8, 128, seed).W * 8**0.5
+        for purpose in ("A", "B"):
+            generator = over_parameterisation.stream(seed, purpose, 128)
+            drawn[purpose, seed] = torch.randn(8, 128, generator=generator)
+    rows = [values.detach().flatten().double().numpy() for values in drawn.values()]
+    for i, row in enumerate(rows):
+        assert row.shape == (1024,)
+        assert row.std() == pytest.approx(1, abs=0.1)
+        for other in rows[:i]:
+            assert abs(np.correlate(row, other, "full")).max() / 1024 < 0.25
+
+
 def test_the_pl_constant_is_that_of_the_gradient() -> None:
-    """λ_min(K)/n is the least of ‖∇R‖²/2R over y at V = 0, and 0 for fewer hidden units than samples."""
-    config = OverParameterisationConfig(depth=5, dim=3)
-    assert over_parameterisation.pl_constant(config, 6, 5, 0) < over_parameterisation.ZERO
-    constant = over_parameterisation.pl_constant(config, 6, 40, 0)
-    assert constant > 1e-5
-    x, _ = synthetic.make_data(6, 3, 0)
-    torch.manual_seed(0)
-    block = DeepResBlock(3, 5, 40, init="zero_v").double()
+    """λ_min(K)/n is the least of ‖∇R‖²/2R over y at V = 0."""
+    constant = over_parameterisation.smallest(over_parameterisation.kernel(6, 3, 40, 0)) / 6
+    assert constant > 1e-6
+    x, _ = over_parameterisation.draw_data(6, 3, 0)
+    block = over_parameterisation.draw_block(5, 3, 40, 0).double()
     x = x.double()
     features = torch.nn.functional.gelu(x @ block.W[0].detach().T)
     worst = torch.linalg.eigh(features @ features.T).eigenvectors[:, :1].expand(-1, 3)
@@ -184,6 +206,55 @@ def test_the_pl_constant_is_that_of_the_gradient() -> None:
     (gradient,) = torch.autograd.grad(risk, block.V)
     square = 5 / 40 * gradient.square().sum()  # the flow of √m V, whose rate for V is L/m
     assert (square / (2 * risk)).item() == pytest.approx(constant, rel=1e-4)
+
+
+def test_the_pl_constant_by_width(outputs: Callable[[str], Path]) -> None:
+    """0 for fewer hidden units than samples; a wide block comes close to the limit, row by row of K."""
+    for panel in over_parameterisation.CONSTANTS:
+        where = {"panel": panel, "samples": "12"}
+        assert (
+            max(
+                column(outputs("over-parameterisation"), "over-parameterisation", "value", **where, width="6")
+            )
+            < 1e-12
+        )
+    x, _ = over_parameterisation.draw_data(6, 3, 0)
+    wide, limit = over_parameterisation.kernel(6, 3, 100_000, 0), over_parameterisation.infinite_kernel(x)
+    torch.testing.assert_close(wide, limit, rtol=0, atol=0.02)
+    ratios = (1.0, 2.0, 8.0)
+    assert over_parameterisation.least_ratio(ratios, (1e-4, 1e-3, 1e-1), 1e-2) == pytest.approx(4)
+    assert over_parameterisation.least_ratio(ratios, (1e-4, 1e-3, 5e-3), 1e-2) is None
+    assert over_parameterisation.least_ratio(ratios, (0.0, 2e-2, 5e-2), 1e-2) == 2
+
+
+@pytest.mark.parametrize("panel", ["hidden", "both"])
+def test_networks_trained_together_are_blocks(panel: str) -> None:
+    """The same loss as of a block of the library that is trained alone; only rates that go astray stop."""
+    config = OverParameterisationConfig(depth=5, dim=3, seeds=2, rates=(0.5, 1e4), iterations=30, target=0)
+    iterations, ratios = over_parameterisation.train(config, panel, 6, 7)
+    assert iterations == [[None, None]] * 2
+    assert not (ratios[:, 1] <= 1).any()
+    x, y = over_parameterisation.draw_data(6, 3, 1)
+    dim, A, B = 3, torch.eye(3), torch.eye(3)
+    if panel == "both":
+        dim = 7
+        A = torch.randn(3, 7, generator=over_parameterisation.stream(1, "A", 7)) / 3**0.5
+        B = torch.randn(7, 3, generator=over_parameterisation.stream(1, "B", 7)) / 7**0.5
+    block = over_parameterisation.draw_block(5, dim, 7, 1)
+    rates = {block.V: 0.5 * 5 / 7, block.W: 0.5 * 5 / dim}
+    optimizer = torch.optim.SGD([{"params": [p], "lr": lr} for p, lr in rates.items()])
+    losses = []
+    for _ in range(31):
+        optimizer.zero_grad()
+        loss = 0.5 * (block(x @ A) @ B - y).square().sum(1).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] / losses[0] == pytest.approx(ratios[1, 0].item(), rel=1e-4)
+    assert ratios[1, 0] < 0.9
+    target = losses[10] / losses[0] * (1 + 1e-5)
+    iterations, _ = over_parameterisation.train(replace(config, target=target), panel, 6, 7)
+    assert iterations[1] == [10, None]
 
 
 def test_refinement_goes_on_with_the_same_function(outputs: Callable[[str], Path]) -> None:

@@ -119,21 +119,28 @@ class LongTimeConfig:
 
 @dataclass(frozen=True)
 class OverParameterisationConfig:
-    """depth: L. dim: d, size of x and y. widths: of the block. samples: n. seeds: trainings of a cell.
+    """depth: L. dim: d, size of x and y. seed: the first of the seeds of weights and data.
 
-    lr, iterations: of gradient descent in the theorem's normalisation. success: loss, as a fraction of the
-    loss at the start, below which training counts as successful. seed: the first of the seeds of weights
-    and data.
+    Of the PL constant: constant_samples: n. ratios: m/n. constant_seeds: over which medians are taken.
+    floor: of n times the constant; the width that it takes is reported.
+
+    Of training: samples: n. widths: of the block. seeds: networks of a cell, each trained at all ``rates``,
+    of gradient descent in the theorem's normalisation. iterations: at most. target: loss, as a fraction of
+    that at the start, at which training counts as successful and ends.
     """
 
-    depth: int = 16
+    depth: int = 8
     dim: int = 8
-    widths: tuple[int, ...] = (4, 8, 16, 32, 64, 128)
+    constant_samples: tuple[int, ...] = (8, 16, 32, 64, 128)
+    ratios: tuple[float, ...] = (0.5, 1, 1.25, 1.5, 2, 2.5, 3, 4, 8, 16)
+    constant_seeds: int = 20
+    floor: float = 1e-2
     samples: tuple[int, ...] = (8, 16, 32, 64)
-    seeds: int = 3
-    lr: float = 0.5
-    iterations: int = 2000
-    success: float = 1e-2
+    widths: tuple[int, ...] = (4, 8, 16, 32, 64)
+    seeds: int = 10
+    rates: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+    iterations: int = 1000
+    target: float = 1e-2
     seed: int = 0
 
 
@@ -220,9 +227,17 @@ EXPERIMENTS: dict[str, Listing] = {
         LongTimeConfig(iterations=2000, every=20),
     ),
     "over-parameterisation": Listing(
-        "training succeeds once the width is a multiple of the number of samples",
+        "PL constant at the start, and success of training, by width and number of samples",
         OverParameterisationConfig(),
-        OverParameterisationConfig(depth=8, widths=(4, 16, 64), samples=(8, 32), seeds=1, iterations=300),
+        OverParameterisationConfig(
+            constant_samples=(8, 32),
+            constant_seeds=5,
+            samples=(8, 32),
+            widths=(4, 16, 32),
+            seeds=3,
+            rates=(1.0, 4.0),
+            iterations=200,
+        ),
     ),
     "weights-on-digits": Listing(
         "weights along depth after training on real digits, smooth and i.i.d., GELU and ReLU",
