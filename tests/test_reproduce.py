@@ -233,6 +233,7 @@ def test_the_python_loop_is_the_same_descent(init: str) -> None:
     for _ in range(20):
         assert ours.step() == pytest.approx(loop.step(), rel=1e-5)
     torch.testing.assert_close(ours.block.V, loop.block.V)
+    torch.testing.assert_close(ours.block.W, loop.block.W)
     assert not torch.equal(ours.block.V[0], ours.block.V[1])
 
 
