@@ -6,11 +6,13 @@ import argparse
 import importlib
 import json
 import math
+import os
 import re
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import ModuleType
@@ -129,7 +131,9 @@ def _add_train(commands: Any) -> None:
 def _train(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     train = _experiment("train", parser).train
     config = _given(arguments, replace(TrainConfig(), **(QUICK if arguments.quick else {})))
-    code: int = train(config, _writable(arguments.output, parser))
+    output = _writable(arguments.output, parser)
+    with _threads_for(small=arguments.quick):
+        code: int = train(config, output)
     return code
 
 
@@ -144,13 +148,14 @@ def _add_reproduce(commands: Any) -> None:
         help="an experiment of the paper: figures and every number",
         description="Redraw an experiment of Marion, Wu, Sander & Biau, ICLR 2024 (docs/paper.md compares):"
         f"\n\n{names}\n\nWrites figures (PDF and PNG), NAME.csv, and NAME.json with settings, versions and "
-        "every number.\nInterrupted, it goes on where it was when it is called again.",
+        "every number.\nInterrupted, it goes on where it was when it is called again, also after calls with "
+        "other settings.",
         epilog=f"{_settings()}\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("name", choices=list(EXPERIMENTS), metavar="NAME", help="one of those above")
-    _add_common(parser, "outputs/NAME")
+    _add_common(parser, "outputs/NAME; quick: outputs/NAME-quick")
     parser.add_argument(
         "--seed", type=_whole_number(0, MAX_SEED), metavar="S", help="of weights and data (default: 0)"
     )
@@ -170,11 +175,15 @@ def _settings() -> str:
 
 
 def _reproduce(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    reproduce = _experiment("reproduce", parser).reproduce
+    harness = _experiment("reproduce", parser)
+    _experiment(arguments.name.replace("-", "_"), parser)  # its packages are asked for before anything runs
     listing = EXPERIMENTS[arguments.name]
     config = _given(arguments, listing.quick if arguments.quick else listing.config)
-    output = arguments.output or Path("outputs") / arguments.name
-    code: int = reproduce(arguments.name, config, _writable(output, parser))
+    output = arguments.output or Path("outputs") / (arguments.name + "-quick" * arguments.quick)
+    _writable(output, parser)
+    _writable(output / harness.PARTS, parser)
+    with _threads_for(small=arguments.quick or listing.small):
+        code: int = harness.reproduce(arguments.name, config, output)
     return code
 
 
@@ -251,6 +260,22 @@ def _experiment(name: str, parser: argparse.ArgumentParser) -> ModuleType:
         if package not in EXTRAS:
             raise
         parser.error(f"{package} is not installed, please run: pip install 'odeblock[experiments]'")
+
+
+@contextmanager
+def _threads_for(*, small: bool) -> Iterator[None]:
+    """One thread for small networks, unless OMP_NUM_THREADS says otherwise.
+
+    A second one gains nothing there, and where other programs keep the processors busy OpenMP's threads,
+    which wait by spinning, take 20 times longer. (OMP_WAIT_POLICY has no effect any more: torch is loaded.)
+    """
+    before = torch.get_num_threads()
+    if small and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _writable(output: Path, parser: argparse.ArgumentParser) -> Path:

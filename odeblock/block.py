@@ -99,7 +99,9 @@ class DeepResBlock(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw V and W anew from the initializer ``init``; biases become zero."""
+        """Draw V and W anew from the initializer ``init``; biases become zero. On "meta" nothing is drawn."""
+        if self.V.is_meta:
+            return
         get_initializer(self.init)(self.V, self.W)
         for bias in (self.hidden_bias, self.output_bias):
             if bias is not None:

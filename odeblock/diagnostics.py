@@ -78,7 +78,8 @@ def spectrum(weights: Tensor) -> Tensor:
 def high_frequencies(weights: Tensor) -> float:
     """The share of the upper half of frequencies in what varies along depth, by ``spectrum``.
 
-    About 1/2 for independent layers, like L^-3 or less for weights smooth in depth, 0 where nothing varies.
+    For independent layers 1/2 if they are many (1 for two, 2/3 for four), like L^-3 or less for weights
+    smooth in depth, 0 where nothing varies.
     """
     power = spectrum(weights)[1:]
     total = float(power.sum())
@@ -238,7 +239,7 @@ def check_assumptions(model: nn.Module) -> list[Assumption]:
     - "smooth activation": σ' is continuous; fails for relu and leaky_relu.
     - "depth-scaled step": scale = 1/L.
     - "weights smooth in depth": as they are now, by ``roughness``; to be asked before training. Less than 8
-      layers look rough whatever they are.
+      layers look rough if they differ at all.
 
     They are sufficient, not necessary: networks that fail one may behave as the theorems say.
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .block import DeepResBlock
 from .limit import import_torchdiffeq
+from .validation import check_number
 
 
 def blocks(model: nn.Module) -> Iterator[tuple[str, DeepResBlock]]:
@@ -62,12 +63,9 @@ def gradient_flow_groups(model: nn.Module, lr: float, *, weight_decay: float = 0
         one group for each depth that occurs, in the model's order, and one for what is outside of blocks.
 
     Raises:
-        ValueError: a number out of range; no trainable parameters.
+        TypeError, ValueError: no number, or one out of range; no trainable parameters.
     """
-    if not (math.isfinite(lr) and lr > 0):
-        raise ValueError(f"lr: expected a finite number > 0, got {lr!r}")
-    if not (math.isfinite(weight_decay) and weight_decay >= 0):
-        raise ValueError(f"weight_decay: expected a finite number >= 0, got {weight_decay!r}")
+    lr, weight_decay = check_number("lr", lr, above=0), check_number("weight_decay", weight_decay, least=0)
     groups: dict[float, list[nn.Parameter]] = {}
     for parameter, rate in flow_rates(model).items():
         groups.setdefault(rate, []).append(parameter)
@@ -94,7 +92,8 @@ def integrate(
     The theory's setting, for networks small enough that the whole training set fits one call.
 
     Arguments:
-        model: whose trainable parameters move; all of one dtype and device.
+        model: whose trainable parameters move, as far as the risk depends on them; all of one dtype and
+            device.
         risk: () -> R, a scalar of the model at its present parameters, on the whole training set.
         times: increasing, finite; at the first one the parameters are what they are.
         rtol, atol: tolerances of a step, for all parameters together.
@@ -108,7 +107,7 @@ def integrate(
         ImportError: torchdiffeq is not installed. ValueError: ``times`` do not increase; nothing is
             trainable. FloatingPointError: R is not finite; the parameters are then those where it was.
     """
-    if len(times) < 2 or not all(a < b < math.inf for a, b in pairwise(times)):
+    if len(times) < 2 or not all(-math.inf < a < b < math.inf for a, b in pairwise(times)):
         raise ValueError(f"times: expected two or more finite increasing numbers, got {list(times)}")
     rates = flow_rates(model)
     if not rates:
@@ -130,7 +129,7 @@ def integrate(
     def velocity(t: Tensor, state: Tensor) -> Tensor:
         load(state)
         with torch.enable_grad():
-            gradients = torch.autograd.grad(evaluate(), parameters)
+            gradients = torch.autograd.grad(evaluate(), parameters, materialize_grads=True)
         return torch.cat([-L * g.flatten() for L, g in zip(factors, gradients, strict=True)])
 
     found: list[float] = []

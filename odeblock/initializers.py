@@ -23,9 +23,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .validation import check_number, check_size
+
 LENGTH_SCALE = 0.25  # of the Gaussian process in s = k/L
 
 JITTER = 1e-10  # variance by which a kernel may be off, 1e-5 of a weight's standard deviation
+UNIT = 1e-6  # by which a kernel's value at 0 may differ from 1: it may come in float32
 
 
 class Initializer(Protocol):
@@ -44,11 +47,7 @@ def depth_scale(depth: int, beta: float = 1.0) -> float:
     Arguments:
         depth: L, >= 1. beta: β, any finite number; 1 is what ``DeepResBlock`` takes by default.
     """
-    if depth < 1:
-        raise ValueError(f"depth: expected an int >= 1, got {depth!r}")
-    if not math.isfinite(beta):
-        raise ValueError(f"beta: expected a finite number, got {beta!r}")
-    return 1.0 / math.pow(depth, beta)
+    return 1.0 / math.pow(check_size("depth", depth), check_number("beta", beta))
 
 
 # ---- by name ---------------------------------------------------------------------------------------------
@@ -124,33 +123,32 @@ class GaussianProcess:
 
     Arguments:
         kernel: a name of ``KERNELS``, or a function of r = |s - s'| / ℓ (a tensor [L, L] in float64) with
-            value 1 at 0 that is positive definite.
+            value 1 at 0 that is positive definite; ValueError at use where it is not.
         length_scale: ℓ, > 0.
 
-    The default is ``init="smooth"``. A named squared exponential takes O(L) time for any depth, every other
-    kernel a Cholesky factor [L, L].
+    The default is ``init="smooth"``. A named squared exponential is factored in O(L r²) time, where the rank
+    r is about 20 for the default and grows like 1/ℓ, up to L; every other kernel takes a Cholesky factor
+    [L, L].
     """
 
     kernel: str | Kernel = "squared_exponential"
     length_scale: float = LENGTH_SCALE
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.length_scale) and self.length_scale > 0):
-            raise ValueError(f"length_scale: expected a finite number > 0, got {self.length_scale!r}")
-        if not callable(self.kernel) and self.kernel not in KERNELS:
-            raise ValueError(
-                f"kernel: expected a function or one of {', '.join(KERNELS)}; got {self.kernel!r}"
-            )
+        check_number("length_scale", self.length_scale, above=0)
+        expected = f"kernel: expected a function or one of {', '.join(KERNELS)}"
+        if not isinstance(self.kernel, str) and not callable(self.kernel):
+            raise TypeError(f"{expected}; got {type(self.kernel).__name__}")
+        if isinstance(self.kernel, str) and self.kernel not in KERNELS:
+            raise ValueError(f"{expected}; got {self.kernel!r}")
 
     def __call__(self, V: Tensor, W: Tensor, *, generator: torch.Generator | None = None) -> None:
         depth = V.shape[0]
         if self.kernel == "squared_exponential":
             factor = _low_rank_factor(depth, self.length_scale)
         else:
-            kernel = self.kernel if callable(self.kernel) else KERNELS[self.kernel]
-            s = _layers(depth)
-            values = kernel((s[:, None] - s[None, :]).abs() / self.length_scale)
-            factor = torch.linalg.cholesky(values + JITTER * torch.eye(depth, dtype=torch.float64))
+            kernel = KERNELS[self.kernel] if isinstance(self.kernel, str) else self.kernel
+            factor = _cholesky(kernel, depth, self.length_scale)
         _combine(V, W, factor, generator)
 
 
@@ -171,10 +169,8 @@ class Fourier:
     decay: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.modes < 0:
-            raise ValueError(f"modes: expected an int >= 0, got {self.modes!r}")
-        if not math.isfinite(self.decay):
-            raise ValueError(f"decay: expected a finite number, got {self.decay!r}")
+        check_size("modes", self.modes, least=0)
+        check_number("decay", self.decay)
 
     def __call__(self, V: Tensor, W: Tensor, *, generator: torch.Generator | None = None) -> None:
         j = torch.arange(self.modes + 1, dtype=torch.float64)
@@ -192,14 +188,13 @@ class Polynomial:
         degree: n, >= 0.
 
     The coefficients a_j are independent and such that the variance is 1/q (W) and 1/m (V) on average over
-    depth; it is larger at both ends.
+    0 <= s <= 1, and so on average over layers if these are many; it is larger at both ends.
     """
 
     degree: int = 3
 
     def __post_init__(self) -> None:
-        if self.degree < 0:
-            raise ValueError(f"degree: expected an int >= 0, got {self.degree!r}")
+        check_size("degree", self.degree, least=0)
 
     def __call__(self, V: Tensor, W: Tensor, *, generator: torch.Generator | None = None) -> None:
         x = 2 * _layers(V.shape[0]) - 1
@@ -220,6 +215,11 @@ class Fields:
 
     V: Callable[[float], Tensor]
     W: Callable[[float], Tensor]
+
+    def __post_init__(self) -> None:
+        for name, field in (("V", self.V), ("W", self.W)):
+            if not callable(field):
+                raise TypeError(f"{name}: expected a function of s, got {type(field).__name__}")
 
     @torch.no_grad()
     def __call__(self, V: Tensor, W: Tensor, *, generator: torch.Generator | None = None) -> None:
@@ -250,6 +250,27 @@ def _combine(V: Tensor, W: Tensor, factor: Tensor, generator: torch.Generator | 
             R.shape[1], stack[0].numel(), device=stack.device, dtype=dtype, generator=generator
         )
         stack.copy_(((stack.shape[2] ** -0.5 * R) @ noise).view_as(stack))
+
+
+def _cholesky(kernel: Kernel, depth: int, length_scale: float) -> Tensor:
+    """The factor R [L, L] in float64 with R Rᵀ = K, K_ij = kernel(|s_i - s_j| / ℓ); refuses what is none."""
+    s = _layers(depth)
+    r = (s[:, None] - s[None, :]).abs() / length_scale
+    values = kernel(r)
+    if not isinstance(values, Tensor) or values.shape != r.shape:
+        got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"kernel: expected a function of r [L, L] -> {list(r.shape)}, got {got}")
+    at_zero = float(values[0, 0])
+    if not abs(at_zero - 1) <= UNIT:
+        raise ValueError(f"kernel: expected a function with value 1 at 0, got {at_zero:.6g}")
+    factor: Tensor
+    factor, failed = torch.linalg.cholesky_ex(values + JITTER * torch.eye(depth, dtype=torch.float64))
+    if failed:
+        raise ValueError(
+            f"kernel: expected a positive definite function, got one whose matrix of the first {int(failed)} "
+            f"of {depth} layers is not"
+        )
+    return factor
 
 
 def _low_rank_factor(depth: int, length_scale: float) -> Tensor:

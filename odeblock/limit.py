@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import numbers
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -44,8 +45,7 @@ def interpolate(weights: Tensor, position: Tensor, kind: str = "linear") -> Tens
         shape [n, ...], of the dtype of ``weights``; half precision is interpolated in float32. A whole
         position k gives Z_k itself, and linear interpolation of equal neighbours gives exactly themselves.
     """
-    if kind not in INTERPOLATIONS:
-        raise ValueError(f"kind: expected one of {', '.join(INTERPOLATIONS)}; got {kind!r}")
+    _check_kind("kind", kind)
     depth = weights.shape[0]
     dtype = torch.promote_types(weights.dtype, torch.float32)
     offset = (position.to(torch.float64) - 1).clamp(0, depth - 1)
@@ -73,24 +73,38 @@ def interpolate(weights: Tensor, position: Tensor, kind: str = "linear") -> Tens
     return total.to(weights.dtype)
 
 
-def fields(block: DeepResBlock, interpolation: str = "linear") -> dict[str, Callable[[float], Tensor]]:
+def _check_kind(name: str, kind: str) -> None:
+    if kind not in INTERPOLATIONS:
+        raise ValueError(f"{name}: expected one of {', '.join(INTERPOLATIONS)}; got {kind!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class Field:
+    """s -> 𝒵(s) on 0 <= s <= 1, from ``weights``, shape [L, ...]: what ``fields`` returns."""
+
+    weights: Tensor
+    interpolation: str = "linear"
+
+    def __call__(self, s: float) -> Tensor:
+        position = torch.tensor([s * len(self.weights)], dtype=torch.float64, device=self.weights.device)
+        return interpolate(self.weights, position, self.interpolation)[0]
+
+    def __repr__(self) -> str:
+        return f"Field({list(self.weights.shape)}, {self.interpolation!r})"
+
+
+def fields(block: DeepResBlock, interpolation: str = "linear") -> dict[str, Field]:
     """The weights of a block as functions of depth: 𝒱 by the name "V", 𝒲 by "W", and biases where there are.
 
     Each is a function s -> 𝒵(s) on 0 <= s <= 1, [q, m] for 𝒱 and [m, q] for 𝒲, differentiable in the block's
-    parameters. ``initializers.Fields(found["V"], found["W"])`` starts a block of any depth from them.
+    parameters. ``initializers.Fields(found["V"], found["W"])`` starts a block of any depth from them; it can
+    be pickled and copied with that block, and holds these two parameters as long as that block lives.
 
     Arguments:
         block: a ``DeepResBlock``. interpolation: ``"linear"`` or ``"cubic"``, see ``interpolate``.
     """
-
-    def field(weights: Tensor) -> Callable[[float], Tensor]:
-        def at(s: float) -> Tensor:
-            position = torch.tensor([s * len(weights)], dtype=torch.float64, device=weights.device)
-            return interpolate(weights, position, interpolation)[0]
-
-        return at
-
-    return {name: field(weights) for name, weights in block.named_parameters()}
+    _check_kind("interpolation", interpolation)
+    return {name: Field(weights, interpolation) for name, weights in block.named_parameters()}
 
 
 class VectorField(nn.Module):
@@ -106,10 +120,7 @@ class VectorField(nn.Module):
 
     def __init__(self, block: DeepResBlock, interpolation: str = "linear") -> None:
         super().__init__()
-        if interpolation not in INTERPOLATIONS:
-            raise ValueError(
-                f"interpolation: expected one of {', '.join(INTERPOLATIONS)}; got {interpolation!r}"
-            )
+        _check_kind("interpolation", interpolation)
         self.block, self.interpolation = block, interpolation
 
     def forward(self, s: Tensor | float, h: Tensor) -> Tensor:
@@ -215,7 +226,8 @@ def resample(model: nn.Module, depth: int, loss: Callable[[nn.Module], Tensor | 
     are discretisations of one ODE; for independent ones it is another network's.
 
     Arguments:
-        model: any module; itself a ``DeepResBlock``, or with such within. It is left as it is.
+        model: any module; itself a ``DeepResBlock``, or with such within. It is left as it is. A block that
+            it holds under several names is one block under these names in the copy too.
         depth: of every block of the copy, >= 1; see ``DeepResBlock.resample``.
         loss: model -> its loss, or any other number to compare, a float or a scalar tensor.
 
@@ -228,12 +240,12 @@ def resample(model: nn.Module, depth: int, loss: Callable[[nn.Module], Tensor | 
         other: nn.Module = model.resample(depth)
     else:
         other = copy.deepcopy(model)
-        names = [name for name, module in other.named_modules() if isinstance(module, DeepResBlock)]
-        if not names:
+        modules = list(other.named_modules(remove_duplicate=False))
+        found = [(name, block) for name, block in modules if isinstance(block, DeepResBlock)]
+        if not found:
             raise ValueError("model: expected one that holds a DeepResBlock, found none")
-        for name in names:
-            block = other.get_submodule(name)
-            assert isinstance(block, DeepResBlock)
-            other.set_submodule(name, block.resample(depth))
+        resampled = {block: block.resample(depth) for block in dict.fromkeys(block for _, block in found)}
+        for name, block in found:
+            other.set_submodule(name, resampled[block])
     with torch.no_grad():
         return Resampled(other, float(loss(model)), float(loss(other)))

@@ -113,6 +113,18 @@ def check_size(name: str, value: Any, *, least: int = 1) -> int:
     return int(value)
 
 
+def check_number(name: str, value: Any, *, least: float | None = None, above: float | None = None) -> float:
+    """A finite number, >= ``least`` or > ``above`` where given, as a float."""
+    expected = "a finite number"
+    expected += f" >= {least:g}" if least is not None else f" > {above:g}" if above is not None else ""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+    low = (least is not None and value < least) or (above is not None and value <= above)
+    if low or not math.isfinite(value):
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    return float(value)
+
+
 def check_tensor(name: str, value: Any) -> None:
     """A dense tensor of a dtype that states may have."""
     if not isinstance(value, Tensor):

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ pytest.importorskip("sklearn")
 
 import matplotlib.image
 
+import odeblock
 from odeblock.experiments import (
     adjoint_error,
     bench,
@@ -48,6 +49,7 @@ from odeblock.experiments import (
     style,
     synthetic,
 )
+from odeblock.experiments import outputs as outputs_module
 from odeblock.experiments.digits import load_digits
 from odeblock.experiments.loop import Training
 from odeblock.experiments.networks import build_network
@@ -132,7 +134,8 @@ def test_files(name: str, outputs: Callable[[str], Path]) -> None:
     assert found["config"] == json.loads(json.dumps(asdict(SMALL[name])))
     assert found["versions"]["torch"] == torch.__version__
     assert found["findings"]
-    assert {f"{part}.json" for part in found["parts"]} == {path.name for path in (folder / "parts").iterdir()}
+    stored = {path.name.rpartition("-")[0] for path in (folder / "parts").iterdir()}
+    assert stored == set(found["parts"])
     with (folder / f"{name}.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert rows
@@ -301,6 +304,7 @@ def test_the_python_loop_is_the_same_descent(init: str) -> None:
     for _ in range(20):
         assert ours.step() == pytest.approx(loop.step(), rel=1e-5)
     torch.testing.assert_close(ours.block.V, loop.block.V)
+    torch.testing.assert_close(ours.block.W, loop.block.W)
     assert not torch.equal(ours.block.V[0], ours.block.V[1])
 
 
@@ -330,46 +334,116 @@ def test_same_seed_same_numbers_and_files(tmp_path: Path, outputs: Callable[[str
     assert (other / f"{name}.csv").read_text() != (tmp_path / f"{name}.csv").read_text()
 
 
-def test_an_interrupted_run_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ran: list[str] = []
-    stop = ["second"]
+class Invented:
+    """An experiment of two parts: names of those that ``ran``; a part in ``stop`` is interrupted."""
 
-    def compute(name: str, run: reproduce.Run) -> reproduce.Results:
-        ran.append(name)
-        if name in stop:
+    def __init__(self) -> None:
+        self.ran: list[str] = []
+        self.stop: set[str] = set()
+        self.loaded: list[dict[str, Any] | None] = []
+
+    def compute(self, name: str, run: reproduce.Run) -> reproduce.Results:
+        self.ran.append(name)
+        self.loaded.append(run.load())
+        run.save({"calls": len(self.ran)})
+        if name in self.stop:
             raise KeyboardInterrupt
         run.advance(1)
-        return {"number": len(ran)}
+        return {"number": len(self.ran)}
 
-    def summarise(config: ReproduceConfig, results: dict[str, reproduce.Results]) -> reproduce.Summary:
+    def parts(self, config: ReproduceConfig) -> list[reproduce.Part]:
+        return [reproduce.Part(name, 1, partial(self.compute, name)) for name in ("first", "second")]
+
+    def summarise(self, config: ReproduceConfig, results: dict[str, reproduce.Results]) -> reproduce.Summary:
         return reproduce.Summary({}, [{name: part["number"] for name, part in results.items()}], {})
 
-    experiment = SimpleNamespace(
-        parts=lambda config: [
-            reproduce.Part(name, 1, partial(compute, name)) for name in ("first", "second")
-        ],
-        summarise=summarise,
-    )
+    def run(self, output: Path, seed: int = 0) -> tuple[int, list[str]]:
+        """The exit code of a call, and which parts it computed."""
+        before = len(self.ran)
+        code = reproduce.reproduce("invented", replace(SMALL["adjoint-error"], seed=seed), output)
+        return code, self.ran[before:]
+
+
+@pytest.fixture
+def invented(monkeypatch: pytest.MonkeyPatch) -> Invented:
+    experiment = Invented()
     monkeypatch.setitem(sys.modules, "odeblock.experiments.invented", experiment)
-    config = SMALL["adjoint-error"]
-    assert reproduce.reproduce("invented", config, tmp_path) == 130
+    return experiment
+
+
+def test_an_interrupted_run_goes_on(
+    tmp_path: Path, invented: Invented, capsys: pytest.CaptureFixture[str]
+) -> None:
+    invented.stop = {"second"}
+    assert invented.run(tmp_path) == (130, ["first", "second"])
     assert "goes on from here" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["parts"]
-    assert [path.name for path in (tmp_path / "parts").iterdir()] == ["first.json"]
-    stop.clear()
-    assert reproduce.reproduce("invented", config, tmp_path) == 0
-    assert ran == ["first", "second", "second"]
+    first, second = sorted((tmp_path / "parts").iterdir())
+    assert (first.suffix, second.suffix) == (".json", ".pt")
+    invented.stop.clear()
+    assert invented.run(tmp_path) == (0, ["second"])
     assert (tmp_path / "invented.csv").read_text() == "first,second\n1,3\n"
-    (tmp_path / "parts" / "second.json").write_text("{")  # not ours, or half of it
-    assert reproduce.reproduce("invented", config, tmp_path) == 0
-    assert ran[3:] == ["second"]
-    assert reproduce.reproduce("invented", replace(config, seed=1), tmp_path) == 0
-    assert ran[4:] == ["first", "second"]  # other settings: nothing of it is used
-    monkeypatch.setattr("inspect.getsource", lambda function: "other code")
-    assert reproduce.reproduce("invented", replace(config, seed=1), tmp_path) == 0
-    assert ran[6:] == ["first", "second"]  # nor where they are computed differently now
+    for damaged in ("{", "[]"):  # not ours, or half of it
+        second.with_suffix(".json").write_text(damaged)
+        assert invented.run(tmp_path) == (0, ["second"])
+
+
+def test_other_settings_lie_beside(tmp_path: Path, invented: Invented) -> None:
+    invented.stop = {"second"}
+    assert invented.run(tmp_path) == (130, ["first", "second"])
+    invented.stop.clear()
+    assert invented.run(tmp_path, seed=1) == (0, ["first", "second"])  # nothing of it is used
+    assert invented.loaded[-1] is None
+    assert (tmp_path / "invented.csv").read_text() == "first,second\n3,4\n"
+    assert invented.run(tmp_path) == (0, ["second"])  # nor lost
+    assert invented.loaded[-1] == {"calls": 2}
+    assert (tmp_path / "invented.csv").read_text() == "first,second\n1,5\n"
+    assert invented.run(tmp_path, seed=1) == (0, [])
+
+
+def test_what_other_code_computed_is_computed_again(
+    tmp_path: Path, invented: Invented, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "package"
+    (package / "experiments").mkdir(parents=True)
+    monkeypatch.setattr(reproduce, "PACKAGE", package)
+    for path in ("block.py", "experiments/helper.py", "_core.so"):
+        (package / path).write_text("before")
+    invented.stop = {"second"}
+    invented.run(tmp_path / "out")
+    invented.stop.clear()
+    for path in ("block.py", "experiments/helper.py", "_core.so"):
+        (package / path).write_text("after")
+        assert invented.run(tmp_path / "out") == (0, ["first", "second"])
+        assert invented.loaded[-1] is None
+        assert invented.run(tmp_path / "out") == (0, [])
+    monkeypatch.setattr(torch, "__version__", "0.1")
+    assert invented.run(tmp_path / "out") == (0, ["first", "second"])
+
+
+def test_the_code_is_that_of_the_package() -> None:
+    assert Path(odeblock.__file__).resolve().parent == reproduce.PACKAGE
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, -20])
+def test_a_damaged_state_is_none(keep: int, tmp_path: Path, invented: Invented) -> None:
+    invented.stop = {"first"}
+    invented.run(tmp_path)
+    (state,) = (tmp_path / "parts").glob("*.pt")
+    whole = state.read_bytes()
+    invented.run(tmp_path)
+    assert invented.loaded[-1] == {"calls": 1}
+    state.write_bytes(whole[:keep])
+    invented.stop.clear()
+    assert invented.run(tmp_path) == (0, ["first", "second"])
+    assert invented.loaded == [None, {"calls": 1}, None, None]
+
+
+def test_versions_of_absent_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outputs_module, "PACKAGES", ("torch", "a-package-that-is-not"))
+    versions = outputs_module.provenance()["versions"]
+    assert versions["a-package-that-is-not"] is None
+    assert versions["torch"] == version("torch")
 
 
 @pytest.mark.parametrize(
@@ -420,17 +494,22 @@ def test_reproduce_from_the_command_line(
     monkeypatch.setattr(reproduce, "reproduce", lambda *arguments: seen.append(arguments) or 0)
     monkeypatch.chdir(tmp_path)
     assert main(["reproduce", "long-time"]) == 0
+    assert main(["reproduce", "long-time", "--quick"]) == 0
     assert main(["reproduce", "adjoint-error", "--quick", "--seed", "7", "--output", "here"]) == 0
     quick = replace(EXPERIMENTS["adjoint-error"].quick, seed=7)
     assert seen == [
         ("long-time", EXPERIMENTS["long-time"].config, Path("outputs/long-time")),
+        ("long-time", EXPERIMENTS["long-time"].quick, Path("outputs/long-time-quick")),
         ("adjoint-error", quick, Path("here")),
     ]
     assert (tmp_path / "outputs" / "long-time").is_dir()
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "parts").touch()
     for options, expected in (
         (["reproduce", "everything"], ["NAME", "everything", "long-time"]),
         (["reproduce", "long-time", "--seed", "x"], ["--seed", ">= 0"]),
         (["reproduce"], ["NAME"]),
+        (["reproduce", "long-time", "--output", "taken"], ["--output", "taken/parts", "File exists"]),
     ):
         with pytest.raises(SystemExit) as stop:
             main(options)
@@ -439,6 +518,22 @@ def test_reproduce_from_the_command_line(
         assert message.count("\n") == 1
         for part in expected:
             assert part in message
+
+
+def test_small_networks_run_on_one_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: None
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(reproduce, "reproduce", lambda *arguments: seen.append(torch.get_num_threads()) or 0)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(2)
+    for options in (["adjoint-error"], ["adjoint-error", "--quick"], ["long-time"]):
+        main(["reproduce", *options])
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    main(["reproduce", "long-time"])
+    assert seen == [2, 1, 1, 2]
+    assert torch.get_num_threads() == 2
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
@@ -456,20 +551,30 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
             assert part in text
 
 
-@pytest.mark.parametrize("command", [["reproduce", "long-time"], ["bench"]])
-def test_missing_extra(command: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("package", "command"),
+    [
+        ("matplotlib", ["reproduce", "long-time"]),
+        ("matplotlib", ["bench"]),
+        ("rich", ["reproduce", "adjoint-error"]),
+        ("sklearn", ["reproduce", "depth-refinement"]),
+        ("sklearn", ["reproduce", "weights-on-digits"]),
+        ("sklearn", ["train"]),
+    ],
+)
+def test_missing_extra(package: str, command: list[str], tmp_path: Path) -> None:
     code = (
-        "import sys; sys.modules['matplotlib'] = None; from odeblock.__main__ import main; main(sys.argv[1:])"
+        "import sys; sys.modules[sys.argv[1]] = None; from odeblock.__main__ import main; main(sys.argv[2:])"
     )
     process = subprocess.run(
-        [sys.executable, "-c", code, *command, "--output", str(tmp_path / "new")],
+        [sys.executable, "-c", code, package, *command, "--output", str(tmp_path / "new")],
         capture_output=True,
         text=True,
         timeout=60,
     )
     assert process.returncode == 2
     assert process.stderr.count("\n") == 1
-    assert "pip install 'odeblock[experiments]'" in process.stderr
+    assert f"{package} is not installed, please run: pip install 'odeblock[experiments]'" in process.stderr
     assert not (tmp_path / "new").exists()
 
 

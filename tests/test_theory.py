@@ -64,6 +64,35 @@ def test_the_default_is_the_squared_exponential_of_length_a_quarter() -> None:
         assert float((W[25:] * W[:-25]).mean()) == pytest.approx(math.exp(-2), abs=0.05)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "correlations"),  # at lags of ℓ and 2ℓ
+    [
+        ("squared_exponential", (math.exp(-1 / 2), math.exp(-2))),
+        (
+            "matern52",
+            ((1 + 5**0.5 + 5 / 3) * math.exp(-(5**0.5)), (1 + 20**0.5 + 20 / 3) * math.exp(-(20**0.5))),
+        ),
+        ("matern32", ((1 + 3**0.5) * math.exp(-(3**0.5)), (1 + 12**0.5) * math.exp(-(12**0.5)))),
+        ("exponential", (math.exp(-1), math.exp(-2))),
+    ],
+)
+def test_correlations_of_kernels(kernel: str, correlations: tuple[float, float]) -> None:
+    assert len(KERNELS) == 4
+    block = DeepResBlock(100, 40, 150, init=GaussianProcess(kernel, length_scale=0.25))
+    for stack, inverse in ((block.W, 100), (block.V, 150)):
+        Z = stack.detach() * inverse**0.5
+        for lag, expected in zip((10, 20), correlations, strict=True):
+            assert float((Z[lag:] * Z[:-lag]).mean()) == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0, 1.5])
+def test_powers_of_fourier_modes(decay: float) -> None:
+    block = DeepResBlock(100, 32, 150, init=Fourier(modes=3, decay=decay), dtype=torch.float64)
+    power = torch.fft.rfft(block.V.detach(), dim=0).abs().square().mean((1, 2))
+    ratios = (power[:4] / power[1]).tolist()  # the constant has its cosine only, of twice a cosine's power
+    assert ratios == pytest.approx([2, 1, 2 ** (-2 * decay), 3 ** (-2 * decay)], rel=0.05)
+
+
 def test_kernels_are_as_smooth_as_they_say() -> None:
     steps = {}
     for kernel in KERNELS:
@@ -97,6 +126,23 @@ def test_fields() -> None:
         DeepResBlock(3, 5, 4, init=Fields(init.V, init.V))
 
 
+def test_an_initializer_runs_only_where_its_weights_stay() -> None:
+    calls: list[int] = []
+
+    def init(V: Tensor, W: Tensor, *, generator: torch.Generator | None = None) -> None:
+        calls.append(len(V))
+        V.data.zero_()
+        W.data.zero_()
+
+    block = DeepResBlock(3, 6, init=init)
+    block.resample(9)
+    block.split(2)
+    empty = DeepResBlock(3, 7, init=init, device="meta")
+    assert calls == [6]
+    empty.to_empty(device="cpu").reset_parameters()
+    assert calls == [6, 7]
+
+
 def test_initializers_travel_with_the_block() -> None:
     init = GaussianProcess("matern32", 0.5)
     block = pickle.loads(pickle.dumps(DeepResBlock(4, 6, init=init)))
@@ -117,11 +163,54 @@ def test_initializers_travel_with_the_block() -> None:
         (lambda: Polynomial(degree=-1), "degree: expected an int >= 0"),
         (lambda: depth_scale(0), "depth: expected an int >= 1"),
         (lambda: depth_scale(4, math.nan), "beta: expected a finite number"),
+        (lambda: GaussianProcess(length_scale=0), "length_scale: expected a finite number > 0, got 0"),
     ],
 )
 def test_settings_out_of_range(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GaussianProcess(["matern52"]), "kernel: expected a function or one of .*; got list"),
+        (lambda: GaussianProcess(length_scale="a"), "length_scale: expected a finite number > 0, got str"),
+        (lambda: Fourier(modes=2.5), "modes: expected an int >= 0, got float"),
+        (lambda: Fourier(decay=None), "decay: expected a finite number, got NoneType"),
+        (lambda: Polynomial(2.5), "degree: expected an int >= 0, got float"),
+        (lambda: Fields(None, lambda s: s), "V: expected a function of s, got NoneType"),
+        (lambda: Fields(lambda s: s, 1.0), "W: expected a function of s, got float"),
+        (lambda: depth_scale(2.5), "depth: expected an int >= 1, got float"),
+        (lambda: depth_scale(4, "1"), "beta: expected a finite number, got str"),
+        (
+            lambda: flow.gradient_flow_groups(nn.Linear(1, 1), "x"),
+            "lr: expected a finite number > 0, got str",
+        ),
+        (
+            lambda: flow.gradient_flow_groups(nn.Linear(1, 1), 0.1, weight_decay=None),
+            "weight_decay: expected a finite number >= 0, got NoneType",
+        ),
+    ],
+)
+def test_settings_of_other_types(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(TypeError, match=f"^{message}"):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        (lambda r: 2 * torch.exp(-r), r"with value 1 at 0, got 2"),
+        (lambda r: torch.sin(r) / r, r"with value 1 at 0, got nan"),
+        (lambda r: 1.0, r"of r \[L, L\] -> \[5, 5\], got float"),
+        (lambda r: torch.exp(-r[0]), r"of r \[L, L\] -> \[5, 5\], got \[5\]"),
+        (lambda r: (r < 1.5).double(), "whose matrix of the first 3 of 5 layers"),
+    ],
+)
+def test_kernels_that_are_none(kernel: Callable[[Tensor], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^kernel: expected a .*({message})"):
+        DeepResBlock(3, 5, init=GaussianProcess(kernel, 0.2))
 
 
 @torch.no_grad()
@@ -240,6 +329,17 @@ def test_the_flow_of_a_quadratic_is_an_exponential() -> None:
     assert risks[2] == pytest.approx(risk().item())
 
 
+def test_the_flow_leaves_what_the_risk_does_not_see() -> None:
+    pytest.importorskip("torchdiffeq")
+    model = nn.ModuleDict({"block": DeepResBlock(3, 4), "unused": nn.Linear(2, 2)}).double()
+    block, unused = model["block"], model["unused"]
+    start = copy.deepcopy(model)
+    flow.integrate(model, lambda: block.V.square().sum(), [0.0, 0.1])
+    assert torch.equal(unused.weight, start["unused"].weight)
+    assert torch.equal(block.W, start["block"].W)
+    torch.testing.assert_close(block.V, start["block"].V * math.exp(-0.8), rtol=1e-3, atol=0)
+
+
 def test_small_steps_of_sgd_follow_the_flow() -> None:
     pytest.importorskip("torchdiffeq")
     network, risk = regression(12, "smooth")
@@ -264,7 +364,7 @@ def test_flow_refusals() -> None:
     for bad in ({"lr": 0.0}, {"lr": math.nan}, {"lr": 0.1, "weight_decay": -1.0}):
         with pytest.raises(ValueError, match=r"^(lr|weight_decay): expected a finite number"):
             flow.gradient_flow_groups(network, **bad)
-    for times in ([0.0], [0.0, 0.0], [1.0, 0.0], [0.0, math.inf]):
+    for times in ([0.0], [0.0, 0.0], [1.0, 0.0], [0.0, math.inf], [-math.inf, 1.0]):
         with pytest.raises(ValueError, match=r"^times: expected two or more finite increasing numbers"):
             flow.integrate(network, risk, times)
     with pytest.raises(FloatingPointError, match="the risk is nan"):
@@ -314,6 +414,19 @@ def test_fields_of_a_block(interpolation: str) -> None:
     assert block.W.grad.any()
 
 
+def test_fields_travel_with_the_block_they_start() -> None:
+    found = limit.fields(DeepResBlock(3, 8, 4))
+    block = DeepResBlock(3, 16, 4, init=Fields(found["V"], found["W"]))
+    assert "Field([8, 3, 4], 'linear')" in repr(block)
+    for other in (pickle.loads(pickle.dumps(block)), copy.deepcopy(block)):
+        with torch.no_grad():
+            other.V.zero_()
+        other.reset_parameters()
+        assert torch.equal(other.V, block.V)
+    with pytest.raises(ValueError, match=r"^interpolation: expected one of linear, cubic; got 'spline'"):
+        limit.fields(block, "spline")
+
+
 def test_solve_is_the_matrix_exponential() -> None:
     pytest.importorskip("torchdiffeq")
     block = DeepResBlock(4, 3, 5, activation="identity", init="tied", dtype=torch.float64)
@@ -357,6 +470,20 @@ def test_resample_a_model() -> None:
     assert block.depth == 7
     with pytest.raises(ValueError, match=r"^model: expected one that holds a DeepResBlock"):
         limit.resample(nn.Linear(2, 2), 7, lambda model: 0.0)
+
+
+def test_a_block_under_several_names_is_resampled_once() -> None:
+    block, own = DeepResBlock(3, 12), DeepResBlock(3, 12)
+    inner = nn.Sequential(own)
+    model = nn.ModuleDict({"a": block, "b": nn.Sequential(block, inner), "c": block, "d": inner})
+    other = limit.resample(model, 6, lambda model: 0.0).model
+    a, (b, inner), c, d = other["a"], other["b"], other["c"], other["d"]
+    assert a is b is c
+    assert d is inner
+    assert a.depth == d[0].depth == 6
+    assert torch.equal(d[0].V, own.resample(6).V)
+    assert model["a"] is model["c"] is block
+    assert block.depth == 12
 
 
 def test_limit_refusals(monkeypatch: pytest.MonkeyPatch) -> None:

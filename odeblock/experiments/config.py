@@ -203,11 +203,15 @@ ReproduceConfig = (
 
 @dataclass(frozen=True)
 class Listing:
-    """What the command line knows of an experiment: a line about it, and settings, full and ``--quick``."""
+    """What the command line knows of an experiment: a line about it, and settings, full and ``--quick``.
+
+    small: whether its networks, also with full settings, are too small for a second thread to gain anything.
+    """
 
     text: str
     config: ReproduceConfig
     quick: ReproduceConfig
+    small: bool = False
 
 
 EXPERIMENTS: dict[str, Listing] = {
@@ -224,7 +228,8 @@ EXPERIMENTS: dict[str, Listing] = {
     "long-time": Listing(
         "gradient descent goes on to a global minimum, with weights that stay smooth in depth",
         LongTimeConfig(),
-        LongTimeConfig(iterations=2000, every=20),
+        LongTimeConfig(iterations=1000, every=10),
+        small=True,
     ),
     "over-parameterisation": Listing(
         "PL constant at the start, and success of training, by width and number of samples",

@@ -198,9 +198,12 @@ def _depths(config: RefinementConfig, results: dict[str, Results]) -> Figure:
             axes.plot(config.depths, mean, color=COLOURS[colour], linewidth=2.2, marker="o", label=title)
             for values in seeds:
                 axes.plot(config.depths, values, color=COLOURS[colour], linewidth=0.6)
-        axes.axvline(config.shallow, color="0.4", linestyle="--", linewidth=1.2, label="depth of training")
+        axes.plot([], [], color="0.4", linewidth=0.6, label="one seed each; thick: mean")
+        trained = f"trained at $L = {config.shallow}$"
+        axes.axvline(config.shallow, color="0.4", linestyle="--", linewidth=1.2, label=trained)
         depth_axis(axes, config.depths)
     finish(panels[0], "", "depth $L$ after resampling", "test accuracy, %")
     finish(panels[1], "", "depth $L$ after resampling", "test loss")
-    panels[1].legend(frameon=False, fontsize=FONT - 2, loc="center right")
+    shown = panels[0].get_legend_handles_labels()
+    figure.legend(*shown, frameon=False, fontsize=FONT - 2, ncols=4, loc="outside lower center")
     return figure

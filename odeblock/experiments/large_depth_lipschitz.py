@@ -1,7 +1,7 @@
 """Neighbouring layers: max_k ‖Z_{k+1} - Z_k‖ against L at several times of training, for Z = V and Z = W.
 
-The theorem: O(1/L), uniformly in time, if it holds at the start. In float64, for at first W moves by less than
-float32 can tell. And how much longer the Python loop takes (in float32).
+The theorem: O(1/L), uniformly in time, if it holds at the start. In float64, for at first W moves by less
+than float32 can tell. And how much longer the Python loop takes (in float32).
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def compare(config: LipschitzConfig, run: Run) -> Results:
         block = make_block(initial_W("smooth", depth, config.hidden_dim, config.dim, config.seed))
         ours, loop = (kind(copy.deepcopy(block), x, y, config.lr) for kind in (Descent, LoopDescent))
         times.append(median_seconds([ours.step, loop.step], config.timing_rounds))
-        torch.testing.assert_close(loop.block.V, ours.block.V, rtol=1e-3, atol=1e-5)
+        for name in ("V", "W"):
+            stacks = (getattr(descent.block, name) for descent in (loop, ours))
+            torch.testing.assert_close(*stacks, rtol=1e-3, atol=1e-5)
     whole = [sum(seconds) for seconds in zip(*times, strict=True)]
     return {"ratios": [loop / ours for ours, loop in times], "whole": whole[1] / whole[0]}
 

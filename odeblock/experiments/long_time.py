@@ -107,7 +107,10 @@ def _curves(config: LongTimeConfig, results: dict[str, Results]) -> Figure:
         axes.set_yscale("log")
         axes.xaxis.set_major_locator(MaxNLocator(4))
         finish(axes, "", "training iteration", label)
-    panels[0].axhline(config.target, color="0.4", linestyle="--", linewidth=1.2, label=f"{config.target:.0e}")
+    digit, exponent = f"{config.target:.0e}".split("e")
+    power = rf"10^{{{int(exponent)}}}"
+    label = f"target ${power}$" if digit == "1" else rf"target ${digit} \cdot {power}$"
+    panels[0].axhline(config.target, color="0.4", linestyle="--", linewidth=1.2, label=label)
     panels[0].legend(frameon=False, fontsize=FONT - 2)
     panels[1].set_ylim(bottom=0.3 * min(min(results[init]["pl_ratio"]) for init in INITS))
     return figure
@@ -115,7 +118,8 @@ def _curves(config: LongTimeConfig, results: dict[str, Results]) -> Figure:
 
 def _weights(results: dict[str, Results]) -> Figure:
     figure = Figure(figsize=(9.0, 6.4), layout="constrained")
-    panels = figure.subplots(2, 2, sharex=True, sharey="row")
+    panels = figure.subplots(2, 2, sharex=True)
+    panels[0, 0].sharey(panels[0, 1])  # not those of W, which of the smooth run hardly varies
     for row, name in zip(panels, STACKS, strict=True):
         for axes, init in zip(row, INITS, strict=True):
             snapshots = results[init]["snapshots"]
@@ -123,6 +127,7 @@ def _weights(results: dict[str, Results]) -> Figure:
                 curve = snapshot[name]
                 s = [k / len(curve) for k in range(1, len(curve) + 1)]
                 axes.plot(s, curve, color=colour, linewidth=1.6, label=f"iteration {snapshot['iteration']}")
+            axes.ticklabel_format(axis="y", useOffset=False)
             i, j = (index + 1 for index in results[init]["index"][name])
             finish(
                 axes,

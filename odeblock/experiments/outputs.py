@@ -9,7 +9,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,9 +25,19 @@ PACKAGES = ("odeblock", "torch", "numpy", "scikit-learn", "matplotlib", "rich")
 
 
 def provenance() -> dict[str, Any]:
-    """What made the numbers: "versions" of Python and packages, and the "build" of the native core."""
-    versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    """What made the numbers: "versions" of Python and packages, and the "build" of the native core.
+
+    The version of a package that is not installed, as some experiments do not need it, is None.
+    """
+    versions = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
     return {"versions": versions, "build": build_info()}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 @contextmanager

@@ -2,15 +2,14 @@
 
 An experiment is a module with two functions: ``parts(config)``, computations whose results are JSON, and
 ``summarise(config, results)``, which turns those into figures, rows and findings. Each part is written to
-disk when it is done, and a long one keeps its state on the way: a run that
-was interrupted goes on from there.
+disk when it is done, and a long one keeps its state on the way: a run that was interrupted goes on from
+there. Parts of other settings lie beside each other; those that other code computed are computed again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib
-import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -28,6 +27,7 @@ from .config import ReproduceConfig
 from .outputs import provenance, save_checkpoint, save_csv, save_figure, save_json
 
 PARTS, FORMATS = "parts", ("pdf", "png")
+PACKAGE = Path(__file__).resolve().parents[1]
 INTERRUPTED = 130
 
 Results = dict[str, Any]
@@ -47,11 +47,13 @@ class Run:
         save_checkpoint(self._path, {"settings": self._settings, "state": state})
 
     def load(self) -> dict[str, Any] | None:
-        """What an interrupted call with the same settings saved last; None if there was none."""
-        if not self._path.exists():
+        """What an interrupted call with the same settings saved last; None if nothing, or nothing whole."""
+        try:
+            saved: dict[str, Any] = torch.load(self._path, weights_only=True)
+            state: dict[str, Any] = saved["state"]
+            return state if saved["settings"] == self._settings else None
+        except Exception:  # a damaged file makes torch.load raise any of a dozen kinds
             return None
-        saved: dict[str, Any] = torch.load(self._path, weights_only=True)
-        return saved["state"] if saved["settings"] == self._settings else None
 
 
 @dataclass(frozen=True)
@@ -77,15 +79,16 @@ def reproduce(name: str, config: ReproduceConfig, output: Path) -> int:
 
     NAME.json: findings, settings, versions, and everything that was computed; NAME.csv: the numbers behind
     the figures; figures as PDF and PNG; parts/: what a later call with the same settings need not compute
-    again.
+    again. The other files are those of the last call; parts stay, whatever settings come after them.
 
     Returns the exit code: 0; 130 after Ctrl-C; 1 where a loss was not finite.
     """
     console = Console()
     experiment = importlib.import_module(f".{name.replace('-', '_')}", __package__)
     parts: list[Part] = experiment.parts(config)
+    settings = _settings(config)
     try:
-        results = _run(parts, asdict(config), output, console)
+        results = _run(parts, settings, output, console)
     except KeyboardInterrupt:
         console.print("interrupted: the same command goes on from here", style="bold")
         return INTERRUPTED
@@ -101,6 +104,7 @@ def reproduce(name: str, config: ReproduceConfig, output: Path) -> int:
         "experiment": name,
         "config": asdict(config),
         **provenance(),
+        "code": settings["code"],
         "findings": dict(summary.findings),
         "parts": results,
     }
@@ -110,9 +114,10 @@ def reproduce(name: str, config: ReproduceConfig, output: Path) -> int:
     return 0
 
 
-def _run(parts: list[Part], config: dict[str, Any], output: Path, console: Console) -> dict[str, Results]:
+def _run(parts: list[Part], settings: dict[str, Any], output: Path, console: Console) -> dict[str, Results]:
     """The results of all parts, by name; those on disk with the same settings are not computed again."""
     (output / PARTS).mkdir(parents=True, exist_ok=True)
+    key = _hash(json.dumps(settings["config"]).encode())[:8]
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     results: dict[str, Results] = {}
     with Progress(*columns, console=console) as progress:
@@ -120,7 +125,7 @@ def _run(parts: list[Part], config: dict[str, Any], output: Path, console: Conso
         done = 0
         for part in parts:
             progress.update(task, description=f"{part.name:<20}")
-            path, settings = output / PARTS / f"{part.name}.json", _settings(part, config)
+            path = output / PARTS / f"{part.name}-{key}.json"
             found = _read(path, settings)
             if found is None:
                 state = path.with_suffix(".pt")
@@ -137,12 +142,17 @@ def _run(parts: list[Part], config: dict[str, Any], output: Path, console: Conso
     return results
 
 
-def _settings(part: Part, config: dict[str, Any]) -> dict[str, Any]:
-    """What results depend on: the configuration, and the function that computes them, by its source."""
-    source = inspect.getsource(part.compute.func)
-    settings = {"config": config, "function": hashlib.sha256(source.encode()).hexdigest()}
+def _settings(config: ReproduceConfig) -> dict[str, Any]:
+    """What results depend on: the configuration; PyTorch; and odeblock, by its sources and native core."""
+    files = sorted([*PACKAGE.rglob("*.py"), *PACKAGE.glob("_core*.so")])
+    code = "".join(f"{path.relative_to(PACKAGE)} {_hash(path.read_bytes())}\n" for path in files)
+    settings = {"config": asdict(config), "torch": torch.__version__, "code": _hash(code.encode())}
     found: dict[str, Any] = json.loads(json.dumps(settings))  # as it is read again: lists for tuples
     return found
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _read(path: Path, settings: dict[str, Any]) -> Results | None:
@@ -151,7 +161,7 @@ def _read(path: Path, settings: dict[str, Any]) -> Results | None:
         stored = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    results: Results = stored.pop("results", None)
+    results: Results | None = stored.pop("results", None) if isinstance(stored, dict) else None
     return results if stored == settings else None
 
 

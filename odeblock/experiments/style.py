@@ -30,9 +30,10 @@ def finish(axes: Axes, title: str = "", xlabel: str = "", ylabel: str = "", grid
 
 
 def depth_axis(axes: Axes, depths: Sequence[int]) -> None:
-    """A logarithmic axis of depths, with ticks at (every other) one of them."""
+    """A logarithmic axis of depths, with ticks at all of them, or, of more than 8, at every other one."""
     axes.set_xscale("log", base=2)
-    shown = depths if len(depths) <= 6 else depths[len(depths) % 2 == 0 :: 2]
+    first = (len(depths) - 1) % 2  # such that the last one is shown
+    shown = depths if len(depths) <= 8 else depths[first::2]
     axes.xaxis.set_major_locator(FixedLocator(list(shown)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticklabels([str(depth) for depth in shown])
