@@ -157,7 +157,9 @@ class Reconstruction:
 
             # Rounding of f, by Δ or by what its input moves it. Below it changes are noise, no rate near 1.
             floor = self.floor * size
-            noise = torch.maximum(floor, self.floor * self.seen * norm)
+            noise = floor  # c of any f is too rough for more
+            if correct is not None:
+                noise = torch.maximum(floor, self.floor * self.seen * norm)
             at_floor = moved <= (noise if evaluation else floor)
             # (7): the rate at which changes shrink.
             if evaluation > 0:

@@ -543,8 +543,14 @@ def test_distance() -> None:
         diagnostics.distance(reference[4096 // L - 1 :: 4096 // L] + 1 / L, reference) for L in (64, 128)
     ]
     assert shifted[0] / shifted[1] == pytest.approx(2, rel=0.02)
-    with pytest.raises(ValueError, match=r"^limit: expected shape \[L\*, \[2, 1\]\]"):
+    shallow, at = reference[63::64], s.flatten()  # 64 layers; the limit at layers of theirs, and between
+    layers = diagnostics.distance(shallow, reference[63::64])
+    between = diagnostics.distance(shallow, reference[31::64], at[31::64])
+    assert layers == 0 < between < 2e-3
+    with pytest.raises(ValueError, match=r"^limit: expected shape \[n, \[2, 1\]\]"):
         diagnostics.distance(reference, reference[:, :1])
+    with pytest.raises(ValueError, match=r"^at: expected shape \[4096\], .* got \[4095\]"):
+        diagnostics.distance(shallow, reference, at[1:])
 
 
 def test_the_pl_ratio_is_the_speed_of_the_flow() -> None:
