@@ -22,7 +22,7 @@ test-long: $(VENV)/.built  ## what is too long for every push
 
 check: lint $(VENV)/.built  ## lint and types, seconds
 	$(BIN)/mypy
-	$(BIN)/stubtest odeblock._core --ignore-missing-stub
+	$(BIN)/stubtest odeblock._core --ignore-missing-stub --mypy-config-file pyproject.toml
 
 lint: $(VENV)/.dependencies
 	$(BIN)/ruff check .
