@@ -80,7 +80,7 @@ ODEBLOCK_DEVICE void forward_of_block(const ForwardArguments& arguments) {
   else
     read(static_cast<const Stored*>(p.h));
   const auto write = [&](auto* to) {
-    const int width = simt::opaque(static_cast<int>(p.dim));  // as in row_of
+    const int width = simt::opaque(dim);  // as in row_of
     const Rows<P, std::remove_pointer_t<decltype(to)>> rows(to, width, width, p.batch);
     for_each_pair<P, Q, Shape::kWait>([&](int n, int i) { rows.write(n, i, h[n * step].x[i], h[n * step].x[i + 1]); });
   };
@@ -96,7 +96,7 @@ ODEBLOCK_DEVICE void forward_of_block(const ForwardArguments& arguments) {
     if (const int save_every = static_cast<int>(p.save_every)) {
       const int k = chunks.layer();
       if (k % save_every == 0 && (k > 0 || !p.reconstruct))
-        write(static_cast<Number*>(p.states) + (k / save_every - p.reconstruct) * padded_rows(p.batch) * p.dim);
+        write(static_cast<Number*>(p.states) + (k / save_every - p.reconstruct) * padded_rows(p.batch) * dim);
     }
     if (p.checks && chunks.layer() > 0 && chunks.layer() % check_every(p.depth) == 0) {
       const int64_t which = chunks.layer() / check_every(p.depth) - 1;
