@@ -30,7 +30,7 @@ def check_arguments(
     anchors: int,
     memory_budget: int | None,
 ) -> float:
-    """Refuse what cannot be computed; return the scale, 1/L unless given."""
+    """Refuse what cannot be computed of rows; return the scale, 1/L unless given."""
     check_tensor("h", h)
     check_tensor("V", V)
     check_tensor("W", W)
@@ -42,22 +42,71 @@ def check_arguments(
     _check_shape("W", W, (depth, hidden, dim), "[L, m, q]", V)
     if h.dim() < 1 or h.shape[-1] != dim:
         raise ValueError(f"h: expected shape [..., {dim}] (q of V {list(V.shape)}), got {list(h.shape)}")
+    _check_biases(hidden_bias, output_bias, "[L, m]", "[L, q]", V)
+    _check_alike(h, V=V, W=W, hidden_bias=hidden_bias, output_bias=output_bias)
+    get_activation(activation)
+    check_options(backward, strict, anchors, memory_budget)
+    return 1.0 / depth if scale is None else check_scale(scale)
+
+
+def check_conv_arguments(
+    h: Tensor,
+    V: Tensor,
+    W: Tensor,
+    hidden_bias: Tensor | None,
+    output_bias: Tensor | None,
+    activation: str,
+    scale: float | None,
+    backward: str,
+    strict: bool,
+    anchors: int,
+    memory_budget: int | None,
+) -> float:
+    """Refuse what cannot be computed of maps; return the scale, 1/L unless given."""
+    check_tensor("h", h)
+    check_tensor("V", V)
+    check_tensor("W", W)
+    if V.dim() != 5 or min(V.shape[:3]) < 1:
+        raise ValueError(f"V: expected shape [L, C, M, k, k] with L, C, M >= 1, got {list(V.shape)}")
+    depth, channels, hidden, *kernel = V.shape
+    if kernel[0] != kernel[1] or kernel[0] % 2 == 0:
+        raise ValueError(
+            "V: expected shape [L, C, M, k, k] with one odd k, so that zeros around a map keep its size; got "
+            f"{list(V.shape)}"
+        )
+    _check_shape("W", W, (depth, hidden, channels, *kernel), "[L, M, C, k, k]", V)
+    if h.dim() not in (3, 4) or h.shape[-3] != channels:
+        expected = f"[B, {channels}, H, W] or [{channels}, H, W] (C of V {list(V.shape)})"
+        raise ValueError(f"h: expected shape {expected}, got {list(h.shape)}")
+    if h.shape[-1] < 1 or h.shape[-2] < 1:
+        raise ValueError(f"h: expected maps of at least one pixel, H, W >= 1; got {list(h.shape)}")
+    _check_biases(hidden_bias, output_bias, "[L, M]", "[L, C]", V)
+    _check_alike(h, V=V, W=W, hidden_bias=hidden_bias, output_bias=output_bias)
+    get_activation(activation)
+    check_options(backward, strict, anchors, memory_budget)
+    return 1.0 / depth if scale is None else check_scale(scale)
+
+
+def _check_biases(
+    hidden_bias: Tensor | None, output_bias: Tensor | None, hidden: str, output: str, V: Tensor
+) -> None:
     if hidden_bias is not None:
         check_tensor("hidden_bias", hidden_bias)
-        _check_shape("hidden_bias", hidden_bias, (depth, hidden), "[L, m]", V)
+        _check_shape("hidden_bias", hidden_bias, (V.shape[0], V.shape[2]), hidden, V)
     if output_bias is not None:
         check_tensor("output_bias", output_bias)
-        _check_shape("output_bias", output_bias, (depth, dim), "[L, q]", V)
-    for name, tensor in (("V", V), ("W", W), ("hidden_bias", hidden_bias), ("output_bias", output_bias)):
+        _check_shape("output_bias", output_bias, (V.shape[0], V.shape[1]), output, V)
+
+
+def _check_alike(h: Tensor, **tensors: Tensor | None) -> None:
+    """Of the dtype and on the device of h."""
+    for name, tensor in tensors.items():
         if tensor is None:
             continue
         if tensor.dtype != h.dtype:
             raise TypeError(f"{name}: expected the dtype of h, {h.dtype}; got {tensor.dtype}")
         if tensor.device != h.device:
             raise ValueError(f"{name}: expected the device of h, {h.device}; got {tensor.device}")
-    get_activation(activation)
-    check_options(backward, strict, anchors, memory_budget)
-    return 1.0 / depth if scale is None else check_scale(scale)
 
 
 def check_scale(scale: Any) -> float:
