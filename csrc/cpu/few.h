@@ -62,24 +62,6 @@ ODEBLOCK_INLINE void store_part(T* p, Vec<T> v, int64_t count) {
   for (int lane = 0; lane < count; lane++) p[lane] = v[lane];
 }
 
-// Lane i of the result is the sum of the lanes of v[i], by halves. v is overwritten.
-template <class T>
-ODEBLOCK_INLINE Vec<T> sum_lanes(Vec<T> (&v)[kLanes<T>]) {
-  constexpr int W = kLanes<T>;
-#pragma GCC unroll 4
-  for (int d = 1; d < W; d *= 2) {
-    Mask<T> own{}, other{};
-#pragma GCC unroll 16
-    for (int lane = 0; lane < W; lane++) {
-      own[lane] = lane & d ? W + lane : lane;
-      other[lane] = lane & d ? W + lane - d : lane + d;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < W; i += 2 * d) v[i] = shuffle(v[i], v[i + d], own) + shuffle(v[i], v[i + d], other);
-  }
-  return v[0];
-}
-
 // Arrays of R rows of features are [R][stride], a whole number of vectors, zero beyond the features.
 
 // out[r][i] = Σ_k A[i][k] x[r][k] + bias[i] for i < rows, k < cols; A has `step` entries a row. bias may be null.
