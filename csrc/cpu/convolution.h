@@ -113,13 +113,37 @@ struct Result {
   const T* factor = nullptr;       // compact, or null
   const Mask<T>* valid = nullptr;  // see Group
 
-  ODEBLOCK_INLINE void put(const Maps& maps, int64_t c, int64_t y, int64_t x, Vec<T> sum) const {
-    const int64_t at = plane.at(c, y, x) * kLanes<T>;
-    if (bias) sum += broadcast(bias[c]);
-    Vec<T> value = base ? fma(broadcast(scale), sum, load(base + at)) : broadcast(scale) * sum;
-    if (factor) value *= load(factor + maps.compact.at(c, y, x) * kLanes<T>);
-    if (valid) value = select(valid[y], value, Vec<T>{});
-    store(out + at, value);
+  // The sums of N pixels, `step` apart, of row y from x on; at most `count` of them.
+  template <int N>
+  ODEBLOCK_INLINE void put(const Maps& maps, int64_t c, int64_t y, int64_t x, int64_t step, int64_t count,
+                           Vec<T> (&sum)[N]) const {
+    constexpr int W = kLanes<T>;
+    const int64_t at = plane.at(c, y, x) * W, stride = step * W;
+    if (bias) {
+#pragma GCC unroll 8
+      for (int i = 0; i < N; i++) sum[i] += broadcast(bias[c]);
+    }
+    if (base) {
+#pragma GCC unroll 8
+      for (int i = 0; i < N; i++)
+        if (i < count) sum[i] = fma(broadcast(scale), sum[i], load(base + at + i * stride));
+    } else {
+#pragma GCC unroll 8
+      for (int i = 0; i < N; i++) sum[i] *= broadcast(scale);
+    }
+    if (factor) {
+      const T* by = factor + maps.compact.at(c, y, x) * W;
+#pragma GCC unroll 8
+      for (int i = 0; i < N; i++)
+        if (i < count) sum[i] *= load(by + i * stride);
+    }
+    if (valid) {
+#pragma GCC unroll 8
+      for (int i = 0; i < N; i++) sum[i] = select(valid[y], sum[i], Vec<T>{});
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < N; i++)
+      if (i < count) store(out + at + i * stride, sum[i]);
   }
 };
 
@@ -157,10 +181,7 @@ ODEBLOCK_NOINLINE void convolve_pixels(const Points<T>& A, const Maps& maps, con
                                     in + maps.map.at(0, y + dy - pad, x + dx - pad) * W, maps.map.size * W, sum);
 #pragma GCC unroll 4
     for (int i = 0; i < kChannels; i++)
-      if (r + i < A.rows) {
-#pragma GCC unroll 8
-        for (int t = 0; t < N; t++) result.put(maps, r + i, y, x + t, sum[i][t]);
-      }
+      if (r + i < A.rows) result.template put<N>(maps, r + i, y, x, 1, N, sum[i]);
   }
 }
 
@@ -218,6 +239,8 @@ template <class T, int N>
 ODEBLOCK_INLINE void fold_tiles(const Maps& maps, const T* sums, int64_t point, int64_t c, int64_t y, int64_t x,
                                 const Result<T>& result) {
   constexpr int W = kLanes<T>;
+  Vec<T> left[2][N], right[2][N];
+#pragma GCC unroll 8
   for (int t = 0; t < N; t++) {
     Vec<T> half[2][4];
 #pragma GCC unroll 4
@@ -226,12 +249,12 @@ ODEBLOCK_INLINE void fold_tiles(const Maps& maps, const T* sums, int64_t point, 
       times_P(load(m), load(m + 4 * point), load(m + 8 * point), load(m + 12 * point), half[0][j], half[1][j]);
     }
 #pragma GCC unroll 2
-    for (int i = 0; i < 2; i++) {
-      Vec<T> left, right;
-      times_P(half[i][0], half[i][1], half[i][2], half[i][3], left, right);
-      result.put(maps, c, y + i, x + 2 * t, left);
-      if (x + 2 * t + 1 < maps.width) result.put(maps, c, y + i, x + 2 * t + 1, right);
-    }
+    for (int i = 0; i < 2; i++) times_P(half[i][0], half[i][1], half[i][2], half[i][3], left[i][t], right[i][t]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; i++) {
+    result.template put<N>(maps, c, y + i, x, 2, N, left[i]);
+    result.template put<N>(maps, c, y + i, x + 1, 2, (maps.width - x) / 2, right[i]);
   }
 }
 

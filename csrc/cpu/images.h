@@ -4,8 +4,7 @@
 //   z = W * h + hidden_bias,  s = sigma(z),  h <- h + scale (V * s + output_bias)
 //   g = scale (Vᵀ * a) ⊙ sigma'(z),  dV = scale <a, s>,  dW = <g, h>,  a <- a + Wᵀ * g
 //
-// with <x, y> the correlations of correlation.h. Saved states are [n, rows, C H W], after each where hidden values are
-// saved its z, M H W: as the samples are, not in lanes. Groups are too few for threads to share one; they take turns,
+// with <x, y> the correlations of correlation.h. Groups are too few for threads to share one; they take turns,
 // and sums over samples run in the order of the groups, whatever the threads.
 #pragma once
 
@@ -127,16 +126,70 @@ struct ImageSteps {
 
   template <class S>
   void load_samples(const S* samples, int64_t stride, T* map) const {
-    load_maps(samples, stride, p.batch, p.dim, maps, group, maps.map, map);
+    load_maps(samples, stride, p.dim, maps, group, maps.map, map);
     exchange_borders(maps, p.dim, map);
   }
 };
 
-// Where the group's states, number n of those saved, begin; z behind them.
+// The states of a group as they are saved: those of rows of C H W features, and as many hidden units. In lanes,
+// compact, where every lane has a whole sample; else the samples as they are, each with its z behind it.
 template <class T, class Pointer>
-ODEBLOCK_INLINE Pointer saved_maps(Pointer states, const Problem& p, int64_t n) {
-  return states + n * padded_rows(p.batch) * saved_width(p) * p.height * p.width;
-}
+struct SavedMaps {
+  Pointer states;
+  const Problem& p;
+  const Maps& maps;
+  int64_t pixels = p.height * p.width;
+  bool in_lanes = are_in_lanes(p, maps);
+
+  static bool are_in_lanes(const Problem& p, const Maps& maps) {
+    return maps.strips == 1 && maps.rows == maps.height && maps.groups * kLanes<T> <= padded_rows(p.batch);
+  }
+  Pointer state(int64_t n) const { return states + n * padded_rows(p.batch) * saved_width(p) * pixels; }
+  // Of the group that begins with a sample.
+  Pointer map(int64_t n, int64_t sample) const { return state(n) + (in_lanes ? sample * p.dim * pixels : 0); }
+  Pointer hidden(int64_t n, int64_t sample) const {
+    return state(n) + (in_lanes ? (padded_rows(p.batch) * p.dim + sample * p.hidden) * pixels : p.dim * pixels);
+  }
+
+  void store(int64_t n, const Group<T>& group, const T* from, bool past_caches) const {
+    T* to = map(n, group.sample[0]);
+    if (in_lanes)
+      for_rows(
+          [&](int64_t at, int64_t compact) { copy(from + at, maps.width * kLanes<T>, past_caches, to + compact); });
+    else
+      store_maps(from, saved_width(p) * pixels, p.dim, maps, group, maps.map, to, past_caches);
+  }
+  void store_hidden(int64_t n, const Group<T>& group, const T* z, bool past_caches) const {
+    T* to = hidden(n, group.sample[0]);
+    if (in_lanes)
+      copy(z, p.hidden * maps.compact.size * kLanes<T>, past_caches, to);
+    else
+      store_maps(z, saved_width(p) * pixels, p.hidden, maps, group, maps.compact, to, past_caches);
+  }
+  void load(int64_t n, const Group<T>& group, T* to) const {
+    const T* from = map(n, group.sample[0]);
+    if (in_lanes)
+      for_rows([&](int64_t at, int64_t compact) { copy(from + compact, maps.width * kLanes<T>, to + at); });
+    else
+      load_maps(from, saved_width(p) * pixels, p.dim, maps, group, maps.map, to);
+    exchange_borders(maps, p.dim, to);
+  }
+  // z, compact: in place, or in `scratch`.
+  const T* load_hidden(int64_t n, const Group<T>& group, T* scratch) const {
+    const T* from = hidden(n, group.sample[0]);
+    if (in_lanes) return from;
+    load_maps(from, saved_width(p) * pixels, p.hidden, maps, group, maps.compact, scratch);
+    return scratch;
+  }
+
+ private:
+  // f(where a row of a map is, where it is when compact)
+  template <class F>
+  void for_rows(F f) const {
+    for (int64_t c = 0; c < p.dim; c++)
+      for (int64_t y = 0; y < maps.rows; y++) f(maps.map.at(c, y, 0) * kLanes<T>, maps.compact.at(c, y, 0) * kLanes<T>);
+  }
+};
 
 // The direction of (15) over the pixels of channel c: probe ⊙ c. Projections of a group's maps: [W].
 template <class T>
@@ -206,15 +259,17 @@ size_t image_forward_workspace(const Problem& p) {
 template <class S, class T = Compute<S>>
 void forward_group(const ForwardProblem& p, const Maps& maps, Activate<T> sigma, const ImageForwardScratch<T>& scratch,
                    int64_t first, int64_t count) {
-  const int64_t pixels = p.height * p.width, stride = p.dim * pixels, saved_stride = saved_width(p) * pixels,
-                size = map_size<T>(maps, p.dim);
+  const int64_t stride = p.dim * p.height * p.width, size = map_size<T>(maps, p.dim);
   const auto steps = [&](int64_t i) {
     const Group<T> group = make_group<T>(maps, p.batch, first + i, scratch.valid + i * maps.rows);
     return ImageSteps<T>{p, maps, group, scratch.group};
   };
   fill_zeros(scratch.h, count * size);
   for (int64_t i = 0; i < count; i++) steps(i).load_samples(static_cast<const S*>(p.h), stride, scratch.h + i * size);
-  T *states = static_cast<T*>(p.states), *checks = static_cast<T*>(p.checks);
+  const SavedMaps<T, T*> states = {static_cast<T*>(p.states), p, maps};
+  const bool past_caches =
+      saved_count(p) * (states.state(1) - states.state(0)) > kCachedBytes / static_cast<int64_t>(sizeof(T));
+  T* checks = static_cast<T*>(p.checks);
   int64_t saved = 0, checked = 0;
   for (int64_t k = 0; k < p.depth; k++) {
     const ImageLayer<T> weights = image_layer<S>(p, k, scratch.layer);
@@ -224,14 +279,12 @@ void forward_group(const ForwardProblem& p, const Maps& maps, Activate<T> sigma,
     for (int64_t i = 0; i < count; i++) {
       const ImageSteps<T> group = steps(i);
       T* h = scratch.h + i * size;
-      T* state = saved_maps<T>(states, p, saved);
-      if (save) store_maps(h, saved_stride, p.batch, p.dim, maps, group.group, maps.map, state);
+      if (save) states.store(saved, group.group, h, past_caches);
       if (check)
         store(saved_check<T>(checks, p, checked, first + i),
               project(p, maps, static_cast<const T*>(p.probe), scratch.visible, h));
       group.hidden_values(weights, h, scratch.group.z);
-      if (saves_hidden(p))
-        store_maps(scratch.group.z, saved_stride, p.batch, p.hidden, maps, group.group, maps.compact, state + stride);
+      if (saves_hidden(p)) states.store_hidden(saved, group.group, scratch.group.z, past_caches);
       group.advance(weights, sigma, scratch.group.z, h, h);
     }
     saved += save;
@@ -240,10 +293,10 @@ void forward_group(const ForwardProblem& p, const Maps& maps, Activate<T> sigma,
   for (int64_t i = 0; i < count; i++) {
     const Group<T> group = steps(i).group;
     const T* h = scratch.h + i * size;
-    if (p.reconstruct)
-      store_maps(h, saved_stride, p.batch, p.dim, maps, group, maps.map, saved_maps<T>(states, p, saved));
-    store_maps(h, stride, p.batch, p.dim, maps, group, maps.map, static_cast<S*>(p.y));
+    if (p.reconstruct) states.store(saved, group, h, false);
+    store_maps(h, stride, p.dim, maps, group, maps.map, static_cast<S*>(p.y));
   }
+  finish_streams();
 }
 
 template <class S, class T = Compute<S>>
@@ -252,10 +305,15 @@ void forward_images(const ForwardProblem& p) {
   const Activate<T> sigma =
       with_activation(p.activation, [](auto a) -> Activate<T> { return activate<T, decltype(a)>; });
   const Maps maps = choose_maps<T>(p);
-  T* states = static_cast<T*>(p.states);
-  for (int64_t n = 0; n < saved_count(p); n++) {  // room for more samples than there are
-    const int64_t width = saved_width(p) * p.height * p.width;
-    fill_zeros(saved_maps<T>(states, p, n) + p.batch * width, (padded_rows(p.batch) - p.batch) * width);
+  // What is saved has room for more samples than there are.
+  const SavedMaps<T, T*> states = {static_cast<T*>(p.states), p, maps};
+  const int64_t samples = states.in_lanes ? maps.groups * kLanes<T> : p.batch;
+  for (int64_t n = 0; n < saved_count(p); n++) {
+    T *end = states.state(n + 1), *hidden = states.hidden(n, 0);
+    if (!states.in_lanes || !saves_hidden(p)) hidden = end;
+    T* padding = states.state(n) + samples * (states.in_lanes ? p.dim : saved_width(p)) * states.pixels;
+    fill_zeros(padding, hidden - padding);
+    if (hidden < end) fill_zeros(states.hidden(n, samples), end - states.hidden(n, samples));
   }
   clear_checks<T>(p);
   const int64_t most = forward_groups<T>(p, maps);
@@ -378,7 +436,7 @@ class ImageBackward {
         sweep_reconstructed(steps);
       else
         sweep_saved(steps);
-      store_maps(scratch.a, stride, p.batch, p.dim, maps, steps.group, maps.map, static_cast<S*>(p.dh));
+      store_maps(scratch.a, stride, p.dim, maps, steps.group, maps.map, static_cast<S*>(p.dh));
     }
     shared.reports[thread] = report;
   }
@@ -399,19 +457,15 @@ class ImageBackward {
     fill_zeros(scratch.increments, kHistory * map);
   }
 
-  void load_saved(const ImageSteps<T>& steps, int64_t n, T* map) const {
-    steps.load_samples(saved_maps<T>(static_cast<const T*>(p.states), p, n), saved_width(p) * p.height * p.width, map);
-  }
-
   // store and checkpoint: segment after segment from the top.
   void sweep_saved(const ImageSteps<T>& steps) {
-    const int64_t K = p.save_every, map = map_size<T>(maps, p.dim), pixels = p.height * p.width;
+    const int64_t K = p.save_every, map = map_size<T>(maps, p.dim);
+    const SavedMaps<T, const T*> states = {static_cast<const T*>(p.states), p, maps};
     for (int64_t n = (p.depth - 1) / K; n >= 0; n--) {
       const int64_t bottom = n * K, top = bottom + K < p.depth ? bottom + K : p.depth;
-      load_saved(steps, n, scratch.h);
-      if (saves_hidden(p))
-        load_maps(saved_maps<T>(static_cast<const T*>(p.states), p, n) + p.dim * pixels, saved_width(p) * pixels,
-                  p.batch, p.hidden, maps, steps.group, maps.compact, scratch.group.z);
+      states.load(n, steps.group, scratch.h);
+      const T* saved = nullptr;
+      if (saves_hidden(p)) saved = states.load_hidden(n, steps.group, scratch.group.z);
       sweep_chain<T>(
           scratch.h, bottom, top, p.slots, [&](int64_t j) { return scratch.slots + j * slot_size<T>(p, maps); },
           [&](const T* h, int64_t k, T* slot) {
@@ -422,9 +476,9 @@ class ImageBackward {
           },
           [&](const T* h, int64_t k, const T* slot) {
             const ImageLayer<T> weights = image_layer<S>(p, k, scratch.layer);
-            const bool kept = p.keep_hidden && slot;
-            if (!kept && !saves_hidden(p)) steps.hidden_values(weights, h, scratch.group.z);
-            steps.activate_slopes(sigma_slope, kept ? slot + map : scratch.group.z);
+            const T* z = p.keep_hidden && slot ? slot + map : saved;
+            if (!z) steps.hidden_values(weights, h, scratch.group.z);
+            steps.activate_slopes(sigma_slope, z ? z : scratch.group.z);
             adjoint_step(steps, weights, k, h);
           });
     }
@@ -432,10 +486,11 @@ class ImageBackward {
 
   // adjoint: every state from the one above; at an anchor from what the forward saved.
   void sweep_reconstructed(const ImageSteps<T>& steps) {
-    const int64_t features = map_size<T>(maps, p.dim) / kLanes<T>, real = p.batch - steps.group.first;
+    const int64_t features = map_size<T>(maps, p.dim) / kLanes<T>, real = p.batch - steps.group.sample[0];
+    const SavedMaps<T, const T*> states = {static_cast<const T*>(p.states), p, maps};
     const T* checks = static_cast<const T*>(p.checks);
     T* h = scratch.h;
-    load_saved(steps, saved_count(p) - 1, h);
+    states.load(saved_count(p) - 1, steps.group, h);
     copy(h, features * kLanes<T>, scratch.top);
     Reconstruction<T> reconstruction = {scratch.rows,
                                         scratch.increments,
@@ -468,7 +523,7 @@ class ImageBackward {
       }
       adjoint_step(steps, weights, k, h);
       if (p.save_every && k > 0 && k % p.save_every == 0) {
-        load_saved(steps, k / p.save_every - 1, scratch.anchor);
+        states.load(k / p.save_every - 1, steps.group, scratch.anchor);
         compare(scratch.anchor);
         copy(scratch.anchor, features * kLanes<T>, h);
       }

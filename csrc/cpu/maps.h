@@ -76,99 +76,113 @@ Maps choose_maps(const Problem& p) {
   return best;
 }
 
-// One group of samples, the number-th.
+// One group of samples: what its lanes have.
 template <class T>
 struct Group {
-  int64_t first;         // sample of the batch
-  const Mask<T>* valid;  // [R], lanes that have the row y of their strip; null where all have all
+  int64_t sample[kLanes<T>], first[kLanes<T>];  // of the batch; pixel of it that the strip begins with
+  int64_t count[kLanes<T>];                     // pixels of the strip that the sample has
+  const Mask<T>* valid;                         // [R], lanes that have the row y; null where all have all
 };
 
 template <class T>
 Group<T> make_group(const Maps& maps, int64_t batch, int64_t number, Mask<T>* valid) {
-  const int64_t first = number * maps.samples;
-  bool whole = maps.rows * maps.strips == maps.height && first + maps.samples <= batch;
-  for (int64_t y = 0; y < maps.rows; y++)
-    for (int lane = 0; lane < kLanes<T>; lane++) {
-      const bool has = first + lane / maps.strips < batch && lane % maps.strips * maps.rows + y < maps.height;
-      valid[y][lane] = has ? -1 : 0;
-    }
-  return {first, whole ? nullptr : valid};
+  Group<T> group;
+  bool whole = true;
+  for (int lane = 0; lane < kLanes<T>; lane++) {
+    const int64_t sample = number * maps.samples + lane / maps.strips, row = lane % maps.strips * maps.rows;
+    int64_t rows = sample < batch ? smaller(maps.height - row, maps.rows) : 0;
+    if (rows < 0) rows = 0;
+    group.sample[lane] = sample;
+    group.first[lane] = row * maps.width;
+    group.count[lane] = rows * maps.width;
+    whole = whole && rows == maps.rows;
+    for (int64_t y = 0; y < maps.rows; y++) valid[y][lane] = y < rows ? -1 : 0;
+  }
+  group.valid = whole ? nullptr : valid;
+  return group;
 }
 
-// Calls move(pixels of the sample [], of which there are `count`, offset of the first in `lane`) for every lane: at
-// most W consecutive pixels of its strip from the `position`-th on; count may be 0.
-template <class T, class Move>
-ODEBLOCK_INLINE void for_lanes(const Maps& maps, const Group<T>& group, int64_t batch, int64_t channels, int64_t c,
-                               int64_t position, Move move) {
-  constexpr int W = kLanes<T>;
-  const int64_t pixels = maps.height * maps.width, strip = maps.rows * maps.width;
-  for (int lane = 0; lane < W; lane++) {
-    const int64_t sample = group.first + lane / maps.strips, first = lane % maps.strips * strip + position;
-    int64_t count = sample < batch ? smaller(pixels, first - position + strip) - first : 0;
-    count = count < 0 ? 0 : count > W ? W : count;
-    move(lane, (sample * channels + c) * pixels + first, static_cast<int>(count));
+// The pixels of a lane as its sample has them, in runs: all channels are one where the lane has whole samples, else
+// each channel is one.
+struct Runs {
+  int64_t count, channels;  // runs; channels of each
+  Runs(const Maps& maps, int64_t all) : count(maps.rows == maps.height ? 1 : all), channels(all / count) {}
+};
+
+// Calls f(i, where the vector is) for at most W pixels of a run that begins with channel c, from the position-th on.
+template <class T, class F>
+ODEBLOCK_INLINE void for_pixels(const Maps& maps, const Plane& plane, int64_t c, int64_t position, int64_t count, F f) {
+  const int64_t strip = maps.rows * maps.width, within = position % strip;
+  int64_t y = within / maps.width, x = within % maps.width, at = plane.at(c + position / strip, y, x);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<T>; i++) {
+    if (i < count) f(i, at * kLanes<T>);
+    at++;
+    if (++x < maps.width) continue;
+    x = 0;
+    at += plane.pitch - maps.width;
+    if (++y < maps.rows) continue;
+    y = 0;
+    at += plane.size - maps.rows * plane.pitch;
   }
 }
 
+constexpr int64_t kAhead = 8;  // vectors of each lane
+
 // samples [B, channels, H, W], of which sample b begins at b `stride` -> a group's maps, without the border.
 template <class S, class T = Compute<S>>
-void load_maps(const S* samples, int64_t stride, int64_t batch, int64_t channels, const Maps& maps,
-               const Group<T>& group, const Plane& plane, T* to) {
+void load_maps(const S* samples, int64_t stride, int64_t channels, const Maps& maps, const Group<T>& group,
+               const Plane& plane, T* to) {
   constexpr int W = kLanes<T>;
-  const int64_t strip = maps.rows * maps.width, skip = stride - channels * maps.height * maps.width;
-  for (int64_t c = 0; c < channels; c++)
-    for (int64_t position = 0; position < strip; position += W) {
-      alignas(64) T pixels[W * W];
-      for_lanes(maps, group, batch, channels, c, position, [&](int lane, int64_t from, int count) {
-        const S* source = samples + from + (group.first + lane / maps.strips) * skip;
-        T* row = pixels + lane * W;
-        if (count == W) {
-          for (int i = 0; i < W; i++) row[i] = widen(source[i]);
-        } else {
-          for (int i = 0; i < W; i++) row[i] = i < count ? widen(source[i]) : T(0);
-        }
-      });
+  const Runs runs(maps, channels);
+  const int64_t length = runs.channels * maps.rows * maps.width, pixels = maps.height * maps.width;
+  for (int64_t c = 0; c < channels; c += runs.channels)
+    for (int64_t position = 0; position < length; position += W) {
       Vec<T> v[W];
-#pragma GCC unroll 16
-      for (int i = 0; i < W; i++) v[i] = load(pixels + i * W);
-      transpose<T>(v);
-      int64_t y = position / maps.width, x = position % maps.width;
-#pragma GCC unroll 16
-      for (int i = 0; i < W; i++) {
-        if (position + i < strip) store(to + plane.at(c, y, x) * W, v[i]);
-        if (++x == maps.width) x = 0, y++;
+      for (int lane = 0; lane < W; lane++) {
+        const S* from = samples + group.sample[lane] * stride + c * pixels + group.first[lane] + position;
+        const int64_t count = runs.channels * group.count[lane] - position;
+        alignas(64) T row[W] = {};
+        for (int i = 0; i < W && i < count; i++) row[i] = widen(from[i]);
+        __builtin_prefetch(from + kAhead * W, 0, 3);  // of one sample's few lines, too few for the hardware to follow
+        if constexpr (!kWidened<S>)
+          v[lane] = count >= W ? load(from) : load(row);
+        else
+          v[lane] = load(row);
       }
+      transpose<T>(v);
+      for_pixels<T>(maps, plane, c, position, length - position, [&](int i, int64_t at) { store(to + at, v[i]); });
     }
 }
 
-// The reverse; what no sample has is not written.
+// The reverse; what no sample has is not written. past_caches: see copy().
 template <class S, class T = Compute<S>>
-void store_maps(const T* from, int64_t stride, int64_t batch, int64_t channels, const Maps& maps, const Group<T>& group,
-                const Plane& plane, S* samples) {
+void store_maps(const T* from, int64_t stride, int64_t channels, const Maps& maps, const Group<T>& group,
+                const Plane& plane, S* samples, bool past_caches = false) {
   constexpr int W = kLanes<T>;
-  const int64_t strip = maps.rows * maps.width, skip = stride - channels * maps.height * maps.width;
-  for (int64_t c = 0; c < channels; c++)
-    for (int64_t position = 0; position < strip; position += W) {
-      Vec<T> v[W];
-      int64_t y = position / maps.width, x = position % maps.width;
-#pragma GCC unroll 16
-      for (int i = 0; i < W; i++) {
-        v[i] = position + i < strip ? load(from + plane.at(c, y, x) * W) : Vec<T>{};
-        if (++x == maps.width) x = 0, y++;
-      }
+  const Runs runs(maps, channels);
+  const int64_t length = runs.channels * maps.rows * maps.width, pixels = maps.height * maps.width;
+  for (int64_t c = 0; c < channels; c += runs.channels)
+    for (int64_t position = 0; position < length; position += W) {
+      Vec<T> v[W] = {};
+      for_pixels<T>(maps, plane, c, position, length - position, [&](int i, int64_t at) { v[i] = load(from + at); });
       transpose<T>(v);
-      alignas(64) T pixels[W * W];
-#pragma GCC unroll 16
-      for (int i = 0; i < W; i++) store(pixels + i * W, v[i]);
-      for_lanes(maps, group, batch, channels, c, position, [&](int lane, int64_t at, int count) {
-        S* target = samples + at + (group.first + lane / maps.strips) * skip;
-        const T* row = pixels + lane * W;
-        if (count == W) {
-          for (int i = 0; i < W; i++) narrow(row[i], target[i]);
-        } else {
-          for (int i = 0; i < count; i++) narrow(row[i], target[i]);
+      for (int lane = 0; lane < W; lane++) {
+        S* to = samples + group.sample[lane] * stride + c * pixels + group.first[lane] + position;
+        const int64_t count = runs.channels * group.count[lane] - position;
+        if constexpr (!kWidened<S>) {
+          if (count >= W) {
+            if (past_caches && reinterpret_cast<uintptr_t>(to) % ODEBLOCK_VECTOR_BYTES == 0)
+              stream(to, v[lane]);
+            else
+              store(to, v[lane]);
+            continue;
+          }
         }
-      });
+        alignas(64) T row[W];
+        store(row, v[lane]);
+        for (int i = 0; i < W && i < count; i++) narrow(row[i], to[i]);
+      }
     }
 }
 
