@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -244,7 +245,7 @@ class ResBlock(nn.Module):
     # ---- inside ------------------------------------------------------------------------------------------
 
     def _stacks(self) -> tuple[Tensor | None, ...]:
-        return tuple(getattr(self, name) for name in self.stacks)
+        return attrgetter(*self.stacks)(self)
 
     def _run(self, h: Tensor, *stacks: Tensor | None) -> Tensor:
         """h through the layers that ``stacks`` hold."""
