@@ -141,7 +141,8 @@ def spoil(gradients: Sequence[Tensor], report: Tensor, tolerance: float) -> None
 
 
 class DeepResidual(torch.autograd.Function):
-    """y = h_L for h [B, q], with what the backward's plan asks for saved (``checkpointing.Plan``).
+    """y = h_L for h [B, q] or maps [B, C, H, W], with what the backward's plan asks for saved
+    (``checkpointing.Plan``).
 
     An adjoint backward (``reconstruct``) leaves its report in ``record``, and raises where ``strict``.
     """
@@ -254,7 +255,7 @@ def _differentiable_gradients(ctx: Any, grad: Tensor, inputs: list[Any]) -> list
     """
 
     def run(*inputs: Any) -> Tensor:
-        return reference.deep_residual(*inputs, activation=ctx.activation, scale=ctx.scale)
+        return reference.loop(*inputs, activation=ctx.activation, scale=ctx.scale)
 
     return pull_back(run, inputs, ctx.needs_input_grad[: len(inputs)], grad)
 

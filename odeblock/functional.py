@@ -1,4 +1,5 @@
-"""``deep_residual``: check the arguments, choose the backward strategy, apply the Function.
+"""``deep_residual`` of rows and ``deep_conv_residual`` of maps: check the arguments, choose the backward
+strategy, apply the Function.
 
 ``residual_scan`` (``scan.py``) is the same for any residual.
 """
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from . import checkpointing, native, reference
 from .autograd import DriftRecord, choose_function
+from .products import flat_sizes
 from .scan import residual_scan
-from .validation import check_arguments
+from .validation import check_arguments, check_conv_arguments
 
-__all__ = ["deep_residual", "residual_scan"]
+__all__ = ["deep_conv_residual", "deep_residual", "residual_scan"]
 
 
 def deep_residual(
@@ -82,32 +84,89 @@ def deep_residual(
     return recorded(_record, h, V, W, hidden_bias, output_bias, *options)
 
 
+def deep_conv_residual(
+    h: Tensor,
+    V: Tensor,
+    W: Tensor,
+    hidden_bias: Tensor | None = None,
+    output_bias: Tensor | None = None,
+    *,
+    activation: str = "gelu",
+    scale: float | None = None,
+    backward: str = "auto",
+    strict: bool = False,
+    anchors: int = 0,
+    memory_budget: int | None = None,
+) -> Tensor:
+    r"""All L steps of ``h ← h + scale · (V_k * σ(W_k * h + hidden_bias_k) + output_bias_k)`` in one call.
+
+    ``*`` is the product of ``nn.Conv2d``, of stride 1 and with zeros around the map, so that its size stays.
+    On flattened maps it is a matrix: all said of ``deep_residual`` holds, with q = C·H·W and m = M·H·W.
+
+    Arguments:
+        h: input maps, shape [B, C, H, W], or [C, H, W] of one. float32, float64, bfloat16 or float16; any
+            memory format.
+        V: output kernels, shape [L, C, M, k, k], each layer laid out like ``nn.Conv2d.weight``; k odd.
+        W: hidden kernels, shape [L, M, C, k, k].
+        hidden_bias: shape [L, M], or None.
+        output_bias: shape [L, C], or None.
+        activation, scale, backward, strict, anchors, memory_budget: see ``deep_residual``. The adjoint
+            decides for each sample by itself.
+
+    Returns:
+        h_L, with the shape, dtype and device of ``h``; contiguous.
+
+    Raises:
+        TypeError, ValueError, DriftError: as ``deep_residual``; kernels that are not square, of even size, or
+            of another size for V than for W; maps without a pixel.
+
+    Source: as ``deep_residual``.
+    """
+    options = (activation, scale, backward, strict, anchors, memory_budget)
+    if not torch.compiler.is_compiling():
+        _record.settle()
+    return conv_recorded(_record, h, V, W, hidden_bias, output_bias, *options)
+
+
 _record = DriftRecord()
 """Of all calls that have no block, for what GPUs report later."""
 
 
 def recorded(record: DriftRecord, *arguments: Any) -> Tensor:
     """``deep_residual`` of its arguments in order; an adjoint backward leaves its report in ``record``."""
-    h, V, W, hidden_bias, output_bias, activation, _, backward, strict, anchors, memory_budget = arguments
     scale = check_arguments(*arguments)
-    rows = h.reshape(-1, h.shape[-1])
-    tensors = (rows, V, W, hidden_bias, output_bias)
+    h, *others = arguments
+    return _apply(record, scale, h.reshape(-1, h.shape[-1]), *others).view(h.shape)
+
+
+def conv_recorded(record: DriftRecord, *arguments: Any) -> Tensor:
+    """The same of ``deep_conv_residual``."""
+    scale = check_conv_arguments(*arguments)
+    h, *others = arguments
+    return _apply(record, scale, h if h.dim() == 4 else h[None], *others).view(h.shape)
+
+
+def _apply(record: DriftRecord, step: float, *arguments: Any) -> Tensor:
+    """Of checked arguments, h with one dimension of batch; ``step``: the scale to take."""
+    h, V, W, hidden_bias, output_bias, activation, _, backward, strict, anchors, memory_budget = arguments
+    tensors = (h, V, W, hidden_bias, output_bias)
     plan = checkpointing.NOTHING
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        plan = checkpointing.plan(backward, V.shape[0], anchors, memory_budget, *_sizes(rows, V.shape[2]))
-    y, *_ = choose_function().apply(*tensors, activation, scale, *plan, strict, record)
-    result: Tensor = y.view(h.shape)
+        plan = checkpointing.plan(backward, V.shape[0], anchors, memory_budget, *_sizes(h, V))
+    y, *_ = choose_function().apply(*tensors, activation, step, *plan, strict, record)
+    result: Tensor = y
     return result
 
 
-def _sizes(rows: Tensor, hidden: int) -> tuple[int, int, tuple[int, int] | None]:
+def _sizes(h: Tensor, V: Tensor) -> tuple[int, int, tuple[int, int] | None]:
     """Bytes of a state of the whole batch, and of the rows that the CPU's kernels take through all layers
     at a time (at most: a tile of ``backward_tiles`` in ``csrc/cpu/backward.h`` for each thread); then of the
     hidden values of either. (None on a GPU, where another product takes less time than its memory.)"""
-    number = torch.finfo(reference.state_dtype(rows.dtype)).bits // 8
-    row, z = rows.shape[1] * number, hidden * number
-    held = batch = reference.padded_rows(rows.shape[0])
-    if native.runs_natively(rows) and not torch.compiler.is_compiling():  # which cannot ask for the threads
+    number = torch.finfo(reference.state_dtype(h.dtype)).bits // 8
+    rows, dim, hidden = flat_sizes(h, V)
+    row, z = dim * number, hidden * number
+    held = batch = reference.padded_rows(rows)
+    if native.runs_natively(h) and not torch.compiler.is_compiling():  # which cannot ask for the threads
         tile = max(64, min(batch // 8, max(128, (128 << 10) // row))) + reference.ROW_PADDING
         held = min(batch, torch.get_num_threads() * tile)
-    return batch * row, held * row, None if rows.is_cuda else (batch * z, held * z)
+    return batch * row, held * row, None if h.is_cuda else (batch * z, held * z)

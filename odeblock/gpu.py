@@ -54,9 +54,10 @@ _agreed: dict[tuple[torch.device, torch.dtype, bool], bool] = {}
 
 
 def has_kernels_for(tensor: Tensor) -> bool:
-    """Whether the GPU of a tensor has kernels for its dtype that are right there (asked once)."""
+    """Whether the GPU of a tensor has kernels for rows of its dtype that are right there (asked once); maps
+    [B, C, H, W] have none."""
     device, dtype = tensor.device, tensor.dtype
-    if dtype not in native.NATIVE_DTYPES or not has_kernels(device.index):
+    if tensor.dim() != 2 or dtype not in native.NATIVE_DTYPES or not has_kernels(device.index):
         return False
     key = (device, dtype, tf32(dtype))
     if key not in _agreed:

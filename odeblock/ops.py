@@ -1,5 +1,8 @@
 """The custom ops ``odeblock::deep_residual`` and its backward: schemas, fake versions, kernels.
 
+h [B, q] with V [L, q, m] are rows; h [B, C, H, W] with V [L, C, M, k, k] are maps, whose states and checks
+are those of flattened samples (``products.py``).
+
 Tensors on the CPU go to the native core, and on a GPU what its kernels take (``gpu``); everything else (other
 devices, a build without the core) runs the same op in plain PyTorch (``reference``).
 The low-level ``torch.library`` interface is used because its calls cost a few microseconds.
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from . import gpu, native, reference
 from .activations import ACTIVATIONS
+from .products import flat_sizes
 from .reconstruction import REPORT_SIZE, probe
 from .reference import checks_shape, state_dtype, states_shape
 
@@ -98,7 +102,7 @@ def _forward(
 
 def _check_saved(
     grad: Tensor,
-    W: Tensor,
+    V: Tensor,
     states: Tensor,
     checks: Tensor,
     save_every: int,
@@ -106,7 +110,7 @@ def _check_saved(
     keep_hidden: bool,
 ) -> None:
     """Saved-tensor hooks may have brought these back in another form."""
-    (batch, dim), (depth, hidden) = grad.shape, W.shape[:2]
+    depth, (batch, dim, hidden) = V.shape[0], flat_sizes(grad, V)
     for name, tensor, shape in (
         ("states", states, states_shape(batch, dim, hidden, depth, save_every, reconstruct, keep_hidden)),
         ("checks", checks, checks_shape(batch, depth, reconstruct)),
@@ -136,7 +140,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     on_a_gpu = grad.is_cuda and not keep_hidden and gpu.has_kernels_for(grad)
     if on_a_gpu or native.runs_natively(grad):
-        _check_saved(grad, W, states, checks, save_every, reconstruct, keep_hidden)
+        _check_saved(grad, V, states, checks, save_every, reconstruct, keep_hidden)
     if on_a_gpu:
         tensors = (grad, h, V, W, hidden_bias, output_bias, states, checks)
         options = (activation, scale, save_every, reconstruct, slots, weight_gradients)
@@ -226,7 +230,7 @@ def _forward_fake(
     reconstruct: bool,
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, (depth, dim, hidden) = h.shape[0], V.shape
+    depth, (batch, dim, hidden) = V.shape[0], flat_sizes(h, V)
     computed = state_dtype(h.dtype)
     shape = states_shape(batch, dim, hidden, depth, save_every, reconstruct, keep_hidden)
     states = h.new_empty(shape, dtype=computed)

@@ -1,12 +1,14 @@
-"""The mathematics of the block in plain PyTorch: the oracle of the tests, and the fallback.
+"""The mathematics of the blocks in plain PyTorch: the oracle of the tests, and the fallback.
 
-``deep_residual`` is the differentiable loop; ordinary autograd of it in float64 is what every kernel is
-judged by. ``forward`` and ``backward`` are the two ops of ``ops.py`` written with PyTorch operators: the
-same recursion, saved states and adjoint as the native core, for the devices that it does not cover and for
-an installation without it.
+``deep_residual`` and ``deep_conv_residual`` are the differentiable loop; ordinary autograd of it in float64
+is what every kernel is judged by. ``forward`` and ``backward`` are the two ops of ``ops.py`` written with
+PyTorch operators: the same recursion, saved states and adjoint as the native core, for the devices that it
+does not cover and for an installation without it.
 
-Shapes: h, y, a [B, q]; V [L, q, m]; W [L, m, q]; hidden_bias [L, m]; output_bias [L, q]. States are kept
-in float32 (float64 for float64) whatever the storage dtype; products are taken in the storage dtype.
+Rows: h, y, a [B, q]; V [L, q, m]; W [L, m, q]; hidden_bias [L, m]; output_bias [L, q]. Maps: h, y, a
+[B, C, H, W]; V [L, C, M, k, k]; W [L, M, C, k, k]; hidden_bias [L, M]; output_bias [L, C]; what is said of
+rows holds for samples flattened, q = C·H·W and m = M·H·W (``products.py``). States are kept in float32
+(float64 for float64) whatever the storage dtype; products are taken in the storage dtype.
 """
 
 from __future__ import annotations
@@ -14,21 +16,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import checkpointing
 from .activations import Activation, get_activation
-from .reconstruction import (
-    REPORT_SIZE,
-    Reconstruction,
-    check_count,
-    check_every,
-    probe,
-    rounding_unit,
-    visibility,
-)
-from .validation import check_arguments
+from .products import Products, flat_sizes, products
+from .reconstruction import REPORT_SIZE, Reconstruction, check_count, check_every, probe, rounding_unit
+from .validation import check_arguments, check_conv_arguments
 
 ROW_PADDING = 16
 """Saved states hold B rounded up to this many rows, so that vectors of any instruction set fit; 4 of 3, and
@@ -58,13 +52,49 @@ def deep_residual(
     scale = check_arguments(
         h, V, W, hidden_bias, output_bias, activation, scale, backward, strict, anchors, memory_budget
     )
-    sigma = get_activation(activation)
+    return loop(h, V, W, hidden_bias, output_bias, activation=activation, scale=scale)
+
+
+def deep_conv_residual(
+    h: Tensor,
+    V: Tensor,
+    W: Tensor,
+    hidden_bias: Tensor | None = None,
+    output_bias: Tensor | None = None,
+    *,
+    activation: str = "gelu",
+    scale: float | None = None,
+    backward: str = "auto",
+    strict: bool = False,
+    anchors: int = 0,
+    memory_budget: int | None = None,
+) -> Tensor:
+    """The same for maps: arguments, result and errors of ``odeblock.functional.deep_conv_residual``."""
+    scale = check_conv_arguments(
+        h, V, W, hidden_bias, output_bias, activation, scale, backward, strict, anchors, memory_budget
+    )
+    maps = h if h.dim() == 4 else h[None]
+    return loop(maps, V, W, hidden_bias, output_bias, activation=activation, scale=scale).view(h.shape)
+
+
+def loop(
+    h: Tensor,
+    V: Tensor,
+    W: Tensor,
+    hidden_bias: Tensor | None,
+    output_bias: Tensor | None,
+    *,
+    activation: str,
+    scale: float,
+) -> Tensor:
+    """The differentiable loop, of arguments that were checked."""
+    sigma, of = get_activation(activation), products(V)
     state = h.to(state_dtype(h.dtype))
     hidden = hidden_bias.unbind(0) if hidden_bias is not None else [None] * V.shape[0]
     output = output_bias.unbind(0) if output_bias is not None else [None] * V.shape[0]
     # unbind once: indexing V[k] in the loop would make autograd accumulate a full-size gradient per step.
     for V_k, W_k, b_k, c_k in zip(V.unbind(0), W.unbind(0), hidden, output, strict=True):
-        _, _, f = _residual(state, V_k, W_k, b_k, c_k, sigma)
+        _, _, f = _residual(of, state, V_k, W_k, b_k, c_k, sigma)
         state = state + scale * f
     return state.to(h.dtype)
 
@@ -75,12 +105,18 @@ def state_dtype(storage: torch.dtype) -> torch.dtype:
 
 
 def _residual(
-    h: Tensor, V_k: Tensor, W_k: Tensor, b_k: Tensor | None, c_k: Tensor | None, sigma: Activation
+    of: Products,
+    h: Tensor,
+    V_k: Tensor,
+    W_k: Tensor,
+    b_k: Tensor | None,
+    c_k: Tensor | None,
+    sigma: Activation,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z = W h + b, s = sigma(z), f = V s + c; f in the dtype of the state h."""
-    z = F.linear(h.to(W_k.dtype), W_k, b_k)
+    z = of.apply(h.to(W_k.dtype), W_k, b_k)
     s = sigma.function(z)
-    return z, s, F.linear(s, V_k, c_k).to(h.dtype)
+    return z, s, of.apply(s, V_k, c_k).to(h.dtype)
 
 
 def states_shape(
@@ -132,24 +168,24 @@ def forward(
 
     keep_hidden, where all states are stored: with every h_k, behind it, z = W_k h_k + b_k.
     """
-    sigma = get_activation(activation)
-    batch, (depth, dim, hidden) = h.shape[0], V.shape
-    state = h.to(state_dtype(h.dtype))
+    sigma, of = get_activation(activation), products(V)
+    depth, (batch, dim, hidden) = V.shape[0], flat_sizes(h, V)
+    state = h.to(state_dtype(h.dtype)).contiguous()
     states = state.new_zeros(states_shape(batch, dim, hidden, depth, save_every, reconstruct, keep_hidden))
     saves_hidden = states.shape[2] > dim
     checks = state.new_zeros(checks_shape(batch, depth, reconstruct))
     for k in range(depth):
         if save_every and k % save_every == 0 and (k > 0 or not reconstruct):
-            states[k // save_every - int(reconstruct), :batch, :dim] = state
+            states[k // save_every - int(reconstruct), :batch, :dim] = state.flatten(1)
         if reconstruct and k > 0 and k % check_every(depth) == 0:
-            direction = probe(dim, state.dtype).to(state.device) * visibility(W[k])
-            checks[k // check_every(depth) - 1, :batch] = state @ direction
-        z, _, f = _residual(state, V[k], W[k], _layer(hidden_bias, k), _layer(output_bias, k), sigma)
+            direction = probe(dim, state.dtype).to(state.device) * of.visible(W[k], h)
+            checks[k // check_every(depth) - 1, :batch] = state.flatten(1) @ direction
+        z, _, f = _residual(of, state, V[k], W[k], _layer(hidden_bias, k), _layer(output_bias, k), sigma)
         if saves_hidden:
-            states[k, :batch, dim:] = z
+            states[k, :batch, dim:] = z.flatten(1)
         state = state + scale * f
     if reconstruct:
-        states[-1, :batch] = state
+        states[-1, :batch] = state.flatten(1)
     return state.to(h.dtype, copy=True), states, checks
 
 
@@ -180,53 +216,60 @@ def backward(
     The report is float64 [REPORT_SIZE]: estimate, drift, evaluations and order per step; zero where nothing
     was reconstructed.
     """
-    sigma = get_activation(activation)
-    (batch, dim), depth = grad.shape, V.shape[0]
+    sigma, of = get_activation(activation), products(V)
+    depth, (batch, dim, _) = V.shape[0], flat_sizes(grad, V)
     dtype = state_dtype(grad.dtype)
-    a = grad.to(dtype)
+    a = grad.to(dtype).contiguous()
     dV, dW, dhidden, doutput = (
         torch.zeros_like(p, dtype=dtype) if weight_gradients and p is not None else grad.new_empty(0)
         for p in (V, W, hidden_bias, output_bias)
     )
 
+    def shaped(rows: Tensor) -> Tensor:
+        """Saved states [B, q] in the shape of h."""
+        return rows.reshape(grad.shape)
+
     def layer(k: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         return V[k], W[k], _layer(hidden_bias, k), _layer(output_bias, k)
 
     def advance(state: Tensor, k: int) -> Tensor:
-        return state + scale * _residual(state, *layer(k), sigma)[2]
+        return state + scale * _residual(of, state, *layer(k), sigma)[2]
 
     def adjoint_step(state: Tensor, k: int, z: Tensor) -> None:
         """u = scale Vᵀa, g = u ⊙ σ'(z); dV = scale Σ a sᵀ, dW = Σ g hᵀ; a ← a + Wᵀg."""
         nonlocal a
         low_state, low_a = state.to(V.dtype), a.to(V.dtype)
-        u = scale * (low_a @ V[k]).to(dtype)
+        u = scale * of.transposed(low_a, V[k]).to(dtype)
         s = sigma.function(z)
         g = sigma.backward(u, z.to(dtype), s.to(dtype))
         low_g = g.to(V.dtype)
         if weight_gradients:
-            dV[k] = scale * (low_a.t() @ s).to(dtype)
-            dW[k] = low_g.t() @ low_state
+            dV[k] = scale * of.weight_gradient(low_a, s, V[k]).to(dtype)
+            dW[k] = of.weight_gradient(low_g, low_state, W[k])
             if hidden_bias is not None:
-                dhidden[k] = g.sum(0)
+                dhidden[k] = of.bias_gradient(g)
             if output_bias is not None:
-                doutput[k] = scale * a.sum(0)
-        a = a + (low_g @ W[k]).to(dtype)
+                doutput[k] = scale * of.bias_gradient(a)
+        a = a + of.transposed(low_g, W[k]).to(dtype)
 
     def visit(state: Tensor, k: int) -> None:
         if states.shape[2] > dim:
-            z = states[k, :batch, dim:].to(W.dtype).contiguous()
+            z = states[k, :batch, dim:].to(W.dtype).reshape(batch, W.shape[1], *grad.shape[2:])
         else:
-            z = F.linear(state.to(W.dtype), W[k], _layer(hidden_bias, k))
+            z = of.apply(state.to(W.dtype), W[k], _layer(hidden_bias, k))
         adjoint_step(state, k, z)
 
     def solver(k: int) -> tuple[Any, Any, Any]:
-        """evaluate, keep and correct of ``Reconstruction.step`` for layer k; hidden values are z."""
+        """evaluate, keep and correct of ``Reconstruction.step`` for layer k; hidden values: z flattened."""
 
         def evaluate(x: Tensor) -> tuple[Tensor, Tensor]:
-            z, _, f = _residual(x, *layer(k), sigma)
-            return z, scale * f
+            z, _, f = _residual(of, shaped(x), *layer(k), sigma)
+            return z.flatten(1), scale * f.flatten(1)
 
-        return evaluate, torch.where, lambda z, e: z + F.linear(e.to(W.dtype), W[k])
+        def correct(z: Tensor, e: Tensor) -> Tensor:
+            return z + of.apply(shaped(e).to(W.dtype), W[k], None).flatten(1)
+
+        return evaluate, torch.where, correct
 
     report = grad.new_zeros(REPORT_SIZE, dtype=torch.float64)
     if reconstruct:
@@ -238,25 +281,25 @@ def backward(
         )
         direction = probe(dim, dtype).to(state.device)
         for k in reversed(range(depth)):
-            visible = visibility(W[k])
+            visible = of.visible(W[k], grad)
             sweep.enter(visible)
             state, z = sweep.step(state, *solver(k))
             if k > 0 and k % check_every(depth) == 0:
                 error = state @ (direction * visible) - checks[k // check_every(depth) - 1, :batch]
                 sweep.compare(error.abs(), (visible * state).norm(dim=1))
-            adjoint_step(state, k, z)
+            adjoint_step(shaped(state), k, z.reshape(batch, W.shape[1], *grad.shape[2:]))
             if save_every and k > 0 and k % save_every == 0:
                 anchor = states[k // save_every - 1, :batch]
                 sweep.compare_state(state, anchor, top)
                 state = anchor
-        sweep.compare_state(state, h.to(dtype), top)
+        sweep.compare_state(state, h.to(dtype).flatten(1), top)
         report = sweep.report()
     else:
         for n in reversed(range(states.shape[0])):
             bottom = n * save_every
             top_layer = min(bottom + save_every, depth)
             checkpointing.sweep(
-                states[n, :batch, :dim].contiguous(),
+                shaped(states[n, :batch, :dim]),
                 bottom,
                 top_layer,
                 slots,
@@ -280,18 +323,18 @@ def jvp(
 
     ḣ ← ḣ + scale (V̇ s + V (σ'(z) ⊙ (Ẇ h + W ḣ + ḃ)) + ċ).
     """
-    sigma = get_activation(activation)
+    sigma, of = get_activation(activation), products(V)
     state = h.to(state_dtype(h.dtype))
     dh, dV, dW, db, dc = tangents
     moving = torch.zeros_like(state) if dh is None else dh.to(state.dtype)
     for k in range(V.shape[0]):
-        z, s, f = _residual(state, V[k], W[k], _layer(hidden_bias, k), _layer(output_bias, k), sigma)
-        dz = F.linear(moving.to(W.dtype), W[k], _layer(db, k))
+        z, s, f = _residual(of, state, V[k], W[k], _layer(hidden_bias, k), _layer(output_bias, k), sigma)
+        dz = of.apply(moving.to(W.dtype), W[k], _layer(db, k))
         if dW is not None:
-            dz = dz + F.linear(state.to(W.dtype), dW[k])
-        df = F.linear(sigma.backward(dz, z, s), V[k], _layer(dc, k))
+            dz = dz + of.apply(state.to(W.dtype), dW[k], None)
+        df = of.apply(sigma.backward(dz, z, s), V[k], _layer(dc, k))
         if dV is not None:
-            df = df + F.linear(s, dV[k])
+            df = df + of.apply(s, dV[k], None)
         state, moving = state + scale * f, moving + scale * df.to(state.dtype)
     return moving.to(h.dtype)
 
