@@ -555,7 +555,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     ("package", "command"),
     [
         ("matplotlib", ["reproduce", "long-time"]),
-        ("matplotlib", ["bench"]),
+        ("rich", ["bench"]),
         ("rich", ["reproduce", "adjoint-error"]),
         ("sklearn", ["reproduce", "depth-refinement"]),
         ("sklearn", ["reproduce", "weights-on-digits"]),

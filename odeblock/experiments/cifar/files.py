@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ..config import Refusal
 from .unpickle import array, unpickle
 
 Bytes = NDArray[np.uint8]
@@ -27,7 +28,7 @@ LARGEST_BATCH = 2**26  # bytes; the official files have 2**25 at most
 LARGEST_NPZ = 2**30
 
 
-class DataError(ValueError):
+class DataError(Refusal):
     """A file of the data is missing, or is not what it should be."""
 
 
