@@ -241,6 +241,7 @@ def _add_reproduce(commands: Any) -> None:
     parser.add_argument(
         "--seed", type=whole_number(0, MAX_SEED), metavar="S", help="of weights and data (default: 0)"
     )
+    parser.add_argument("--data", metavar="DIR", help="of weights-on-cifar, as train cifar10 takes it")
     parser.set_defaults(run=lambda arguments: _reproduce(arguments, parser))
 
 
@@ -250,7 +251,7 @@ def _settings() -> str:
         settings = ", ".join(
             f"{key}={value[0]}..{value[-1]}" if isinstance(value, tuple) else f"{key}={value}"
             for key, value in asdict(listing.config).items()
-            if key != "seed"
+            if key not in ("seed", "networks") and value is not None
         )
         lines.append(textwrap.fill(f"{name}: {settings}", 100, initial_indent="  ", subsequent_indent="    "))
     return "\n".join(lines)
@@ -261,11 +262,16 @@ def _reproduce(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -
     experiment(arguments.name.replace("-", "_"), parser)  # its packages are asked for before anything runs
     listing = EXPERIMENTS[arguments.name]
     config = given(arguments, listing.quick if arguments.quick else listing.config)
+    if arguments.data is not None and not hasattr(config, "data"):
+        parser.error(f"argument --data: {arguments.name} takes none, got {arguments.data!r}")
     output = arguments.output or Path("outputs") / (arguments.name + "-quick" * arguments.quick)
     writable(output, parser)
     writable(output / harness.PARTS, parser)
     with threads_for(small=arguments.quick or listing.small):
-        code: int = harness.reproduce(arguments.name, config, output)
+        try:
+            code: int = harness.reproduce(arguments.name, config, output)
+        except Refusal as refused:
+            parser.error(str(refused))
     return code
 
 

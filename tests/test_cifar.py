@@ -1,33 +1,24 @@
-"""``train cifar10``: the network, its training, runs that stop and go on to the bit, processes, refusals."""
+"""The network for CIFAR-10 and its training: it learns, stops, and goes on to the bit; what is not finite."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-import cifar_files
 import pytest
 import torch
 
-from odeblock.__main__ import main
 from odeblock.experiments.config import CIFAR_QUICK, CifarConfig, Refusal
 
 pytest.importorskip("rich")
 
+from cifar_runs import assert_same_run, lines
+
 from odeblock.experiments.cifar import data, training
 from odeblock.experiments.cifar.batches import normalise
-from odeblock.experiments.cifar.network import ConvNet, build_network, network_arguments, parameter_counts
+from odeblock.experiments.cifar.network import ConvNet, build_network, parameter_counts
 from odeblock.experiments.cifar.processes import Processes
-from odeblock.experiments.cifar.run import CHECKPOINT, LOG, Run, initial, read_checkpoint
+from odeblock.experiments.cifar.run import CHECKPOINT, Run, initial, read_checkpoint
 from odeblock.experiments.cifar.training import Training, rate
 
 SMALL = CifarConfig(**{**CIFAR_QUICK, "epochs": 2, "images": 160, "norm": "none", "batch_size": 24})
@@ -124,42 +115,6 @@ def test_half_precision_is_near(tmp_path: Path) -> None:
     assert losses["float32"] == pytest.approx(losses["float64"], rel=1e-6)
     assert losses["bfloat16"] == pytest.approx(losses["float64"], rel=0.02)
     assert losses["bfloat16"] != losses["float32"]
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
-
-
-def comparable(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without what differs between two runs that are the same: clocks, and how often they stopped."""
-    return [{**line, "seconds": 0} for line in log if line["kind"] != "start"]
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    """The same bits: weights, momentum, position, log."""
-    first, second = read_checkpoint(a), read_checkpoint(b)
-    assert first is not None
-    assert second is not None
-
-    def same(x: Any, y: Any, where: str) -> None:
-        if isinstance(x, torch.Tensor):
-            assert torch.equal(x, y), where
-        elif isinstance(x, dict):
-            assert x.keys() == y.keys(), where
-            for key in x:
-                same(x[key], y[key], f"{where}.{key}")
-        elif isinstance(x, list):
-            assert len(x) == len(y), where
-            for i, (u, v) in enumerate(zip(x, y, strict=True)):
-                same(u, v, f"{where}[{i}]")
-        else:
-            assert x == y, where
-
-    for state in (first, second):
-        state["log"] = comparable(state["log"])
-        del state["epoch_seconds"]
-    same(first, second, "state")
-    assert comparable(lines(a)) == comparable(lines(b))
 
 
 @pytest.fixture(scope="module")
@@ -287,159 +242,7 @@ def test_a_gradient_that_is_not_finite(tmp_path: Path, monkeypatch: pytest.Monke
     assert all(bool(value.isfinite().all()) for value in state["state_dict"].values())
 
 
-# ---- processes -------------------------------------------------------------------------------------------
-
-
-def start(*options: str, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "odeblock", "train", "cifar10", *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
-
-
-def start_two(*options: str) -> list[subprocess.Popen[str]]:
-    """Two processes, as ``torchrun --nproc-per-node 2`` starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    return [
-        start(
-            *options,
-            WORLD_SIZE="2",
-            RANK=str(i),
-            LOCAL_RANK=str(i),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=port,
-        )
-        for i in range(2)
-    ]
-
-
-def wait(*started: subprocess.Popen[str]) -> list[tuple[int, str, str]]:
-    found = []
-    for process in started:
-        out, err = process.communicate(timeout=300)
-        assert "Traceback" not in err, err
-        found.append((process.returncode, out, err))
-    return found
-
-
-def test_two_processes_are_one(tmp_path: Path) -> None:
-    """With one batch for both, stopped and going on: the same network up to rounding."""
-    options = ["--quick", "--norm", "none", "--precision", "float64", "--epochs", "2", "--output"]
-    alone, both = tmp_path / "alone", tmp_path / "both"
-    assert main(["train", "cifar10", *options, str(alone)]) == 0
-    (first, out, _), second = wait(*start_two(*options, str(both), "--minutes", "1e-6"))
-    assert (first, second[0]) == (0, 0)
-    assert "stopped after 1e-06 minutes at step 1 of 12" in out
-    assert second[1] == ""
-    assert [code for code, *_ in wait(*start_two(*options, str(both), "--resume"))] == [0, 0]
-    a, b = read_checkpoint(alone), read_checkpoint(both)
-    assert a is not None
-    assert b is not None
-    assert a["step"] == b["step"] == 12
-    torch.testing.assert_close(a["state_dict"], b["state_dict"], rtol=1e-9, atol=1e-12)
-    for x, y in zip(comparable(a["log"]), comparable(b["log"]), strict=True):
-        for key in ("train_loss", "validation_loss", "validation_accuracy", "test_loss", "test_accuracy"):
-            assert x.get(key) == pytest.approx(y.get(key), rel=1e-9), key
-    starts = [line for line in b["log"] if line["kind"] == "start"]
-    assert [line["processes"] for line in starts] == [2, 2]
-
-
-def test_a_batch_that_cannot_be_shared() -> None:
-    with pytest.raises(Refusal, match="--batch-size: expected a multiple of the 5 processes, got 24"):
-        Training(SMALL, IMAGES, Processes(5))
-
-
-# ---- command line ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Children take Ctrl-C, which a background job of a shell ignores, and whatever it starts."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("interruptible")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_goes_on(number: signal.Signals, tmp_path: Path) -> None:
-    cifar_files.write_binary(tmp_path, cifar_files.draw(400, 40))
-    options = ["--quick", "--norm", "none", "--data", str(tmp_path), "--batch", "8", "--epochs"]
-    folder = tmp_path / "run"
-    process = start(*options, "1000", "--output", str(folder))
-    while not (folder / CHECKPOINT).exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(number)
-    ((code, out, _),) = wait(process)
-    assert code == 130
-    assert "interrupted at step" in " ".join(out.split())
-    state = read_checkpoint(folder)
-    assert state is not None
-    assert state["step"] >= 45
-    assert sorted(path.name for path in folder.iterdir()) == [CHECKPOINT, LOG]
-
-
-def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], threads: None) -> None:
-    cifar_files.write_python(tmp_path, cifar_files.draw(200, 20))
-    folder = tmp_path / "run"
-    options = ["train", "cifar10", "--quick", "--norm", "none", "--output", str(folder)]
-    settings = ["--data", str(tmp_path), "--epochs", "2", "--batch", "16", "--images", "170", "--init", "iid"]
-    assert main([*options, *settings]) == 0
-    out = capsys.readouterr().out
-    for part in (
-        "cifar-10-batches-py, 153 images",
-        "L = 4",
-        "epoch   2",
-        "validation accuracy",
-        "test accuracy",
-    ):
-        assert part in out
-    state = read_checkpoint(folder)
-    assert state is not None
-    expected = CifarConfig(**{**CIFAR_QUICK, "epochs": 2, "batch_size": 16, "images": 170, "norm": "none"})
-    assert state["config"] == asdict(replace(expected, init="iid").resolved())
-    assert state["network"] == network_arguments(replace(expected, init="iid"))
-    before = (folder / CHECKPOINT).read_bytes()
-    assert main([*options, "--data", str(tmp_path), "--resume"]) == 0  # is at its end, and has its settings
-    assert (folder / CHECKPOINT).read_bytes() == before
-    assert main([*options[:-1], str(tmp_path / "new"), *settings, "--lr", "1e30", "--resume"]) == 1
-    assert "stopped: the loss is" in capsys.readouterr().out
-
-
-def refused(capsys: pytest.CaptureFixture[str], *options: str) -> str:
-    with pytest.raises(SystemExit) as stop:
-        main(["train", "cifar10", *options])
-    assert stop.value.code == 2
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1
-    return message
-
-
-def test_refusals(tmp_path: Path, uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    here = ("--output", str(uninterrupted), "--quick")
-    folder = tmp_path / "new"
-    for options, expected in (
-        (["--output", str(folder)], "argument --data: expected a folder with CIFAR-10, got none"),
-        (["--output", str(folder), "--data", str(tmp_path / "x")], "found nothing"),
-        (here, "argument --output: expected a folder without a run"),
-        ([*here, "--resume", "--depth", "5"], "argument --depth: the run that goes on has 4, got 5"),
-        (
-            [*here, "--resume", "--schedule", "cosine"],
-            "argument --schedule: the run that goes on has onecycle",
-        ),
-        (["--output", str(folder), "--quick", "--batch", "1000"], "at least a batch, 1000 images; got 432"),
-        (["--output", str(folder), "--quick", "--images", "5"], "10 training images or more, got 5"),
-        (["--output", str(folder), "--norm", "layer"], "--norm"),
-        (["--output", str(folder), "--minutes", "0"], "--minutes: expected a finite number > 0"),
-        (["--output", str(folder), "--precision", "float8"], "--precision"),
-    ):
-        assert expected in refused(capsys, *options)
+# ---- refusals --------------------------------------------------------------------------------------------
 
 
 def test_other_images(tmp_path: Path, uninterrupted: Path) -> None:
@@ -448,28 +251,6 @@ def test_other_images(tmp_path: Path, uninterrupted: Path) -> None:
         Run(tmp_path, SMALL, data.load(None, 170), state)
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-100], lambda b: b"", lambda b: b"no checkpoint"])
-def test_a_damaged_checkpoint(
-    damage: Callable[[bytes], bytes], tmp_path: Path, uninterrupted: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / CHECKPOINT
-    path.write_bytes(damage((uninterrupted / CHECKPOINT).read_bytes()))
-    message = refused(capsys, "--quick", "--resume", "--output", str(tmp_path))
-    assert f"{path}: expected a checkpoint of train cifar10" in message
-
-
-def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["train", "cifar10", "--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    for part in (
-        "torchrun",
-        "cifar-10-batches-bin",
-        "default: 256; quick: 4",
-        "zero_v with norm none",
-        "--minutes",
-    ):
-        assert part in text
-    with pytest.raises(SystemExit):
-        main(["train", "--help"])
-    assert "cifar10" in capsys.readouterr().out
+def test_a_batch_that_cannot_be_shared() -> None:
+    with pytest.raises(Refusal, match="--batch-size: expected a multiple of the 5 processes, got 24"):
+        Training(SMALL, IMAGES, Processes(5))

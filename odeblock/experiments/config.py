@@ -211,6 +211,26 @@ class DigitsConfig:
 
 
 @dataclass(frozen=True)
+class CifarWeightsConfig:
+    """networks: activation and initialisation of each. depth, channels, norm, epochs, batch_size, lr,
+    precision, images: as ``CifarConfig`` has them. data: where CIFAR-10 lies; None if all networks are
+    trained already; "generated" for a few images that are made up. seed: of weights and batches.
+    """
+
+    networks: tuple[tuple[str, str], ...] = (("gelu", "smooth"), ("gelu", "iid"), ("relu", "smooth"))
+    depth: int = 256
+    channels: int = 16
+    norm: str = "batch"
+    epochs: int = 180
+    batch_size: int = 64
+    lr: float = 0.04
+    precision: str = "float32"
+    images: int | None = None
+    data: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class RefinementConfig:
     """shallow: L of the first phase. deep: L of the second, and of the network trained deep from the start.
 
@@ -249,6 +269,7 @@ ReproduceConfig = (
     | LongTimeConfig
     | OverParameterisationConfig
     | DigitsConfig
+    | CifarWeightsConfig
     | RefinementConfig
     | AdjointErrorConfig
 )
@@ -301,6 +322,11 @@ EXPERIMENTS: dict[str, Listing] = {
         "weights along depth after training on real digits, smooth and i.i.d., GELU and ReLU",
         DigitsConfig(),
         DigitsConfig(depth=32, dim=16, epochs=3),
+    ),
+    "weights-on-cifar": Listing(
+        "the same with convolutions, on CIFAR-10: --data DIR; with full settings for a GPU",
+        CifarWeightsConfig(),
+        CifarWeightsConfig(depth=16, channels=8, epochs=4, images=480, data="generated"),
     ),
     "depth-refinement": Listing(
         "train shallow, run deep; and train shallow first, then deep, against deep from the start",

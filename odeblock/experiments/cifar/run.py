@@ -23,8 +23,8 @@ from .processes import Processes
 from .training import Training
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
-ELSEWHERE = frozenset({"device"})
-"""Settings that may be others when a run goes on."""
+FREE = frozenset({"device", "backward"})
+"""Settings that may be others when a run goes on: they change gradients by rounding alone."""
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any] | None:
@@ -53,7 +53,7 @@ def agreed(config: CifarConfig, state: dict[str, Any] | None) -> CifarConfig:
     config = config.resolved()
     saved = asdict(config) if state is None else state["config"]
     for key, value in asdict(config).items():
-        if value != saved[key] and key not in ELSEWHERE:
+        if value != saved[key] and key not in FREE:
             option = f"--{key.replace('_', '-')}"
             raise Refusal(f"argument {option}: the run that goes on has {saved[key]}, got {value}")
     return config
