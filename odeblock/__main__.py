@@ -171,7 +171,7 @@ def _add_cifar10(data: Any) -> None:
         help="folder with cifar-10-batches-py, cifar-10-batches-bin, an archive of one as downloaded, or an "
         ".npz of JPEG files (without: quick makes up a few images)",
     )
-    parser.add_argument("--download", action="store_true", help="fetch it into DIR, with torchvision")
+    parser.add_argument("--download", action="store_true", help="fetch it into that folder, with torchvision")
     option("--images", whole_number(1), "only the first so many for training", metavar="N", unset="all")
     option("--depth", whole_number(1), "L, residual steps", metavar="L")
     option("--channels", whole_number(1), "of the maps", metavar="C")
@@ -205,8 +205,8 @@ def _add_cifar10(data: Any) -> None:
 
 def _train_cifar10(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     command = experiment("cifar.command", parser)
-    if arguments.data is None and not arguments.quick:
-        parser.error("argument --data: expected a folder with CIFAR-10, got none (--quick runs without)")
+    if arguments.data is None and (arguments.download or not arguments.quick):
+        parser.error("argument --data: expected a folder for CIFAR-10, got none (--quick runs without)")
     config = replace(CifarConfig(), **(CIFAR_QUICK if arguments.quick else {}))
     names = ("data", "download", "resume", "minutes", "checkpoint_every")
     chosen = {name: getattr(arguments, name) for name in names}

@@ -168,7 +168,8 @@ def test_refusals(tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[
     here = ("--output", str(finished), "--quick")
     folder = tmp_path / "new"
     for options, expected in (
-        (["--output", str(folder)], "argument --data: expected a folder with CIFAR-10, got none"),
+        (["--output", str(folder)], "argument --data: expected a folder for CIFAR-10, got none"),
+        (["--output", str(folder), "--quick", "--download"], "argument --data: expected a folder"),
         (["--output", str(folder), "--data", str(tmp_path / "x")], "found nothing"),
         (here, "argument --output: expected a folder without a run"),
         ([*here, "--resume", "--depth", "5"], "argument --depth: the run that goes on has 4, got 5"),

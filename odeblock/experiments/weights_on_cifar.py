@@ -125,8 +125,8 @@ def summarise(config: CifarWeightsConfig, results: dict[str, Results]) -> Summar
             "-" if accuracy is None else f"{100 * accuracy:.2f}" for accuracy in accuracies
         )
         first, last = found["smoothness"], found["epochs"][-1]
-        for key, label in (("max", "L max|Δ|"), ("total_variation", "Σ|Δ|")):
-            findings[f"{label} of V, W, a typical coefficient, start -> trained: {what}"] = ", ".join(
+        for key, label in (("max", "L max|ΔV|, L max|ΔW|"), ("total_variation", "Σ|ΔV|, Σ|ΔW|")):
+            findings[f"{label}, a typical coefficient, start -> trained: {what}"] = ", ".join(
                 f"{first[name][key]:.3g} -> {last[name][key]:.3g}" for name in ("V", "W")
             )
     return Summary({"weights-on-cifar": _figure(config, results)}, rows, findings)
