@@ -22,6 +22,7 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from . import checkpointing
+from .autocast import autocasts, without
 from .autograd import DriftRecord, drift_tolerance, pull_back
 from .purity import check_purity
 from .reconstruction import Reconstruction, check_every, probe, rounding_unit
@@ -173,9 +174,9 @@ class Steps:
 
     def in_autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Autocast as it was in the forward. Without its cache, which would keep a copy of every Z_k."""
-        if self.autocast is None and not autocasts(self.device):
-            return contextlib.nullcontext()
-        return torch.autocast(self.device, self.autocast, self.autocast is not None, cache_enabled=False)
+        if self.autocast is None:
+            return without(self.device)
+        return torch.autocast(self.device, self.autocast, cache_enabled=False)
 
 
 @dataclass(frozen=True)
@@ -395,11 +396,6 @@ def _projection(state: Tensor) -> Tensor:
     """rᵀh_k of every row, [B]."""
     rows = _rows(state)
     return rows @ probe(rows.shape[1], rows.dtype).to(rows.device)
-
-
-def autocasts(device: str) -> bool:
-    """Whether autocast is on for tensors there."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _check_arguments(f: Any, h: Any, params: Any) -> tuple[list[Tensor], pytree.TreeSpec, int]:
