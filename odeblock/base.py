@@ -14,7 +14,7 @@ from .autograd import Drift, DriftRecord
 from .initializers import Initializer, get_initializer
 from .layers import Branch, make_layer, stack_layers
 from .limit import VectorField, interpolate
-from .validation import check_options, check_scale, check_size
+from .validation import check_options, check_scale, check_size, check_tensor
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -37,6 +37,9 @@ class ResBlock(nn.Module):
 
     _recorded: ClassVar[Callable[..., Tensor]]
     """The function of ``functional.py`` that runs the steps, with a record of its adjoint's drift."""
+
+    norm: str | None = None
+    """What normalises within a step."""
 
     V: nn.Parameter
     W: nn.Parameter
@@ -129,8 +132,9 @@ class ResBlock(nn.Module):
         every = check_size("every", every)
         if every > self.depth:
             raise ValueError(f"every: expected an int from 1 to the depth {self.depth}, got {every}")
-        if not isinstance(h, Tensor) or h.dtype != self.V.dtype:
-            return self.forward(h)  # raises
+        check_tensor("h", h)
+        if h.dtype != self.V.dtype:
+            raise TypeError(f"h: expected the dtype of the block, {self.V.dtype}; got {h.dtype}")
         # Between pieces the state keeps the precision that it has inside one: half-precision weights are
         # widened, which is exact, and what the kernels do themselves.
         state = h.to(torch.promote_types(h.dtype, torch.float32))
@@ -252,7 +256,11 @@ class ResBlock(nn.Module):
         if not torch.compiler.is_compiling():
             self._drift.settle()
         options = (self.backward, self.strict, self.anchors, self.memory_budget)
-        return self._recorded(self._drift, h, *stacks, self.activation, self.scale, *options)
+        return self._recorded(self._drift, h, *self._weights(*stacks), self.activation, self.scale, *options)
+
+    def _weights(self, *stacks: Tensor | None) -> tuple[Tensor | None, ...]:
+        """V, W and biases of layers without normalisation that do what those do that ``stacks`` hold."""
+        return stacks
 
     def _cut(self, cut: Callable[[Tensor], Sequence[Tensor]]) -> list[tuple[Any, ...]]:
         """All stacks of each piece into which ``cut`` divides a stack along depth."""
@@ -263,24 +271,21 @@ class ResBlock(nn.Module):
     def _set_stacks(self, stacks: Sequence[Tensor | None]) -> None:
         """Replace all stacks by copies of those given, of the same depth."""
         for name, value in zip(self.stacks, stacks, strict=True):
-            copied = None if value is None else value.detach().clone(memory_format=torch.contiguous_format)
-            setattr(self, name, None if copied is None else nn.Parameter(copied))
+            if value is not None:
+                value = value.detach().clone(memory_format=torch.contiguous_format)
+                value = value if name in self._buffers else nn.Parameter(value)
+            setattr(self, name, value)
+
+    def _options(self) -> dict[str, Any]:
+        """The settings, beside the scale, of a block like this one."""
+        names = ("activation", "init", "backward", "strict", "anchors", "memory_budget")
+        return {name: getattr(self, name) for name in names}
 
     def _like(self, stacks: Sequence[Tensor | None], scale: float | None) -> Self:
         """A new block with this one's settings, copies of ``stacks``, and ``scale``."""
         V = stacks[0]
         assert V is not None
-        block = self._sized_like(
-            V,
-            activation=self.activation,
-            init=self.init,
-            scale=scale,
-            backward=self.backward,
-            strict=self.strict,
-            anchors=self.anchors,
-            memory_budget=self.memory_budget,
-            device="meta",
-        )
+        block = self._sized_like(V, scale=scale, **self._options(), device="meta")
         block._set_stacks(stacks)
         for new, old in zip(block._stacks(), self._stacks(), strict=True):
             if new is not None and old is not None:

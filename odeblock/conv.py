@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .base import ResBlock
+from . import normalised
+from .base import PARAMETERS, ResBlock
 from .functional import conv_recorded
 from .initializers import Initializer
 from .layers import CONVOLUTION
@@ -31,7 +32,10 @@ class DeepConvResBlock(ResBlock):
         kernel_size: k, of all kernels, odd; maps are continued by k//2 zeros on every side.
         activation: σ, see ``odeblock.functional.deep_residual``.
         bias: whether to learn ``hidden_bias`` and ``output_bias``; they start at zero.
-        norm: None.
+        norm: None, or ``"batch"``: batch normalisation after each convolution, z = BN(W_k * h + b_k) and
+            h ← h + scale · BN'(V_k * σ(z) + c_k), as by ``nn.BatchNorm2d`` with ε = 1e-5 and momentum 0.1.
+            In training mode by mean and variance of the batch (float32 at least), in evaluation by running
+            ones, which are then folded into weights and biases.
         init: as of ``DeepResBlock``; entries of W start with variance 1/(C k²), of V with 1/(M k²).
         scale: step size, 1/L by default.
         backward: ``"auto"``, ``"adjoint"``, ``"checkpoint"`` or ``"store"``, see
@@ -41,10 +45,22 @@ class DeepConvResBlock(ResBlock):
 
     Parameters:
         V [L, C, M, k, k], W [L, M, C, k, k], hidden_bias [L, M] and output_bias [L, C] (None without
-        ``bias``).
+        ``bias``). With ``norm``: hidden_norm_weight, hidden_norm_bias [L, M] and output_norm_weight,
+        output_norm_bias [L, C], which start at one and zero; and the buffers hidden_running_mean,
+        hidden_running_var [L, M], output_running_mean, output_running_var [L, C] and num_batches_tracked.
+
+    A training step with ``norm`` runs on PyTorch operators, by any strategy: the batch's statistics are kept
+    from the forward for where states are run again or reconstructed, the derivative goes through them, and
+    running statistics change once a call of the block (not in ``trajectory``). Derivatives of gradients are
+    those of the plain loop. ``torch.compile`` leaves it to run eagerly. Under ``DistributedDataParallel``
+    each process has the statistics of its own part of the batch, and takes over the buffers of the first one,
+    as with ``nn.BatchNorm2d``; ``nn.SyncBatchNorm.convert_sync_batchnorm`` leaves a block as it is.
+
+    Under ``torch.autocast`` convolutions have its dtype; states, normalisation and its statistics float32.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: naming the argument, what was expected and what came. In training with
+            ``norm``: a batch of a single pixel, which has no variance.
 
     Example:
         >>> block = DeepConvResBlock(channels=16, depth=100)
@@ -52,7 +68,9 @@ class DeepConvResBlock(ResBlock):
         torch.Size([8, 16, 32, 32])
     """
 
+    stacks = (*PARAMETERS, *normalised.AFFINE, *normalised.STATISTICS)
     branch = CONVOLUTION
+    num_batches_tracked: Tensor | None
     _recorded = staticmethod(conv_recorded)
 
     def __init__(
@@ -94,19 +112,43 @@ class DeepConvResBlock(ResBlock):
                 "kernel_size: expected an odd int, so that zeros around a map keep its size; got "
                 f"{self.kernel_size}"
             )
-        if norm is not None:
-            raise ValueError(f"norm: expected None, got {norm!r}")
+        if norm not in (None, "batch"):
+            raise ValueError(f'norm: expected None or "batch", got {norm!r}')
         self.norm = norm
 
-        def empty(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(self.depth, *shape, device=device, dtype=dtype))
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(self.depth, *shape, device=device, dtype=dtype)
 
-        kernel = (self.kernel_size, self.kernel_size)
-        self.V = empty(self.channels, self.hidden_channels, *kernel)
-        self.W = empty(self.hidden_channels, self.channels, *kernel)
-        self.hidden_bias = empty(self.hidden_channels) if bias else None
-        self.output_bias = empty(self.channels) if bias else None
+        C, M, kernel = self.channels, self.hidden_channels, (self.kernel_size, self.kernel_size)
+        self.V, self.W = nn.Parameter(empty(C, M, *kernel)), nn.Parameter(empty(M, C, *kernel))
+        self.hidden_bias, self.output_bias = (nn.Parameter(empty(n)) if bias else None for n in (M, C))
+        for i, channels in enumerate((M, M, C, C)):
+            self.register_parameter(normalised.AFFINE[i], nn.Parameter(empty(channels)) if norm else None)
+            self.register_buffer(normalised.STATISTICS[i], empty(channels) if norm else None)
+        tracked = torch.zeros((), dtype=torch.long, device=device) if norm else None
+        self.register_buffer("num_batches_tracked", tracked)
         self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw V and W anew from the initializer ``init``; biases become zero, a normalisation that of mean 0
+        and variance 1. On "meta" nothing is drawn."""
+        super().reset_parameters()
+        if self.num_batches_tracked is None or self.V.is_meta:
+            return
+        for i, names in enumerate(zip(normalised.AFFINE, normalised.STATISTICS, strict=True)):
+            affine, statistic = (getattr(self, name) for name in names)
+            affine.fill_(1 - i % 2)  # weight, bias
+            statistic.fill_(i % 2)  # mean, variance
+        self.num_batches_tracked.zero_()
+
+    def forward(self, h: Tensor) -> Tensor:
+        """h [B, C, H, W] or [C, H, W] -> h_L, of the same shape, dtype and device."""
+        if not self._measures(h):
+            return super().forward(h)
+        y, statistics = self._measured(h, *self._stacks())
+        self._remember(statistics, h.numel() // self.channels)
+        return y
 
     @classmethod
     def _sized_like(cls, V: Tensor, **options: Any) -> Self:
@@ -115,7 +157,45 @@ class DeepConvResBlock(ResBlock):
     def _shown_sizes(self) -> list[tuple[str, Any]]:
         sizes = [("channels", self.channels), ("depth", self.depth)]
         sizes += [("hidden_channels", self.hidden_channels)] * (self.hidden_channels != self.channels)
-        return [*sizes, ("kernel_size", self.kernel_size)]
+        return [*sizes, ("kernel_size", self.kernel_size), *[("norm", self.norm)] * bool(self.norm)]
+
+    def _run(self, h: Tensor, *stacks: Tensor | None) -> Tensor:
+        return self._measured(h, *stacks)[0] if self._measures(h) else super()._run(h, *stacks)
+
+    def _weights(self, *stacks: Tensor | None) -> tuple[Tensor | None, ...]:
+        return stacks[:4] if self.norm is None else normalised.folded(*stacks)
+
+    def _measures(self, h: Any) -> bool:
+        """Whether a batch is normalised by its own statistics; an empty one has none."""
+        return self.norm is not None and self.training and isinstance(h, Tensor) and h.numel() > 0
+
+    def _measured(self, h: Tensor, *stacks: Tensor | None) -> tuple[Tensor, Sequence[Tensor]]:
+        """h through layers by the batch's statistics, and these."""
+        run = normalised.normalised_residual
+        if torch.compiler.is_compiling():  # it would unroll the loops
+            run = torch.compiler.disable(run)
+        weights, norm = stacks[:4], stacks[4:8]
+        options = (self.activation, self.scale, self.backward, self.strict, self.anchors, self.memory_budget)
+        return run(self._drift, h, weights, norm, *options)
+
+    @torch.no_grad()
+    def _remember(self, statistics: Sequence[Tensor], count: int) -> None:
+        """Running statistics, after a batch with ``count`` values of each channel."""
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked += 1
+        for name, found in zip(normalised.STATISTICS, statistics, strict=True):
+            running = getattr(self, name)
+            found = found * (count / (count - 1)) if name.endswith("var") else found
+            running.lerp_(found.to(running.dtype), normalised.MOMENTUM)
+
+    def _like(self, stacks: Sequence[Tensor | None], scale: float | None) -> Self:
+        block = super()._like(stacks, scale)
+        if self.num_batches_tracked is not None:
+            block.num_batches_tracked = self.num_batches_tracked.clone()
+        return block
+
+    def _options(self) -> dict[str, Any]:
+        return {**super()._options(), "norm": self.norm}
 
     def _check_shape(self, h: Tensor) -> None:
         if h.dim() not in (3, 4) or h.shape[-3] != self.channels:

@@ -234,7 +234,7 @@ def check_assumptions(model: nn.Module) -> list[Assumption]:
     """Which hypotheses of the theorems of Marion, Wu, Sander & Biau (ICLR 2024) each block of a model meets.
 
     - "f(0, Z) = 0": fails for activations with σ(0) ≠ 0 (sigmoid, softplus) and with biases, unless these are
-      zero and frozen.
+      zero and frozen, and with a normalisation.
     - "Lipschitz activation": every activation here is.
     - "smooth activation": σ' is continuous; fails for relu and leaky_relu.
     - "depth-scaled step": scale = 1/L.
@@ -262,6 +262,7 @@ def _check_block(name: str, block: ResBlock) -> list[Assumption]:
     ]
     reasons = [f"σ(0) = {at_zero:.3g} for {sigma.name}"] if at_zero else []
     reasons += [f"it has {' and '.join(biases)}"] if biases else []
+    reasons += [f"norm={block.norm!r}"] if block.norm else []
     horizon = block.scale * block.depth
     rough = {key: roughness(getattr(block, key)) for key in PARAMETERS[:2]}
     shown = ", ".join(f"roughness of {key} {value:.2g}" for key, value in rough.items())

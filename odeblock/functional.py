@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import checkpointing, native, reference
+from .autocast import autocasted
 from .autograd import DriftRecord, choose_function
 from .products import flat_sizes
 from .scan import residual_scan
@@ -114,7 +115,8 @@ def deep_conv_residual(
             decides for each sample by itself.
 
     Returns:
-        h_L, with the shape, dtype and device of ``h``; contiguous.
+        h_L, with the shape, dtype and device of ``h``; contiguous. Under ``torch.autocast`` all tensors are
+        cast to its dtype first, once a call, as by ``nn.Conv2d``.
 
     Raises:
         TypeError, ValueError, DriftError: as ``deep_residual``; kernels that are not square, of even size, or
@@ -141,6 +143,7 @@ def recorded(record: DriftRecord, *arguments: Any) -> Tensor:
 
 def conv_recorded(record: DriftRecord, *arguments: Any) -> Tensor:
     """The same of ``deep_conv_residual``."""
+    arguments = autocasted(*arguments)
     scale = check_conv_arguments(*arguments)
     h, *others = arguments
     return _apply(record, scale, h if h.dim() == 4 else h[None], *others).view(h.shape)

@@ -113,7 +113,8 @@ class VectorField(nn.Module):
     """f(s, h) = T (𝒱(s) σ(𝒲(s) h + b(s)) + c(s)), the right-hand side of a block's limiting ODE.
 
     What ``block.vector_field()`` returns: a callable for any ODE solver that takes dh/ds = f(s, h) on
-    0 <= s <= 1, such as ``torchdiffeq.odeint``. Its parameters are those of the block itself.
+    0 <= s <= 1, such as ``torchdiffeq.odeint``. Its parameters are those of the block itself. Of a block with
+    batch normalisation it is the field of evaluation, by running statistics, which are interpolated as well.
 
     Arguments:
         block: a ``DeepResBlock`` or ``DeepConvResBlock``.
@@ -140,11 +141,12 @@ class VectorField(nn.Module):
         time = torch.as_tensor(s, dtype=torch.float64, device=h.device)
         if time.numel() != 1:
             raise ValueError(f"s: expected one number, got a tensor of shape {list(time.shape)}")
+        position = time.reshape(1) * block.depth
+        at_time = (
+            None if p is None else interpolate(p, position, self.interpolation) for p in block._stacks()
+        )
         V, W, hidden_bias, output_bias = (
-            None
-            if p is None
-            else interpolate(p, time.reshape(1) * block.depth, self.interpolation)[0].to(h.dtype)
-            for p in (block.V, block.W, block.hidden_bias, block.output_bias)
+            None if p is None else p[0].to(h.dtype) for p in block._weights(*at_time)
         )
         assert isinstance(V, Tensor)
         assert isinstance(W, Tensor)
@@ -208,7 +210,7 @@ def ode_gap(block: ResBlock, h: Tensor, *, interpolation: str = "linear", tol: f
         h: inputs, shape [..., q] or maps, of any floating-point dtype.
         interpolation: see ``interpolate``. tol: rtol and atol of the solver.
     """
-    exact = copy.deepcopy(block).double()
+    exact = copy.deepcopy(block).double().eval()
     truth = solve(exact, h.double(), rtol=tol, atol=tol, interpolation=interpolation)
     return float((exact(h.double()) - truth).norm() / truth.norm())
 

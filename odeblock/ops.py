@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import gpu, native, reference
+from . import autocast, gpu, native, reference
 from .activations import ACTIVATIONS
 from .products import flat_sizes
 from .reconstruction import REPORT_SIZE, probe
@@ -72,9 +72,10 @@ def _forward(
         if found is not None:
             return found
     if not native.runs_natively(h):
-        return reference.forward(
-            h, V, W, hidden_bias, output_bias, activation, scale, save_every, reconstruct, keep_hidden
-        )
+        with autocast.without(h.device.type):
+            return reference.forward(
+                h, V, W, hidden_bias, output_bias, activation, scale, save_every, reconstruct, keep_hidden
+            )
     h, V, W = h.contiguous(), V.contiguous(), W.contiguous()
     hidden_bias, output_bias = native.contiguous(hidden_bias), native.contiguous(output_bias)
     depth, (batch, dim, hidden) = V.shape[0], flat_sizes(h, V)
@@ -149,29 +150,17 @@ def _backward(
     if on_a_gpu or native.runs_natively(grad):
         _check_saved(grad, V, states, checks, save_every, reconstruct, keep_hidden)
     if on_a_gpu:
-        tensors = (grad, h, V, W, hidden_bias, output_bias, states, checks)
-        options = (activation, scale, save_every, reconstruct, slots, weight_gradients)
-        gradients = gpu.backward(*tensors, *options)
+        gradients = gpu.backward(
+            *(grad, h, V, W, hidden_bias, output_bias, states, checks),
+            *(activation, scale, save_every, reconstruct, slots, weight_gradients),
+        )
         if gradients is not None:
             return gradients
     if not native.runs_natively(grad):
-        return reference.backward(
-            grad,
-            h,
-            V,
-            W,
-            hidden_bias,
-            output_bias,
-            states,
-            checks,
-            activation,
-            scale,
-            save_every,
-            reconstruct,
-            slots,
-            keep_hidden,
-            weight_gradients,
-        )
+        tensors = (grad, h, V, W, hidden_bias, output_bias, states, checks)
+        options = (activation, scale, save_every, reconstruct, slots, keep_hidden, weight_gradients)
+        with autocast.without(grad.device.type):
+            return reference.backward(*tensors, *options)
     grad, V, W = grad.contiguous(), V.contiguous(), W.contiguous()
     h, hidden_bias, output_bias = (
         native.contiguous(h),

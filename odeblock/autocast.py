@@ -1,0 +1,32 @@
+"""What ``torch.autocast`` means for a block: its tensors are cast once a call, and nothing within."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for tensors there."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def autocasted(h: Any, *tensors: Any) -> tuple[Any, ...]:
+    """h and other arguments in autocast's dtype, where it is on for h; as they are if float64, or no
+    floating-point tensors."""
+    arguments = (h, *tensors)
+    if not isinstance(h, Tensor) or not autocasts(h.device.type):
+        return arguments
+    dtype = torch.get_autocast_dtype(h.device.type)
+    return tuple(
+        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+        for x in arguments
+    )
+
+
+def without(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Operators in the dtypes of their arguments."""
+    return torch.autocast(device, enabled=False) if autocasts(device) else contextlib.nullcontext()

@@ -1,0 +1,191 @@
+"""Batch normalisation after each convolution of a residual step, for every backward strategy.
+
+    z = BN(W_k * h + b_k),   f_k(h) = BN(V_k * σ(z) + c_k),   BN(x) = γ (x - mean) / √(var + ε) + β
+
+with mean and variance over samples and pixels, for each channel. The forward measures them and keeps them,
+[L, M] and [L, C]. In the backward, where a state is run again or reconstructed, they are constants, so that a
+sample depends on itself alone and comes out as it was; where a step is differentiated, its derivative is that
+through the mean and the variance of the batch at that state (``Normalise``). The strategies are those of
+``residual_scan`` (``scan.py``), of which a layer's statistics are parameters without a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .activations import get_activation
+from .autocast import autocasted
+from .autograd import DriftRecord
+from .base import PARAMETERS
+from .checkpointing import NOTHING
+from .products import CONVOLUTION
+from .reference import state_dtype
+from .scan import ResidualScan, Steps, plan_for
+from .validation import check_conv_arguments
+
+EPS = 1e-5
+MOMENTUM = 0.1
+"""Those of ``nn.BatchNorm2d``."""
+
+AFFINE = ("hidden_norm_weight", "hidden_norm_bias", "output_norm_weight", "output_norm_bias")
+"""γ and β after the first convolution of a step, [L, M], and after the second, [L, C]."""
+
+STATISTICS = ("hidden_running_mean", "hidden_running_var", "output_running_mean", "output_running_var")
+"""Running mean and variance, of the same shapes."""
+
+_aten = torch.ops.aten
+
+
+def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and (biased) variance of each channel, [B, C, H, W] -> [C], [C], in float32 at least.
+
+    In two passes of sums: ``torch.var_mean`` takes many times as long on the CPU.
+    """
+    x = x.to(state_dtype(x.dtype))
+    mean = x.mean((0, 2, 3))
+    return mean, (x - mean[:, None, None]).square().mean((0, 2, 3))
+
+
+class Normalise(torch.autograd.Function):
+    """BN(x) by given statistics, in x's dtype, with the derivative that it has where they are those of x."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=EPS)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        x, weight, _, mean, var = inputs
+        ctx.save_for_backward(x, weight, mean, var)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, var = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        invstd = (var + EPS).rsqrt()
+        gradients = _aten.native_batch_norm_backward(
+            grad.contiguous(), x, weight, None, None, mean, invstd, True, EPS, wanted
+        )
+        return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), None, None
+
+
+def _by_given(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    y: Tensor = Normalise.apply(x, weight, bias, mean, var)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _by_its_own(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """BN(x) by the batch's own statistics, with derivatives of every order and mode."""
+    mean, var = (statistic[:, None, None] for statistic in batch_statistics(x))
+    normal = (x.to(mean.dtype) - mean) * (var + EPS).rsqrt()
+    return (normal * weight[:, None, None] + bias[:, None, None]).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class NormalisedSteps(Steps):
+    """Those of a normalised branch. names: of the tensors of a layer, V, W, biases where there are, and
+    ``AFFINE``; mean and variance after each convolution may follow them."""
+
+    activation: str
+    names: tuple[str, ...]
+
+    measures: ClassVar[int] = len(STATISTICS)
+
+    def residual(self, state: Tensor, layer: Sequence[Tensor]) -> Tensor:
+        """By given statistics; without, by the batch's, with derivatives of every order."""
+        given = iter(layer[len(self.names) :])
+
+        def by_given(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return _by_given(x, weight, bias, next(given), next(given))
+
+        return self._branch(state, layer, by_given if len(layer) > len(self.names) else _by_its_own)
+
+    def measure(self, state: Tensor, layer: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        found: list[Tensor] = []
+
+        def by_found(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            mean, var = batch_statistics(x)
+            found.extend((mean, var))
+            return _by_given(x, weight, bias, mean, var)
+
+        return state + self.scale * self._branch(state, layer, by_found).to(state.dtype), found
+
+    def _branch(
+        self, state: Tensor, layer: Sequence[Tensor], normalise: Callable[[Tensor, Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        Z = dict(zip(self.names, layer, strict=False))
+        hidden, hidden_shift, output, output_shift = (Z[name].to(state_dtype(self.dtype)) for name in AFFINE)
+        with self.in_autocast():
+            z = CONVOLUTION.apply(state.to(self.dtype), Z["W"], Z.get("hidden_bias"))
+            s = get_activation(self.activation).function(normalise(z, hidden, hidden_shift))
+            return normalise(CONVOLUTION.apply(s, Z["V"], Z.get("output_bias")), output, output_shift)
+
+
+def normalised_residual(
+    record: DriftRecord,
+    h: Tensor,
+    weights: Sequence[Tensor | None],
+    norm: Sequence[Tensor | None],
+    activation: str,
+    scale: float | None,
+    backward: str,
+    strict: bool,
+    anchors: int,
+    memory_budget: int | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """h_L of maps by the batch's statistics, and these: ``STATISTICS`` of this batch, stacked.
+
+    weights: V, W, hidden_bias, output_bias of ``deep_conv_residual``, with whose arguments the others go;
+    norm: ``AFFINE``. An adjoint backward leaves its report in ``record``.
+    """
+    h, V, W, hidden_bias, output_bias = autocasted(h, *weights)
+    options = (backward, strict, anchors, memory_budget)
+    scale = check_conv_arguments(h, V, W, hidden_bias, output_bias, activation, scale, *options)
+    if h.numel() == h.shape[-3]:
+        raise ValueError(
+            "h: expected more than one value of each channel, as batch normalisation in training takes their "
+            f"variance; got {list(h.shape)}. In evaluation, after .eval(), one is enough"
+        )
+    maps = (h if h.dim() == 4 else h[None]).contiguous()
+    tensors = zip((*PARAMETERS, *AFFINE), (V, W, hidden_bias, output_bias, *norm), strict=True)
+    layer = {name: tensor for name, tensor in tensors if tensor is not None}
+    leaves = tuple(layer.values())
+    depth = len(V)
+    steps = NormalisedSteps(depth, scale, h.dtype, h.device.type, None, activation, tuple(layer))
+    plan = NOTHING
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (h, *leaves)):
+        plan = plan_for(maps, depth, backward, anchors, memory_budget)
+    y, *rest = ResidualScan.apply(steps, plan, strict, record, maps, *leaves)  # type: ignore[no-untyped-call]
+    return y.view(h.shape), rest[: steps.measures]
+
+
+def folded(
+    V: Any, W: Any, hidden_bias: Any, output_bias: Any, *norm: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """V, W and biases [L, ...] of the block without normalisation that is this one in evaluation.
+
+    norm: ``AFFINE``, then ``STATISTICS``. Differentiable: γ (W h + b - mean) / √(var + ε) + β is a
+    convolution with other weights.
+    """
+    weights, statistics = norm[: len(AFFINE)], norm[len(AFFINE) :]
+    (W, hidden_bias), (V, output_bias) = (
+        _fold(kernel, bias, *weights[i : i + 2], *statistics[i : i + 2])
+        for i, kernel, bias in ((0, W, hidden_bias), (2, V, output_bias))
+    )
+    return V, W, hidden_bias, output_bias
+
+
+def _fold(
+    kernel: Tensor, bias: Tensor | None, weight: Tensor, shift: Tensor, mean: Tensor, var: Tensor
+) -> tuple[Tensor, Tensor]:
+    computed = state_dtype(kernel.dtype)
+    factor = weight.to(computed) * (var.to(computed) + EPS).rsqrt()
+    start = -mean.to(computed) if bias is None else bias.to(computed) - mean.to(computed)
+    folded_kernel = kernel.to(computed) * factor.view(*factor.shape, 1, 1, 1)
+    return folded_kernel.to(kernel.dtype), (shift.to(computed) + factor * start).to(kernel.dtype)
