@@ -27,7 +27,7 @@ Shape = tuple[int, ...]
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, dict[Shape, Entry]]]:
-    """The file, and its entries by kind of work, then by shape: (B, q, m, L), or of maps (B, C, M, L, H, k)."""
+    """The file; its entries by kind of work, then by shape: (B, q, m, L), of maps (B, C, M, L, H, k)."""
     data = json.loads(path.read_text())
     works = ("inference", "forward", "training")
     entries: dict[str, dict[Shape, Entry]] = {work + of: {} for of in ("", MAPS) for work in works}

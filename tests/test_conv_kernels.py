@@ -1,4 +1,4 @@
-"""The native kernels for maps: what the layout of samples in vectors must not change; every instruction set."""
+"""The native kernels for maps: what the layout of samples in vectors must not change; instruction sets."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_weights_without_samples_have_zero_gradients() -> None:
     "build", [b for b in build_info()["cpu_builds"] if b != build_info()["cpu_features"]]
 )
 def test_every_instruction_set(build: str, request: pytest.FixtureRequest) -> None:
-    """These tests, and the oracle's rule on all shapes, with the other builds of the kernels that run here."""
+    """These tests, and the oracle's rule on all shapes, with the other builds of the kernels."""
     files = [__file__, str(Path(__file__).parent / "test_conv.py")]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", *files, "-k", "sample or threads or test_shapes"],

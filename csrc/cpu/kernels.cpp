@@ -4,6 +4,7 @@
 #include "few.h"
 #include "forward.h"
 #include "images.h"
+#include "images_backward.h"
 
 namespace odeblock {
 namespace {
