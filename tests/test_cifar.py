@@ -39,6 +39,20 @@ def test_the_network() -> None:
     assert parameter_counts(network) == {**counts, "all": sum(counts.values())}
 
 
+def test_the_normalised_network() -> None:
+    """The stem and every step are normalised; the block starts as the identity, and does not stay it."""
+    network = ConvNet(16, 3)
+    assert network.stem[0].bias is None
+    x = torch.randn(8, 3, 32, 32)
+    h = network.stem(x)
+    assert torch.equal(network.block(h), h)
+    torch.testing.assert_close(network.stem[:2](x).mean((0, 2, 3)), torch.zeros(16), atol=1e-5, rtol=0)
+    network(x).square().sum().backward()
+    assert network.block.output_norm_weight.grad.abs().min() > 0
+    counts = {"stem": 16 * 75 + 32, "block": 3 * (2 * 16 * 16 * 9 + 4 * 16), "head": 650}
+    assert parameter_counts(network) == {**counts, "all": sum(counts.values())}
+
+
 def test_a_seed_draws_the_same_but_for_the_block() -> None:
     tied, iid, other = (
         build_network(replace(SMALL, init=init, seed=seed))
@@ -83,8 +97,9 @@ def test_rates(rates: str, factor: int) -> None:
 # ---- training --------------------------------------------------------------------------------------------
 
 
-def test_training_learns(tmp_path: Path) -> None:
-    config = replace(SMALL, epochs=6, lr=0.1)
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_training_learns(norm: str, tmp_path: Path) -> None:
+    config = replace(SMALL, norm=norm, epochs=6, lr=0.1)
     run = Run(tmp_path, config, IMAGES)
     assert run.go()
     epochs = run.training.epochs
@@ -149,6 +164,22 @@ def test_a_checkpoint_is_the_network(uninterrupted: Path) -> None:
     begun = build_network(initial(state))
     assert torch.equal(begun.block.W[0], begun.block.W[1])
     assert not torch.equal(network.block.W[0], network.block.W[1])
+
+
+def test_a_normalised_run_goes_on_to_the_bit(tmp_path: Path) -> None:
+    """Running statistics too."""
+    config = replace(SMALL, norm="batch", precision="bfloat16")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder in (whole, parts):
+        folder.mkdir()
+    assert Run(whole, config, IMAGES).go()
+    run = Run(parts, config, IMAGES)
+    assert not run.go(stop=lambda: run.training.step >= 8)
+    assert Run(parts, config, IMAGES, read_checkpoint(parts)).go()
+    assert_same_run(whole, parts)
+    state = read_checkpoint(whole)
+    assert state is not None
+    assert state["state_dict"]["block.num_batches_tracked"] == 12
 
 
 @pytest.mark.parametrize("stops", [(1,), (5, 6, 7), (11,), (12,)])

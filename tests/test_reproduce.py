@@ -77,9 +77,7 @@ SMALL: dict[str, ReproduceConfig] = {
         iterations=100,
     ),
     "weights-on-digits": DigitsConfig(depth=8, dim=8, epochs=1),
-    "weights-on-cifar": CifarWeightsConfig(
-        depth=4, channels=4, norm="none", epochs=1, images=160, data="generated"
-    ),
+    "weights-on-cifar": CifarWeightsConfig(depth=4, channels=4, epochs=1, images=160, data="generated"),
     "depth-refinement": RefinementConfig(
         shallow=8, deep=16, depths=(4, 8, 32), epochs=2, shallow_epochs=1, seeds=1, dim=8
     ),

@@ -22,7 +22,9 @@ from odeblock.experiments import reproduce
 from odeblock.experiments.cifar.run import Run, read_checkpoint
 
 NAME = "weights-on-cifar"
-SMALL = CifarWeightsConfig(depth=4, channels=4, norm="none", epochs=2, images=160, data="generated")
+SMALL = CifarWeightsConfig(
+    depth=4, channels=4, norm="none", rates="flow", epochs=2, images=160, data="generated"
+)
 
 
 def run(folder: Path, config: CifarWeightsConfig = SMALL) -> dict[str, Any]:

@@ -212,7 +212,7 @@ class DigitsConfig:
 
 @dataclass(frozen=True)
 class CifarWeightsConfig:
-    """networks: activation and initialisation of each. depth, channels, norm, epochs, batch_size, lr,
+    """networks: activation and initialisation of each. depth, channels, norm, epochs, batch_size, lr, rates,
     precision, images: as ``CifarConfig`` has them. data: where CIFAR-10 lies; None if all networks are
     trained already; "generated" for a few images that are made up. seed: of weights and batches.
     """
@@ -224,6 +224,7 @@ class CifarWeightsConfig:
     epochs: int = 180
     batch_size: int = 64
     lr: float = 0.04
+    rates: str = "equal"
     precision: str = "float32"
     images: int | None = None
     data: str | None = None
@@ -326,7 +327,7 @@ EXPERIMENTS: dict[str, Listing] = {
     "weights-on-cifar": Listing(
         "the same with convolutions, on CIFAR-10: --data DIR; with full settings for a GPU",
         CifarWeightsConfig(),
-        CifarWeightsConfig(depth=16, channels=8, epochs=4, images=480, data="generated"),
+        CifarWeightsConfig(depth=16, channels=8, epochs=4, rates="flow", images=480, data="generated"),
     ),
     "depth-refinement": Listing(
         "train shallow, run deep; and train shallow first, then deep, against deep from the start",

@@ -70,6 +70,7 @@ def _settings(config: CifarWeightsConfig, activation: str, init: str) -> CifarCo
         epochs=config.epochs,
         batch_size=config.batch_size,
         lr=config.lr,
+        rates=config.rates,
         precision=config.precision,
         images=config.images,
         seed=config.seed,

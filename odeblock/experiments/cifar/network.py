@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ...conv import DeepConvResBlock
 from ..config import CifarConfig
@@ -49,23 +48,12 @@ class ConvNet(nn.Module):
             channels, depth, activation=activation, norm=norm, init=init, backward=backward
         )
         if norm is not None:
-            nn.init.zeros_(self.block.output_norm_weight)
+            nn.init.zeros_(self.block.get_parameter("output_norm_weight"))
         self.head = head
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self._steps(self.stem(x))
+        h = self.block(self.stem(x))
         y: Tensor = self.head(F.avg_pool2d(h, POOL).flatten(1))
-        return y
-
-    def _steps(self, h: Tensor) -> Tensor:
-        """The block; under autocast in its dtype, with one copy of the parameters a call in that."""
-        device = h.device.type
-        if not torch.is_autocast_enabled(device):
-            y: Tensor = self.block(h)
-            return y
-        dtype = torch.get_autocast_dtype(device)
-        parameters = {name: p.to(dtype) for name, p in self.block.named_parameters()}
-        y = functional_call(self.block, parameters, h.to(dtype))
         return y
 
 

@@ -43,8 +43,8 @@ class Training:
     """A network under training: SGD with momentum on the cross-entropy of augmented images.
 
     ``log``: a line for each epoch, and at the end one with the result; dicts that JSON holds. Of several
-    processes all have the same weights and the same log. A training that goes on from a ``state_dict`` ends with
-    the bits of one that never stopped, on a GPU as far as PyTorch's kernels give the same bits each time.
+    processes all have the same weights and the same log. A training that goes on from a ``state_dict`` ends
+    with the bits of one that never stopped, on a GPU as far as PyTorch's kernels give the same each time.
 
     Raises:
         Refusal: the batch cannot be shared by the processes, or there are too few images for one.
