@@ -36,6 +36,8 @@ struct Problem {
   int64_t dim;     // q >= 1
   int64_t hidden;  // m >= 1
   int64_t depth;   // L >= 1
+  // maps of height x width, convolutions kernel x kernel; kernel 0: rows
+  int64_t height, width, kernel;  // maps: q channels and m hidden ones; rows of states are maps, [q, height, width]
   double scale;
 
   // What the forward saves for the backward. K = save_every; h_0, h_K, h_2K, .. below L where the states between
@@ -50,6 +52,7 @@ struct Problem {
   // it follows each saved state, [rows / W, m, W]; for K > 1 a slot holds it with a state.
   bool keep_hidden;
 
+  // (On a GPU the weights of maps come with their biases, laid out as csrc/cuda/maps.cuh says.)
   const void* V;            // [L, q, m]  read
   const void* W;            // [L, m, q]  read
   const void* hidden_bias;  // [L, m]     read, or null

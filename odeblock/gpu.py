@@ -177,7 +177,7 @@ class Layers:
 
     def _sizes(self, batch: int, bottom: int, top: int) -> tuple[int, ...]:
         dtype = native.NATIVE_DTYPES[self.V.dtype]
-        return dtype, self.activation, batch, self.dim, self.hidden, top - bottom
+        return dtype, self.activation, batch, self.dim, self.hidden, top - bottom, 0, 0, 0  # no maps
 
     def _weights(self, bottom: int) -> tuple[int, ...]:
         tensors = (self.V, self.W, self.hidden_bias, self.output_bias)

@@ -66,16 +66,47 @@ def make_case(
     return Case(tensors, randn(batch, dim), activation, scale)
 
 
+def make_map_case(
+    batch: int,
+    channels: int,
+    hidden: int,
+    depth: int,
+    height: int,
+    width: int,
+    kernel: int = 3,
+    *,
+    activation: str = "gelu",
+    biases: bool = True,
+    scale: float | None = None,
+    seed: int = 0,
+) -> Case:
+    """Convolutions of maps [B, C, H, W]."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).double()
+
+    tensors = {
+        "h": randn(batch, channels, height, width),
+        "V": randn(depth, channels, hidden, kernel, kernel) / (kernel * hidden**0.5),
+        "W": randn(depth, hidden, channels, kernel, kernel) / (kernel * channels**0.5),
+        "hidden_bias": randn(depth, hidden) if biases else None,
+        "output_bias": randn(depth, channels) if biases else None,
+    }
+    return Case(tensors, randn(batch, channels, height, width), activation, scale)
+
+
 Permutation = tuple[Tensor, Tensor]
 
 
 def _permute(name: str, tensor: Tensor, permutation: Permutation) -> Tensor:
+    """Features (channels) and hidden units follow the batch, or the layer."""
     features, units = permutation
     if name in ("h", "output_bias", "y"):
-        return tensor[..., features]
+        return tensor[:, features]
     if name == "hidden_bias":
-        return tensor[..., units]
-    return tensor[:, features][..., units] if name == "V" else tensor[:, units][..., features]
+        return tensor[:, units]
+    return tensor[:, features][:, :, units] if name == "V" else tensor[:, units][:, :, features]
 
 
 def run(
@@ -114,13 +145,20 @@ def errors(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, fl
     }
 
 
+def plain(case: Case) -> Callable[..., Tensor]:
+    """The block in plain PyTorch, of rows or of maps."""
+    V = case.tensors["V"]
+    assert V is not None
+    return reference.deep_residual if V.dim() == 3 else reference.deep_conv_residual
+
+
 def baseline(case: Case, dtype: torch.dtype, truth: dict[str, Tensor]) -> dict[str, float]:
-    _, dim, hidden = case.tensors["V"].shape
+    dim, hidden = case.tensors["V"].shape[1:3]
     generator = torch.Generator().manual_seed(1)
     worst = dict.fromkeys(truth, 0.0)
     for _ in range(RUNS):
         permutation = (torch.randperm(dim, generator=generator), torch.randperm(hidden, generator=generator))
-        found = errors(run(reference.deep_residual, case, dtype, permutation), truth)
+        found = errors(run(plain(case), case, dtype, permutation), truth)
         worst = {name: max(worst[name], found[name]) for name in worst}
     return worst
 
@@ -145,7 +183,7 @@ def check_results(
     results: dict[str, Tensor], case: Case, dtype: torch.dtype, *, rebuilt: bool = False, **options: str
 ) -> None:
     """Assert the rule for the results of a run on a case that ``dtype`` holds exactly."""
-    truth = run(reference.deep_residual, case, torch.float64)
+    truth = run(plain(case), case, torch.float64)
     allowed = baseline(case, dtype, truth)
     found = errors(results, truth)
     floor = FLOOR_ULP[dtype] * torch.finfo(dtype).eps

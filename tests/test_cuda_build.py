@@ -14,16 +14,17 @@ from typing import Any
 import pytest
 import torch
 from matplotlib.image import imread
-from test_emulated_kernels import CSRC, PRODUCTS
+from test_emulated_kernels import CSRC, MAP_PRODUCTS, PRODUCTS
 
 from odeblock import gpu, native, reference
 
+MAP_KERNELS = 1
 needs_nvcc = pytest.mark.skipif(
     shutil.which("nvcc") is None, reason="no nvcc: CUDA code is not compiled here"
 )
 
 
-def resources(name: str, architecture: str, folder: Path) -> dict[str, tuple[int, int]]:
+def resources(name: str, architecture: str, folder: Path, kind: str) -> dict[str, tuple[int, int]]:
     """Registers and bytes of memory for what they do not hold, by kernel: what ptxas reports."""
     command = [
         "nvcc",
@@ -35,8 +36,9 @@ def resources(name: str, architecture: str, folder: Path) -> dict[str, tuple[int
         "-v",
         "-cubin",
     ]
-    command += [f"-DODEBLOCK_PRODUCTS={PRODUCTS[name][0]}", f"-DODEBLOCK_CUDA_KERNELS=cuda_kernels_{name}"]
-    command += ["-o", str(folder / f"{name}.{architecture}"), str(CSRC / "cuda" / "kernels.cu")]
+    command += [f"-DODEBLOCK_PRODUCTS={PRODUCTS[name][0]}"]
+    command += [f"-DODEBLOCK_CUDA_{kind.upper()}=cuda_{kind}_{name}"]
+    command += ["-o", str(folder / f"{name}.{architecture}"), str(CSRC / "cuda" / f"{kind}.cu")]
     report = subprocess.run(
         command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ).stdout
@@ -48,9 +50,9 @@ def resources(name: str, architecture: str, folder: Path) -> dict[str, tuple[int
     return {kernel: (int(registers), int(stack)) for kernel, stack, registers in kernels}
 
 
-def check_spills(name: str, architecture: str, folder: Path) -> None:
-    kernels = resources(name, architecture, folder)
-    assert len(kernels) == (7 if name.endswith("warpgroup") else 15), kernels
+def check_spills(name: str, architecture: str, folder: Path, kind: str = "kernels") -> None:
+    kernels = resources(name, architecture, folder, kind)
+    assert len(kernels) == (MAP_KERNELS if kind == "map_kernels" else 7 if name.endswith("warpgroup") else 15)
     for kernel, (registers, stack) in kernels.items():
         assert stack == 0, f"{kernel} for {architecture}: {stack} bytes beside {registers} registers"
 
@@ -61,6 +63,13 @@ def test_kernels_compile_without_spills(name: str, tmp_path: Path) -> None:
     architectures = ["sm_90a"] if name.endswith("warpgroup") else ["sm_80", "sm_90a"]
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda architecture: check_spills(name, architecture, tmp_path), architectures))
+
+
+@needs_nvcc
+@pytest.mark.parametrize("name", MAP_PRODUCTS)
+def test_kernels_of_maps_compile_without_spills(name: str, tmp_path: Path) -> None:
+    for architecture in ("sm_80", "sm_90a", "sm_100"):
+        check_spills(name, architecture, tmp_path, "map_kernels")
 
 
 @pytest.mark.long

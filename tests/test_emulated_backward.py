@@ -19,6 +19,8 @@ from odeblock import checkpointing, gpu, gpu_adjoint, native, reference
 from odeblock.activations import ACTIVATIONS
 from odeblock.autograd import drift_tolerance
 
+SIZES = 9
+"""Of a problem: what the core's functions begin with."""
 KINDS = {name: dtype for name, (_, dtype) in PRODUCTS.items()}
 
 
@@ -47,28 +49,28 @@ class Core:
     def cuda_fuses(self, *arguments: Any) -> bool:
         *sizes, backward, reconstruct, tf32, _ = arguments
         flags = ctypes.c_bool(backward), ctypes.c_bool(reconstruct), ctypes.c_bool(tf32)
-        return bool(self.library.fuses((ctypes.c_int64 * 6)(*sizes), *flags))
+        return bool(self.library.fuses((ctypes.c_int64 * SIZES)(*sizes), *flags))
 
     def cuda_forward(self, *arguments: Any) -> None:
-        *arrays, save_every, reconstruct, tf32, _, _ = arguments[11:]
+        *arrays, save_every, reconstruct, tf32, _, _ = arguments[SIZES + 5 :]
         flags = ctypes.c_bool(reconstruct), ctypes.c_bool(tf32)
         self._call("forward", arguments, arrays, ctypes.c_int64(save_every), *flags)
 
     def cuda_sweep(self, *arguments: Any) -> None:
-        *arrays, tf32, _, _ = arguments[11:]
+        *arrays, tf32, _, _ = arguments[SIZES + 5 :]
         self._call("sweep", arguments, arrays, ctypes.c_bool(tf32))
 
     def cuda_reconstruct(self, *arguments: Any) -> None:
-        *arrays, ring, first, depth, limit, tf32, _, _ = arguments[11:]
+        *arrays, ring, first, depth, limit, tf32, _, _ = arguments[SIZES + 5 :]
         place = map(ctypes.c_int64, (ring, first, depth))
         self._call("reconstruct", arguments, arrays, *place, ctypes.c_double(limit), ctypes.c_bool(tf32))
 
     def _call(self, name: str, arguments: tuple[Any, ...], arrays: list[int], *rest: Any) -> None:
-        sizes, scale, weights = arguments[:6], arguments[6], arguments[7:11]
+        sizes, scale, weights = arguments[:SIZES], arguments[SIZES], arguments[SIZES + 1 : SIZES + 5]
         self.calls.append((name, sizes[5], arrays[-1]))
         pointers = (ctypes.c_void_p * 4)(*weights), (ctypes.c_void_p * len(arrays))(*arrays)
         error = getattr(self.library, name)(
-            (ctypes.c_int64 * 6)(*sizes), ctypes.c_double(scale), *pointers, *rest
+            (ctypes.c_int64 * SIZES)(*sizes), ctypes.c_double(scale), *pointers, *rest
         )
         if error is not None:
             raise RuntimeError(error.decode())

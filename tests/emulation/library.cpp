@@ -14,6 +14,7 @@ void set(Problem& p, const int64_t* sizes, double scale) {
   p.dtype = static_cast<Dtype>(sizes[0]);
   p.activation = static_cast<int>(sizes[1]);
   p.batch = sizes[2], p.dim = sizes[3], p.hidden = sizes[4], p.depth = sizes[5];
+  p.height = sizes[6], p.width = sizes[7], p.kernel = sizes[8];
   p.scale = scale;
 }
 void set_weights(Problem& p, void* const* weights) {

@@ -1,0 +1,256 @@
+"""The CUDA kernels of convolutions, emulated on the CPU (``tests/emulation``), against the oracle."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import struct
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import NAMES, Case, baseline, check_results, errors, make_map_case, plain, rounded, run
+from test_emulated_kernels import (
+    CSRC,
+    MAP_PRODUCTS,
+    PRODUCTS,
+    SANITIZERS,
+    compile_map_kernels,
+    compile_rest,
+    take,
+)
+from test_emulation import TESTS, compile_emulated, link_emulated
+from torch import Tensor
+
+from odeblock import gpu_maps, reference
+from odeblock.activations import ACTIVATIONS
+from odeblock.native import NATIVE_DTYPES
+
+# B, C, M, L, H, W, k: one of everything; channels that fill products and that do not; several samples a block
+# and several blocks; taps that are never of the map.
+SHAPES = [
+    (1, 1, 1, 2, 1, 1, 1),
+    (3, 3, 16, 3, 7, 9, 3),
+    (5, 16, 24, 2, 10, 10, 3),
+    (2, 12, 3, 3, 5, 4, 5),
+    (7, 16, 16, 2, 3, 5, 1),
+    (1, 20, 40, 2, 1, 2, 3),
+]
+
+
+def launch(
+    program: Path,
+    case: Case,
+    products: str,
+    given: Tensor,
+    out_bytes: int,
+    *,
+    seed: int = 0,
+    save_every: int = 0,
+    states_bytes: int = 0,
+    resumes: bool = False,
+) -> bytes:
+    """What a kernel leaves."""
+    dtype = PRODUCTS[products][1]
+    h, V, W, b, c = (None if t is None else t.to(dtype) for t in (case.tensors[name] for name in NAMES))
+    assert h is not None
+    assert V is not None
+    assert W is not None
+    arrays = [gpu_maps.pack(V, c), gpu_maps.pack(W, b), given.contiguous()]
+    header = struct.pack(
+        "20qd",
+        NATIVE_DTYPES[dtype],
+        products == "tf32",
+        ACTIVATIONS[case.activation].native_id,
+        *h.shape[:2],
+        W.shape[1],
+        len(W),
+        *h.shape[2:],
+        W.shape[-1],
+        save_every,
+        resumes,
+        90 if seed % 2 else 80,
+        1 + seed % 3,  # multiprocessors, which decide on the samples of a block
+        seed,
+        *(t.numel() * t.element_size() for t in arrays),
+        out_bytes,
+        states_bytes,
+        1 / len(V) if case.scale is None else case.scale,
+    )
+    data = header + b"".join(t.view(torch.uint8).numpy().tobytes() for t in arrays)
+    environment = {**os.environ, "TSAN_OPTIONS": "exitcode=66", "ASAN_OPTIONS": "detect_leaks=0"}
+    out = subprocess.run([program], input=data, capture_output=True, env=environment, check=False)
+    assert out.returncode == 0, out.stderr.decode()[-3000:]
+    assert "bank conflicts 0" in out.stderr.decode()
+    return out.stdout
+
+
+def forward(
+    program: Path, case: Case, products: str, *, seed: int = 0, save_every: int = 0
+) -> tuple[dict[str, Tensor], Tensor]:
+    """y and y - h in float64, and the saved states."""
+    dtype = PRODUCTS[products][1]
+    h, V = case.tensors["h"], case.tensors["V"]
+    assert h is not None
+    assert V is not None
+    computed = reference.state_dtype(dtype)
+    shape = reference.states_shape(len(h), h[:1].numel(), 0, len(V), save_every, False, False)
+    size, states_bytes = h.numel() * dtype.itemsize, math.prod(shape) * computed.itemsize
+    saved = {"save_every": save_every, "states_bytes": states_bytes}
+    out = launch(program, case, products, h.to(dtype), size, seed=seed, **saved)
+    (y,) = take(out, dtype, tuple(h.shape))
+    (states,) = take(out[size:], computed, shape)
+    return {"y": y.double(), "increment": y.double() - h}, states[:, : len(h)]
+
+
+def check(program: Path, case: Case, products: str, seed: int = 0) -> None:
+    dtype = PRODUCTS[products][1]
+    case = rounded(case, dtype)
+    results, _ = forward(program, case, products, seed=seed)
+    truth = run(plain(case), case, torch.float64)
+    if products != "tf32":
+        check_results({**truth, **results}, case, dtype)
+        return
+    # tf32 has the 11 bits of float16.
+    allowed, found = baseline(case, torch.float16, truth), errors({**truth, **results}, truth)
+    assert all(found[name] <= max(2 * allowed[name], 2.0**-10) for name in found), (found, allowed)
+
+
+def build(folder: Path, names: Sequence[str], *flags: str, csrc: Path = CSRC) -> Path:
+    """The program with those kernels."""
+    folder.mkdir(exist_ok=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        kernels = pool.map(
+            lambda name: compile_map_kernels(folder / f"{name}.o", name, *flags, csrc=csrc), names
+        )
+        own = compile_emulated(TESTS / "emulation" / "maps.cpp", folder / "maps.o", *flags)
+        parts = [own, *compile_rest(folder, (), *flags, of_maps=names), *kernels]
+    return link_emulated(parts, folder / "program", *(f for f in flags if f.startswith("-fsanitize")))
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("maps"), MAP_PRODUCTS)
+
+
+@pytest.mark.parametrize(("products", "shape"), [(p, s) for p in MAP_PRODUCTS for s in SHAPES], ids=str)
+def test_emulated_maps(products: str, shape: tuple[int, ...], program: Path) -> None:
+    for seed in range(2):
+        case = make_map_case(*shape, activation="gelu_tanh", biases=(shape[0] + seed) % 4 > 1)
+        check(program, case, products, seed)
+
+
+def test_emulated_maps_that_fill_shared_memory(program: Path) -> None:
+    """One block a multiprocessor; two stages of weights, where there is no room for four."""
+    check(program, make_map_case(2, 8, 8, 1, 32, 32), "bfloat16", seed=1)
+    check(program, make_map_case(1, 40, 32, 1, 7, 6, 5), "float32", seed=1)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_emulated_maps_of_every_activation(activation: str, program: Path) -> None:
+    for products in ("float32", "float64", "bfloat16"):
+        check(program, make_map_case(1, 5, 4, 3, 4, 6, activation=activation, scale=-0.3), products)
+
+
+@pytest.mark.parametrize("save_every", [1, 3])
+def test_emulated_maps_save_states(save_every: int, program: Path) -> None:
+    """And go on from one, bit for bit."""
+    case = make_map_case(5, 18, 7, 7, 4, 3)
+    tensors = [case.tensors[name] for name in NAMES]
+    expected = reference.forward(*tensors, case.activation, 1 / 7, save_every, False, False)[1]
+    for products in ("float64", "bfloat16"):
+        dtype = PRODUCTS[products][1]
+        computed = reference.state_dtype(dtype)
+        results, states = forward(program, rounded(case, dtype), products, save_every=save_every)
+        tolerance = 1e-13 if products == "float64" else 0.05
+        torch.testing.assert_close(states.double(), expected[:, :5], rtol=tolerance, atol=tolerance)
+        upper = {name: t[3:] if name != "h" and t is not None else t for name, t in case.tensors.items()}
+        resumed = replace(case, tensors=upper, scale=1 / 7)
+        given = states[3 // save_every]
+        out = launch(program, resumed, products, given, given.numel() * computed.itemsize, resumes=True)
+        (end,) = take(out, computed, tuple(results["y"].shape))
+        assert torch.equal(end.to(dtype).double(), results["y"])
+
+
+@pytest.mark.parametrize("products", MAP_PRODUCTS)
+def test_emulated_maps_of_no_samples(products: str, program: Path) -> None:
+    results, _ = forward(program, make_map_case(0, 3, 4, 2, 5, 5), products)
+    assert results["y"].shape == (0, 3, 5, 5)
+
+
+def test_emulated_samples_do_not_depend_on_each_other(program: Path) -> None:
+    """And what is not finite stays where eager has it: in the reach of two layers' taps."""
+    for products in ("float32", "bfloat16"):
+        case = rounded(make_map_case(7, 6, 5, 1, 9, 8), PRODUCTS[products][1])
+        results, _ = forward(program, case, products, seed=1)
+        damaged = {**case.tensors, "h": case.tensors["h"].clone()}
+        damaged["h"][3, 2, 0, 7] = float("nan")
+        others, _ = forward(program, replace(case, tensors=damaged), products, seed=2)
+        reached = torch.zeros(7, 6, 9, 8, dtype=torch.bool)
+        reached[3, :, :3, 5:] = True
+        assert others["y"][reached].isnan().all()
+        assert torch.equal(results["y"][~reached], others["y"][~reached])
+
+
+@pytest.mark.parametrize(("sanitizer", "products"), zip(SANITIZERS, ("float32", "bfloat16"), strict=True))
+def test_emulated_maps_under_sanitizers(sanitizer: str, products: str, tmp_path: Path) -> None:
+    program = build(tmp_path, [products], f"-fsanitize={sanitizer}")
+    check(program, make_map_case(4, 18, 7, 2, 6, 5), products)
+
+
+# What a kernel is right by (file, text, its replacement): without one of them the emulation must see that
+# something is wrong; the first ones the thread sanitizer.
+MUTANTS = {
+    "no barrier": ("maps.cuh", "simt::sync_block();\n    const T*", "const T*"),
+    "a map not ready": ("maps.cuh", "simt::Words<4>{});\n    simt::sync_block();", "simt::Words<4>{});"),
+    "a chunk in use": ("maps.cuh", "for (int i = 1; i < stages_; i++)", "for (int i = 0; i < stages_; i++)"),
+    "a chunk too early": ("maps.cuh", "wait_copies<2>", "wait_copies<3>"),
+    "no border": ("map_kernels.h", "pitch(static_cast<int>(p.width) + radius)", "pitch(p.width)"),
+    "no rows between": ("map_kernels.h", "static_cast<int>(p.height) + radius) *", "p.height) *"),
+    "another tap": ("maps.cuh", "shape.margin()) * width;", "shape.margin() + 1) * width;"),
+    "a border that fills": (
+        "map_forward.cuh",
+        "if (block.place(group * kGroup + position) < 0) return;\n          // What",
+        "// What",
+    ),
+}
+OF_THREADS = list(MUTANTS)[:3]
+
+
+@pytest.fixture(scope="module")
+def rest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
+    """What the programs of all mutants have in common, but for those of another shape."""
+    parts = {}
+    for flag in ("", "-fsanitize=thread"):
+        folder, flags = tmp_path_factory.mktemp("rest"), [flag] if flag else []
+        own = compile_emulated(TESTS / "emulation" / "maps.cpp", folder / "maps.o", *flags)
+        parts[flag] = [own, *compile_rest(folder, (), *flags, of_maps=["bfloat16"])]
+    return parts
+
+
+@pytest.mark.parametrize("mutant", [None, *MUTANTS])
+def test_mutants_of_emulated_maps_are_found(
+    mutant: str | None, rest: dict[str, list[Path]], tmp_path: Path
+) -> None:
+    csrc = tmp_path / "csrc"
+    shutil.copytree(CSRC, csrc)
+    if mutant:
+        file, right, wrong = MUTANTS[mutant]
+        source = csrc / "cuda" / file
+        assert source.read_text().count(right) == 1
+        source.write_text(source.read_text().replace(right, wrong))
+    flag = "-fsanitize=thread" if mutant is None or mutant in OF_THREADS else ""
+    flags = [flag] if flag else []
+    kernels = compile_map_kernels(tmp_path / "kernels.o", "bfloat16", *flags, csrc=csrc)
+    program = link_emulated([kernels, *rest[flag]], tmp_path / "program", *flags)
+    case = make_map_case(4, 18, 20, 2, 6, 5)
+    if mutant:
+        with pytest.raises(AssertionError):
+            check(program, case, "bfloat16")
+    else:
+        check(program, case, "bfloat16")
