@@ -227,7 +227,8 @@ void cuda_forward(int dtype, int activation, int64_t batch, int64_t dim, int64_t
 void cuda_sweep(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth, int64_t height,
                 int64_t width, int64_t kernel, double scale, uintptr_t V, uintptr_t W, uintptr_t hidden_bias,
                 uintptr_t output_bias, uintptr_t states, uintptr_t a, uintptr_t layer_a, uintptr_t layer_h,
-                uintptr_t layer_s, uintptr_t layer_g, bool tf32, int device, uintptr_t stream) {
+                uintptr_t layer_s, uintptr_t layer_g, int64_t layer_positions, bool tf32, int device,
+                uintptr_t stream) {
   odeblock::SweepProblem p{};
   set_sizes(p, dtype, activation, batch, dim, hidden, depth, 0);
   set_maps(p, height, width, kernel);
@@ -239,6 +240,7 @@ void cuda_sweep(int dtype, int activation, int64_t batch, int64_t dim, int64_t h
   p.layer_h = pointer<void>(layer_h);
   p.layer_s = pointer<void>(layer_s);
   p.layer_g = pointer<void>(layer_g);
+  p.layer_positions = layer_positions;
   const char* error;
   {
     py::gil_scoped_release release;

@@ -116,6 +116,9 @@ struct SweepProblem : Problem {
   void* layer_h;  // [L, B, q]  h_k; null for float32 and float64, which have it in `states`
   void* layer_s;  // [L, B, m]  sigma(z)
   void* layer_g;  // [L, B, m]
+  // Of maps they are [L, layer_positions, q or m], h too, and only positions of a map written
+  // (csrc/cuda/map_sweep.cuh).
+  int64_t layer_positions;
 };
 
 struct BackwardProblem : Problem {

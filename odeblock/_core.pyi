@@ -143,6 +143,7 @@ def cuda_sweep(
     layer_h: int,
     layer_s: int,
     layer_g: int,
+    layer_positions: int,
     tf32: bool,
     device: int,
     stream: int,

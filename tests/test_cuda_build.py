@@ -18,7 +18,6 @@ from test_emulated_kernels import CSRC, MAP_PRODUCTS, PRODUCTS
 
 from odeblock import gpu, native, reference
 
-MAP_KERNELS = 1
 needs_nvcc = pytest.mark.skipif(
     shutil.which("nvcc") is None, reason="no nvcc: CUDA code is not compiled here"
 )
@@ -52,7 +51,7 @@ def resources(name: str, architecture: str, folder: Path, kind: str) -> dict[str
 
 def check_spills(name: str, architecture: str, folder: Path, kind: str = "kernels") -> None:
     kernels = resources(name, architecture, folder, kind)
-    assert len(kernels) == (MAP_KERNELS if kind == "map_kernels" else 7 if name.endswith("warpgroup") else 15)
+    assert len(kernels) == (2 if kind == "map_kernels" else 7 if name.endswith("warpgroup") else 15)
     for kernel, (registers, stack) in kernels.items():
         assert stack == 0, f"{kernel} for {architecture}: {stack} bytes beside {registers} registers"
 
@@ -108,6 +107,7 @@ def test_kernels_that_are_wrong_on_a_gpu_are_left_alone(
         return gpu.kernels_agree(torch.device("cpu"), dtype)
 
     monkeypatch.setattr(gpu, "BATCHES", (40, 64, 70, 1000))
+    monkeypatch.setattr(gpu, "MAP_BATCHES", (1, 300))
     monkeypatch.setattr(gpu, "forward", forward)
     monkeypatch.setattr(gpu, "backward", backward)
     assert agree()
@@ -116,6 +116,10 @@ def test_kernels_that_are_wrong_on_a_gpu_are_left_alone(
         expected = f"{dtype}, {shape[0]} rows of {shape[1]} features: error .*please report it"
         with pytest.warns(RuntimeWarning, match=expected):
             assert not agree()
+    assert gpu.kernels_agree(torch.device("cpu"), dtype, maps=True)
+    wrong["dW"].append((300, 3, 7, 9))
+    with pytest.warns(RuntimeWarning, match=f"{dtype}, 300 maps of 3 x 7 x 9: error .*please report it"):
+        assert not gpu.kernels_agree(torch.device("cpu"), dtype, maps=True)
     broken.append((1000, 13))
     wrong["adjoint"].clear()
     with pytest.warns(RuntimeWarning, match="1000 rows of 13 features: too many resources"):

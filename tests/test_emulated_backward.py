@@ -15,7 +15,7 @@ from test_emulated_kernels import PRODUCTS, shapes_of
 from test_emulation import TESTS, compile_emulated, link_emulated
 from torch import Tensor
 
-from odeblock import checkpointing, gpu, gpu_adjoint, native, reference
+from odeblock import checkpointing, gpu, gpu_adjoint, gpu_layers, native, reference
 from odeblock.activations import ACTIVATIONS
 from odeblock.autograd import drift_tolerance
 
@@ -57,8 +57,9 @@ class Core:
         self._call("forward", arguments, arrays, ctypes.c_int64(save_every), *flags)
 
     def cuda_sweep(self, *arguments: Any) -> None:
-        *arrays, tf32, _, _ = arguments[SIZES + 5 :]
-        self._call("sweep", arguments, arrays, ctypes.c_bool(tf32))
+        *arrays, layer_positions, tf32, _, _ = arguments[SIZES + 5 :]
+        rest = ctypes.c_int64(layer_positions), ctypes.c_bool(tf32)
+        self._call("sweep", arguments, arrays, *rest)
 
     def cuda_reconstruct(self, *arguments: Any) -> None:
         *arrays, ring, first, depth, limit, tf32, _, _ = arguments[SIZES + 5 :]
@@ -101,7 +102,7 @@ def run(
 ) -> dict[str, Tensor]:
     """y, y - h and the gradients, in float64; the adjoint's report."""
     dtype = PRODUCTS[products][1]
-    monkeypatch.setattr(gpu, "tf32", lambda _: products == "tf32")
+    monkeypatch.setattr(gpu_layers, "tf32", lambda *_: products == "tf32")
     h, *parameters = (None if t is None else t.to(dtype) for t in (case.tensors[name] for name in NAMES))
     assert h is not None
     scale = 1 / len(parameters[0]) if case.scale is None else case.scale
@@ -225,7 +226,7 @@ def test_products_over_rows_are_those_of_parts(batch: int, dtype: torch.dtype) -
     y = torch.randn(3, batch + 7, 4, generator=generator, dtype=torch.float64).to(dtype)
     for rows in (y[:, :batch], y[:, :batch].contiguous()):
         expected = x.double().transpose(1, 2) @ rows.double()
-        found = gpu._product(x, rows)
+        found = gpu_layers.product(x, rows)
         assert found.dtype == torch.promote_types(dtype, torch.float32)
         tolerance = 1e-13 if dtype == torch.float64 else 1e-6
         size = float(expected.abs().max())
@@ -284,7 +285,7 @@ def test_emulated_adjoint_of_rough_weights(
 @pytest.mark.parametrize("products", KINDS)
 def test_emulated_forward_of_the_adjoint(products: str, core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
     """Anchors, h_L and the projections that the reconstructed states are compared with."""
-    monkeypatch.setattr(gpu, "tf32", lambda _: products == "tf32")
+    monkeypatch.setattr(gpu_layers, "tf32", lambda *_: products == "tf32")
     core.emulate(products)
     shape = (70, 40, 24, 40) if products.endswith("warpgroup") else (21, 17, 9, 40)
     case = smooth_case(products, *shape, activation="tanh")

@@ -16,6 +16,8 @@ namespace {
 template <class P>
 struct MapForward {
   typedef typename P::Stored Stored;
+  // That registers allow, in one block or in two of half as many.
+  static constexpr int kMostWarps = sizeof(typename P::Number) == 8 ? 8 : 16;
 
   ODEBLOCK_INLINE static size_t stage_bytes(const Problem& p, int stages) {
     const int of_h = weight_row(p, p.dim), of_s = weight_row(p, p.hidden);
@@ -33,7 +35,7 @@ struct MapForward {
 };
 
 template <class P>
-ODEBLOCK_KERNEL(32 * kMostMapWarps<P>, 1)
+ODEBLOCK_KERNEL(32 * MapForward<P>::kMostWarps, 1)
 map_forward_kernel(const ODEBLOCK_PARAMETER MapArguments<ForwardProblem> arguments) {
   typedef typename P::Stored Stored;
   typedef typename P::Number Number;
@@ -51,15 +53,12 @@ map_forward_kernel(const ODEBLOCK_PARAMETER MapArguments<ForwardProblem> argumen
                     MapForward<P>::bytes_of_maps(p, shape));
   const Map<Stored> h_map = block.take_map(blocks * kChannels), s_map = block.take_map(hidden_blocks * kChannels);
   const Map<Number> h = block.take_state(h_map);
-  const auto write_map = [&](Map<Stored> map, int position, int channel, Pair pair) {
-    store_pair(map.first + position * map.width + channel, block.template narrowed<Stored>(pair));
-  };
 
   const auto read = [&](auto* from) {
     block.for_each_of_state(h, [&](Number* own, int position, int channel, int64_t place) {
       const Pair pair = block.read(from, channel, place);
       store_pair(own, pair);
-      if constexpr (P::kRounds) write_map(h_map, position, channel, pair);
+      if constexpr (P::kRounds) block.write_map(h_map, position, channel, pair);
     });
   };
   const auto write = [&](auto* to) {
@@ -91,12 +90,13 @@ map_forward_kernel(const ODEBLOCK_PARAMETER MapArguments<ForwardProblem> argumen
             x[1] = evaluate<P::kApproximate>(sigma, x[1] + bias.y).s;
           });
         });
-        for_each_pair_of_sums<P>([&](int m, int n, int i, int position, int channel) {
-          if (block.place(group * kGroup + position) < 0) return;
-          // What is not there is 0, whatever sigma(0) is, or an infinite number makes of it.
-          const int left = hidden - unit - channel;
-          const Pair s = {left > 0 ? z.x[m][n].x[i] : Number(0), left > 1 ? z.x[m][n].x[i + 1] : Number(0)};
-          write_map(s_map, group * kGroup + position, unit + channel, s);
+        // Nothing where there is no map or channel: that stays 0, whatever sigma(0) is, or an infinite number makes of
+        // it.
+        for_each_pair_of_sums<P>([&](int m, int n, int i, int in_group, int channel) {
+          const int position = group * kGroup + in_group, left = hidden - unit - channel;
+          if (block.place(position) < 0 || left <= 0) return;
+          const Pair s = {z.x[m][n].x[i], left > 1 ? z.x[m][n].x[i + 1] : Number(0)};
+          block.write_map(s_map, position, unit + channel, s);
         });
       }
     }
@@ -106,16 +106,16 @@ map_forward_kernel(const ODEBLOCK_PARAMETER MapArguments<ForwardProblem> argumen
       for (int group = simt::warp(); group < shape.groups; group += warps) {
         Sums<P> sums;
         convolve(sums, s_map, shape, group, V, row_of_s);
-        for_each_pair_of_sums<P>([&](int m, int n, int i, int position, int channel) {
-          if (block.place(group * kGroup + position) < 0) return;
-          Number* const own = block.of_state(h, group, first / kChannels, m, n, i, position, channel);
+        for_each_pair_of_sums<P>([&](int m, int n, int i, int in_group, int channel) {
+          const int position = group * kGroup + in_group, left = dim - first - channel;
+          if (block.place(position) < 0 || left <= 0) return;
+          Number* const own = block.of_state(h, group, first / kChannels, m, n, i, in_group, channel);
           const Pair bias = biases<P>(V, row_of_s, channel), before = simt::load_pair(own);
           const Number scale = static_cast<Number>(p.scale), *x = &sums.x[m][n].x[i];
-          const int left = dim - first - channel;
-          const Pair after = {left > 0 ? before.x + scale * (x[0] + bias.x) : Number(0),
+          const Pair after = {before.x + scale * (x[0] + bias.x),
                               left > 1 ? before.y + scale * (x[1] + bias.y) : Number(0)};
           store_pair(own, after);
-          if constexpr (P::kRounds) write_map(h_map, group * kGroup + position, first + channel, after);
+          if constexpr (P::kRounds) block.write_map(h_map, position, first + channel, after);
         });
       }
     }

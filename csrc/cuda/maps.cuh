@@ -17,10 +17,6 @@
 namespace odeblock {
 namespace {
 
-// Warps of a block that registers allow.
-template <class P>
-constexpr int kMostMapWarps = sizeof(typename P::Number) == 8 ? 8 : 16;
-
 // A matrix of rows of weights for each layer, of which `chunks` make up the layer.
 template <class T>
 struct Weights {
@@ -280,6 +276,20 @@ class MapBlock {
     to[place] = narrow.x;
     if (channel + 1 < channels_) to[place + area_] = narrow.y;
   }
+  // To a map, rounded to what products read.
+  ODEBLOCK_DEVICE static void write_map(Map<Stored> map, int position, int channel, simt::Pair<Number> pair) {
+    store_pair(map.first + position * map.width + channel, narrowed<Stored>(pair));
+  }
+  // To an array [positions, channels] of all samples, numbered as on chip.
+  ODEBLOCK_DEVICE void leave(Stored* to, int channels, int position, int channel, simt::Pair<Number> pair) const {
+    const simt::Pair<Stored> narrow = narrowed<Stored>(pair);
+    to += (first_sample() * shape_.of_sample + position) * channels + channel;
+    if (channels % 2 == 0) return simt::write_pair(to, narrow);
+    to[0] = narrow.x;
+    if (channel + 1 < channels) to[1] = narrow.y;
+  }
+
+ private:
   template <class T>
   ODEBLOCK_DEVICE static simt::Pair<T> narrowed(simt::Pair<Number> pair) {
     if constexpr (std::is_same_v<T, Number>)
@@ -287,8 +297,6 @@ class MapBlock {
     else
       return P::narrow(pair.x, pair.y);
   }
-
- private:
   template <class T>
   ODEBLOCK_DEVICE static Number widen(T x) {
     if constexpr (std::is_same_v<T, Number>)

@@ -60,11 +60,13 @@ const char* forward(const int64_t* sizes, double scale, void* const* weights, vo
   return tell([&] { return cuda_forward(p, tf32, 0, nullptr); });
 }
 
-const char* sweep(const int64_t* sizes, double scale, void* const* weights, void* const* arrays, bool tf32) {
+const char* sweep(const int64_t* sizes, double scale, void* const* weights, void* const* arrays,
+                  int64_t layer_positions, bool tf32) {
   SweepProblem p{};
   set(p, sizes, scale), set_weights(p, weights);
   p.states = arrays[0], p.a = arrays[1];
   p.layer_a = arrays[2], p.layer_h = arrays[3], p.layer_s = arrays[4], p.layer_g = arrays[5];
+  p.layer_positions = layer_positions;
   return tell([&] { return cuda_sweep(p, tf32, 0, nullptr); });
 }
 
