@@ -9,12 +9,14 @@ from . import diagnostics, flow, functional, initializers, limit, reference
 from .autograd import DriftError, DriftWarning
 from .block import DeepResBlock
 from .build import build_info
+from .conv import DeepConvResBlock
 from .native import release_memory
 from .network import DeepResNet
 
 __version__ = _version("odeblock")
 
 __all__ = [
+    "DeepConvResBlock",
     "DeepResBlock",
     "DeepResNet",
     "DriftError",

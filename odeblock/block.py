@@ -1,25 +1,23 @@
-"""``DeepResBlock``: the parameters of a deep residual block, stacked over depth."""
+"""``DeepResBlock``: the parameters of a deep residual block of rows, stacked over depth."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .activations import get_activation
-from .autograd import Drift, DriftRecord
+from .base import ResBlock
 from .functional import recorded
-from .initializers import Initializer, get_initializer
-from .layers import make_layer, stack_layers
-from .limit import VectorField, interpolate
-from .validation import check_options, check_scale, check_size
+from .initializers import Initializer
+from .layers import LINEAR
+from .validation import check_size
 
-PARAMETERS = ("V", "W", "hidden_bias", "output_bias")
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
-class DeepResBlock(nn.Module):
+class DeepResBlock(ResBlock):
     r"""L residual steps ``h ← h + scale · (V_k σ(W_k h + hidden_bias_k) + output_bias_k)``, fused.
 
     A drop-in layer [..., dim] -> [..., dim] for any model. With the default ``scale`` = 1/L and weights
@@ -52,8 +50,8 @@ class DeepResBlock(nn.Module):
         torch.Size([32, 64])
     """
 
-    hidden_bias: nn.Parameter | None
-    output_bias: nn.Parameter | None
+    branch = LINEAR
+    _recorded = staticmethod(recorded)
 
     def __init__(
         self,
@@ -72,22 +70,18 @@ class DeepResBlock(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.dim = check_size("dim", dim)
-        self.depth = check_size("depth", depth)
-        self.hidden_dim = self.dim if hidden_dim is None else check_size("hidden_dim", hidden_dim)
-        self.activation = get_activation(activation).name
-        get_initializer(init)
-        self.init = init
-        self.scale = 1.0 / self.depth if scale is None else check_scale(scale)
-        check_options(backward, strict, anchors, memory_budget)
-        self.backward, self.strict, self.anchors, self.memory_budget = (
-            backward,
-            strict,
-            anchors,
-            memory_budget,
+        super().__init__(
+            depth,
+            activation=activation,
+            init=init,
+            scale=scale,
+            backward=backward,
+            strict=strict,
+            anchors=anchors,
+            memory_budget=memory_budget,
         )
-        self._drift = DriftRecord()
+        self.dim = check_size("dim", dim)
+        self.hidden_dim = self.dim if hidden_dim is None else check_size("hidden_dim", hidden_dim)
 
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(self.depth, *shape, device=device, dtype=dtype))
@@ -98,230 +92,14 @@ class DeepResBlock(nn.Module):
         self.output_bias = empty(self.dim) if bias else None
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Draw V and W anew from the initializer ``init``; biases become zero. On "meta" nothing is drawn."""
-        if self.V.is_meta:
-            return
-        get_initializer(self.init)(self.V, self.W)
-        for bias in (self.hidden_bias, self.output_bias):
-            if bias is not None:
-                nn.init.zeros_(bias)
-
-    def forward(self, h: Tensor) -> Tensor:
-        """h [..., dim] -> h_L [..., dim], of the same dtype and device."""
-        return self._run(h, *self._weights())
-
-    @property
-    def last_drift(self) -> Drift | None:
-        """What the last adjoint backward of this block found; None before there was one.
-
-        Relative errors of the worst row: ``estimate``, of the states that activations were differentiated at;
-        ``drift``, of reconstructed states that the forward knew. Means: ``evaluations`` of a step's f,
-        ``order`` of the prediction that the reconstruction starts from. See docs/adjoint.md. Waits for a GPU.
-        """
-        return self._drift.read()
-
-    def trajectory(self, h: Tensor, every: int = 1) -> Tensor:
-        """States along depth: h_0, h_every, h_2every, ... and, always last, h_L.
-
-        Differentiable. Runs the block in pieces of ``every`` steps; the last entry is ``self(h)`` bit for bit
-        (in half precision on the CPU's native core).
-
-        Arguments:
-            h: input, shape [..., dim].
-            every: steps between two states, from 1 to L.
-
-        Returns:
-            shape [⌈L / every⌉ + 1, ..., dim], of the dtype of ``h``.
-
-        Raises:
-            TypeError, ValueError: ``every`` is not a whole number from 1 to L, or as ``forward``.
-        """
-        every = check_size("every", every)
-        if every > self.depth:
-            raise ValueError(f"every: expected an int from 1 to the depth {self.depth}, got {every}")
-        if not isinstance(h, Tensor) or h.dtype != self.V.dtype:
-            return self.forward(h)  # raises
-        # Between pieces the state keeps the precision that it has inside one: half-precision weights are
-        # widened, which is exact, and what the kernels do themselves.
-        state = h.to(torch.promote_types(h.dtype, torch.float32))
-        states = [state]
-        for piece in self._cut(lambda p: p.to(state.dtype).split(every)):
-            states.append(self._run(states[-1], *piece))
-        return torch.stack(states).to(h.dtype)
-
-    def resample(self, depth: int) -> DeepResBlock:
-        """A new block: the same neural ODE at another depth.
-
-        Layer j of the new block has the weights 𝒵(j / depth), where 𝒵 passes through this block's Z_k at
-        s = k/L, is linear between and constant below 1/L (``odeblock.limit``); the scale is such that
-        scale · depth, the ODE's horizon, stays. For weights that are smooth in depth both blocks are within
-        O(1/L) of the ODE; tied weights are copied exactly; independent layers have no ODE, and what comes out
-        is another network.
-
-        Arguments:
-            depth: of the new block, >= 1.
-
-        Raises:
-            TypeError, ValueError: ``depth`` is not a whole number >= 1.
-        """
-        depth = check_size("depth", depth)
-        layers = torch.arange(1, depth + 1, dtype=torch.float64, device=self.V.device)
-        position = layers * self.depth / depth  # exact wherever an old layer lies
-        scale = None if self.scale == 1.0 / self.depth else self.scale * self.depth / depth
-        with torch.no_grad():
-            weights = [None if p is None else interpolate(p, position) for p in self._weights()]
-        return self._like(weights, scale)
-
-    def split(self, parts: int) -> nn.Sequential:
-        """The block cut along depth into ``parts`` blocks, applied one after another.
-
-        For pipelines and layer-wise optimisers. The parts have copies of the parameters, the ``scale`` of
-        the whole, and depths that differ by at most one, the larger ones first. In float32 and float64 they
-        give the whole's bits; in half precision the state is rounded between two parts.
-
-        Arguments:
-            parts: from 1 to L.
-
-        Raises:
-            TypeError, ValueError: ``parts`` is not a whole number from 1 to L.
-        """
-        parts = check_size("parts", parts)
-        if parts > self.depth:
-            raise ValueError(
-                f"parts: expected an int from 1 to the depth {self.depth}, got {parts}; a part holds at "
-                "least one step"
-            )
-        pieces = self._cut(lambda p: p.detach().tensor_split(parts))
-        return nn.Sequential(*(self._like(piece, self.scale) for piece in pieces))
-
-    def vector_field(self, interpolation: str = "linear") -> VectorField:
-        """f(s, h), the right-hand side of the block's limiting ODE, for any ODE solver on 0 <= s <= 1.
-
-        It shares the block's parameters, and interpolates them in depth (``"linear"`` or ``"cubic"``): see
-        ``odeblock.limit.VectorField``.
-        """
-        return VectorField(self, interpolation)
-
     @classmethod
-    def from_layers(
-        cls,
-        layers: Iterable[Sequence[nn.Module] | nn.Sequential],
-        *,
-        scale: float | None = None,
-        backward: str = "auto",
-    ) -> DeepResBlock:
-        """A block with the weights of a list of residual branches ``V_k σ(W_k h + b_k) + c_k``.
+    def _sized_like(cls, V: Tensor, **options: Any) -> Self:
+        return cls(V.shape[1], V.shape[0], V.shape[2], **options)
 
-        Arguments:
-            layers: one ``nn.Sequential``, tuple or list of (nn.Linear(q, m), activation module,
-                nn.Linear(m, q)) for each step, all alike. Parameters are copied.
-            scale: step size of ``h + scale · branch(h)``; 1/L by default. A plain residual network has 1.
-            backward: see ``odeblock.functional.deep_residual``.
+    def _shown_sizes(self) -> list[tuple[str, Any]]:
+        sizes = [("dim", self.dim), ("depth", self.depth)]
+        return sizes + [("hidden_dim", self.hidden_dim)] * (self.hidden_dim != self.dim)
 
-        Raises:
-            TypeError, ValueError: no layers; a layer that is not three modules of these kinds; an activation
-                that the block does not have; sizes, activations, dtypes or devices that differ between
-                layers; a bias on some layers only.
-        """
-        activation, stacks = stack_layers(layers)
-        V = stacks[0]
-        block = cls(
-            V.shape[1],
-            V.shape[0],
-            V.shape[2],
-            activation=activation,
-            scale=scale,
-            backward=backward,
-            device="meta",
-        )
-        block._set_weights(stacks)
-        return block
-
-    def to_layers(self) -> list[nn.Sequential]:
-        """The block's steps as (nn.Linear(q, m), activation module, nn.Linear(m, q)), with copied parameters.
-
-        ``DeepResBlock.from_layers`` is the reverse; a ``scale`` other than 1/L has to be given to it again.
-        """
-        return [make_layer(self.activation, *piece) for piece in self._cut(lambda p: p.unbind())]
-
-    def extra_repr(self) -> str:
-        parts: list[tuple[str, Any]] = [("dim", self.dim), ("depth", self.depth)]
-        if self.hidden_dim != self.dim:
-            parts.append(("hidden_dim", self.hidden_dim))
-        parts.append(("activation", self.activation))
-        biases = [name for name in PARAMETERS[2:] if getattr(self, name) is not None]
-        parts.extend((name, True) for name in (biases if len(biases) == 1 else ["bias"] * bool(biases)))
-        parts.append(("init", self.init))
-        if self.scale != 1.0 / self.depth:
-            parts.append(("scale", self.scale))
-        parts.append(("backward", self.backward))
-        for name, default in (("strict", False), ("anchors", 0), ("memory_budget", None)):
-            if getattr(self, name) != default:
-                parts.append((name, getattr(self, name)))
-        return ", ".join(f"{name}={value!r}" for name, value in parts)
-
-    # ---- inside ------------------------------------------------------------------------------------------
-
-    def _weights(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        return self.V, self.W, self.hidden_bias, self.output_bias
-
-    def _cut(self, cut: Callable[[Tensor], Sequence[Tensor]]) -> list[tuple[Any, ...]]:
-        """V, W and the biases of each piece into which ``cut`` divides a parameter along depth."""
-        pieces = [None if p is None else cut(p) for p in self._weights()]
-        count = len(pieces[0] or ())
-        return list(zip(*([None] * count if piece is None else piece for piece in pieces), strict=True))
-
-    def _run(self, h: Tensor, *weights: Tensor | None) -> Tensor:
-        if not torch.compiler.is_compiling():
-            self._drift.settle()
-        options = (self.backward, self.strict, self.anchors, self.memory_budget)
-        return recorded(self._drift, h, *weights, self.activation, self.scale, *options)
-
-    def _set_weights(self, weights: Sequence[Tensor | None]) -> None:
-        """Replace the parameters by copies of V, W, hidden_bias, output_bias of the same depth."""
-        for name, value in zip(PARAMETERS, weights, strict=True):
-            copied = None if value is None else value.detach().clone(memory_format=torch.contiguous_format)
-            setattr(self, name, None if copied is None else nn.Parameter(copied))
-
-    def _like(self, weights: Sequence[Tensor | None], scale: float | None) -> DeepResBlock:
-        """A new block with this one's settings, copies of ``weights``, and ``scale``."""
-        V = weights[0]
-        assert V is not None
-        block = DeepResBlock(
-            self.dim,
-            V.shape[0],
-            self.hidden_dim,
-            activation=self.activation,
-            init=self.init,
-            scale=scale,
-            backward=self.backward,
-            strict=self.strict,
-            anchors=self.anchors,
-            memory_budget=self.memory_budget,
-            device="meta",
-        )
-        block._set_weights(weights)
-        for new, old in zip(block._weights(), self._weights(), strict=True):
-            if new is not None and old is not None:
-                new.requires_grad_(old.requires_grad)
-        return block.train(self.training)
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """As every module's, with advice where the state dict comes from a block of another depth."""
-        depths = {
-            name: state_dict[prefix + name].shape[0]
-            for name in PARAMETERS
-            if isinstance(state_dict.get(prefix + name), Tensor) and state_dict[prefix + name].dim() > 1
-        }
-        other = {name: depth for name, depth in depths.items() if depth != self.depth}
-        if other:
-            depth = next(iter(other.values()))
-            error_msgs: list[str] = args[-1]
-            error_msgs.append(
-                f"{prefix}{', '.join(other)}: this block has depth {self.depth}, the state dict holds one of "
-                f"depth {depth}. Load it into a block of depth {depth}, and call .resample({self.depth}) on "
-                "that."
-            )
-            return
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _check_shape(self, h: Tensor) -> None:
+        if h.dim() < 1 or h.shape[-1] != self.dim:
+            raise ValueError(f"h: expected shape [..., {self.dim}], got {list(h.shape)}")

@@ -1,7 +1,7 @@
 """What to watch in training: smoothness in depth, PL ratio, distance to a limit; which hypotheses hold.
 
-Functions of stacked weights Z_1 .. Z_L, and ``Monitor``, which applies them to any model that holds a
-``DeepResBlock`` at every so many steps.
+Functions of stacked weights Z_1 .. Z_L, and ``Monitor``, which applies them to any model that holds a block
+(``DeepResBlock``, ``DeepConvResBlock``) at every so many steps.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .activations import get_activation
-from .block import PARAMETERS, DeepResBlock
+from .base import PARAMETERS, ResBlock
 from .flow import blocks, flow_rates
 from .limit import interpolate
 from .validation import check_size
@@ -164,7 +164,7 @@ class Monitor:
             optimizer.step()
 
     Arguments:
-        model: any module with ``DeepResBlock`` in it.
+        model: any module with blocks in it.
         every: calls between two records; the first call is one.
         limit: for some of the names "block.V", "block.W", ... (as in ``model.named_parameters()``) the
             weights [L*, ...] of a much deeper network, to take the ``distance`` from.
@@ -174,7 +174,7 @@ class Monitor:
     limit, "NAME.distance".
 
     Raises:
-        ValueError: the model has no ``DeepResBlock``, or no parameter of a name in ``limit``.
+        ValueError: the model has no block, or no parameter of a name in ``limit``.
     """
 
     def __init__(self, model: nn.Module, every: int = 1, limit: Mapping[str, Tensor] | None = None) -> None:
@@ -183,7 +183,7 @@ class Monitor:
         self.history: list[dict[str, float]] = []
         names = self._stacks()
         if not names:
-            raise ValueError("model: expected one that holds a DeepResBlock, found none")
+            raise ValueError("model: expected one that holds a DeepResBlock or DeepConvResBlock, found none")
         for name in self.limit:
             if name not in names:
                 raise ValueError(f"limit: expected names among {', '.join(names)}; got {name!r}")
@@ -244,15 +244,15 @@ def check_assumptions(model: nn.Module) -> list[Assumption]:
     They are sufficient, not necessary: networks that fail one may behave as the theorems say.
 
     Raises:
-        ValueError: the model has no ``DeepResBlock``.
+        ValueError: the model has no block.
     """
     found = [assumption for name, block in blocks(model) for assumption in _check_block(name, block)]
     if not found:
-        raise ValueError("model: expected one that holds a DeepResBlock, found none")
+        raise ValueError("model: expected one that holds a DeepResBlock or DeepConvResBlock, found none")
     return found
 
 
-def _check_block(name: str, block: DeepResBlock) -> list[Assumption]:
+def _check_block(name: str, block: ResBlock) -> list[Assumption]:
     sigma = get_activation(block.activation)
     at_zero = float(sigma.function(torch.zeros((), dtype=torch.float64)))
     biases = [

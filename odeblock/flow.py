@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .block import DeepResBlock
+from .base import ResBlock
 from .limit import import_torchdiffeq
 from .validation import check_number
 
 
-def blocks(model: nn.Module) -> Iterator[tuple[str, DeepResBlock]]:
-    """Every ``DeepResBlock`` in a model (or the model itself, then named ""), with its name there."""
+def blocks(model: nn.Module) -> Iterator[tuple[str, ResBlock]]:
+    """Every block (``ResBlock``) in a model (or the model itself, then named ""), with its name there."""
     for name, module in model.named_modules():
-        if isinstance(module, DeepResBlock):
+        if isinstance(module, ResBlock):
             yield name, module
 
 
@@ -32,7 +32,7 @@ def flow_rates(model: nn.Module) -> dict[nn.Parameter, float]:
     """Every trainable parameter with the factor that its gradient has in the flow: L, or 1 outside of blocks.
 
     L is the depth of the parameter's block, whose step is meant to be 1/L: with a larger ``scale``, such as
-    1/√L, this factor is too large. (Of the parts of ``DeepResBlock.split`` each has its own, smaller L: make
+    1/√L, this factor is too large. (Of the parts of ``block.split`` each has its own, smaller L: make
     the groups yourself if they are to move as the whole would.)
     """
     rates = {p: 1.0 for p in model.parameters() if p.requires_grad}
@@ -55,7 +55,7 @@ def gradient_flow_groups(model: nn.Module, lr: float, *, weight_decay: float = 0
     cancels there already, and layers would move L times too far. Give those ``model.parameters()``.
 
     Arguments:
-        model: any module; its ``DeepResBlock`` are found wherever they are.
+        model: any module; its blocks are found wherever they are.
         lr: rate of the parameters outside of blocks, finite and > 0.
         weight_decay: finite and >= 0.
 

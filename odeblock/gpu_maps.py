@@ -12,11 +12,16 @@ import torch
 from torch import Tensor
 
 from . import native
-from .gpu_layers import ROWS, Factors, Layers, addresses, products
+from .gpu_layers import Factors, Layers, addresses, products
 
 CHANNELS, GAP = 16, 8
 """Channels of a product on chip, which weights are padded to, and numbers that end a row of them
 (``csrc/cuda/maps.cuh``)."""
+
+
+POSITIONS = {2: 1024, 4: 128, 8: 64}
+"""That one product sums over, as ``gpu_layers.ROWS``; fewer, for a convolution of PyTorch's sums each sample
+apart."""
 
 
 def pack(weights: Tensor, bias: Tensor | None) -> Tensor:
@@ -92,7 +97,7 @@ class MapLayers(Layers):
     def _parts(self, batch: int) -> tuple[int, int]:
         """Of a layer's positions: their number, and the positions of one."""
         positions = batch * self.sample_positions
-        parts = max(1, -(-positions // ROWS[self.V.dtype.itemsize]))
+        parts = max(1, -(-positions // POSITIONS[self.V.dtype.itemsize]))
         return parts, -(-positions // parts)
 
     def factor_bytes(self, batch: int) -> int:

@@ -1,7 +1,9 @@
 """Initial weights as functions of depth: smooth, tied, i.i.d., the paper's V = 0, and any function of k/L.
 
 Each initializer fills V [L, q, m] and W [L, m, q] in place. Entries of W have variance 1/q and entries
-of V variance 1/m at every depth, so that initializers differ only in how layers depend on each other.
+of V variance 1/m at every depth, so that initializers differ only in how layers depend on each other. Of
+kernels, V [L, C, M, k, k] and W [L, M, C, k, k], C k² and M k² take the place of q and m: what a number of
+the result is summed over.
 
 Those that a block knows by name are functions (``INITIALIZERS``). Those with settings are objects, and
 ``DeepResBlock(init=...)`` takes them as well:
@@ -32,7 +34,7 @@ UNIT = 1e-6  # by which a kernel's value at 0 may differ from 1: it may come in 
 
 
 class Initializer(Protocol):
-    """Fills V [L, q, m] and W [L, m, q] in place, drawing from ``generator`` (default: torch's own)."""
+    """Fills V [L, q, m] and W [L, m, q], or kernels, in place, from ``generator`` (default: torch's own)."""
 
     def __call__(self, V: Tensor, W: Tensor, *, generator: torch.Generator | None = None) -> None: ...
 
@@ -68,8 +70,8 @@ def smooth_(
 @torch.no_grad()
 def tied_(V: Tensor, W: Tensor, *, generator: torch.Generator | None = None) -> None:
     """The same Gaussian V and W at every depth."""
-    W.copy_(torch.empty_like(W[0]).normal_(0.0, W.shape[2] ** -0.5, generator=generator).expand_as(W))
-    V.copy_(torch.empty_like(V[0]).normal_(0.0, V.shape[2] ** -0.5, generator=generator).expand_as(V))
+    W.copy_(torch.empty_like(W[0]).normal_(0.0, _fan_in(W) ** -0.5, generator=generator).expand_as(W))
+    V.copy_(torch.empty_like(V[0]).normal_(0.0, _fan_in(V) ** -0.5, generator=generator).expand_as(V))
 
 
 @torch.no_grad()
@@ -79,8 +81,8 @@ def iid_(V: Tensor, W: Tensor, *, generator: torch.Generator | None = None) -> N
     With the default step 1/L the block tends to the identity as L grows; ``depth_scale(L, 0.5)`` is the step
     at which it neither vanishes nor explodes.
     """
-    W.normal_(0.0, W.shape[2] ** -0.5, generator=generator)
-    V.normal_(0.0, V.shape[2] ** -0.5, generator=generator)
+    W.normal_(0.0, _fan_in(W) ** -0.5, generator=generator)
+    V.normal_(0.0, _fan_in(V) ** -0.5, generator=generator)
 
 
 @torch.no_grad()
@@ -235,6 +237,11 @@ class Fields:
 # ---- inside ----------------------------------------------------------------------------------------------
 
 
+def _fan_in(stack: Tensor) -> int:
+    """Entries of a layer that a number of its result is summed over."""
+    return stack.shape[2:].numel()
+
+
 def _layers(depth: int) -> Tensor:
     """s_k = k/L for k = 1 .. L, in float64."""
     return torch.arange(1, depth + 1, dtype=torch.float64) / depth
@@ -249,7 +256,7 @@ def _combine(V: Tensor, W: Tensor, factor: Tensor, generator: torch.Generator | 
         noise = torch.randn(
             R.shape[1], stack[0].numel(), device=stack.device, dtype=dtype, generator=generator
         )
-        stack.copy_(((stack.shape[2] ** -0.5 * R) @ noise).view_as(stack))
+        stack.copy_(((_fan_in(stack) ** -0.5 * R) @ noise).view_as(stack))
 
 
 def _cholesky(kernel: Kernel, depth: int, length_scale: float) -> Tensor:

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from .activations import get_activation
+from .products import products
 
 if TYPE_CHECKING:
-    from .block import DeepResBlock
+    from .base import ResBlock
 
 
 INTERPOLATIONS = ("linear", "cubic")
@@ -93,7 +94,7 @@ class Field:
         return f"Field({list(self.weights.shape)}, {self.interpolation!r})"
 
 
-def fields(block: DeepResBlock, interpolation: str = "linear") -> dict[str, Field]:
+def fields(block: ResBlock, interpolation: str = "linear") -> dict[str, Field]:
     """The weights of a block as functions of depth: 𝒱 by the name "V", 𝒲 by "W", and biases where there are.
 
     Each is a function s -> 𝒵(s) on 0 <= s <= 1, [q, m] for 𝒱 and [m, q] for 𝒲, differentiable in the block's
@@ -101,7 +102,8 @@ def fields(block: DeepResBlock, interpolation: str = "linear") -> dict[str, Fiel
     be pickled and copied with that block, and holds these two parameters as long as that block lives.
 
     Arguments:
-        block: a ``DeepResBlock``. interpolation: ``"linear"`` or ``"cubic"``, see ``interpolate``.
+        block: a ``DeepResBlock`` or ``DeepConvResBlock``.
+        interpolation: ``"linear"`` or ``"cubic"``, see ``interpolate``.
     """
     _check_kind("interpolation", interpolation)
     return {name: Field(weights, interpolation) for name, weights in block.named_parameters()}
@@ -110,21 +112,21 @@ def fields(block: DeepResBlock, interpolation: str = "linear") -> dict[str, Fiel
 class VectorField(nn.Module):
     """f(s, h) = T (𝒱(s) σ(𝒲(s) h + b(s)) + c(s)), the right-hand side of a block's limiting ODE.
 
-    What ``DeepResBlock.vector_field()`` returns: a callable for any ODE solver that takes dh/ds = f(s, h) on
+    What ``block.vector_field()`` returns: a callable for any ODE solver that takes dh/ds = f(s, h) on
     0 <= s <= 1, such as ``torchdiffeq.odeint``. Its parameters are those of the block itself.
 
     Arguments:
-        block: a ``DeepResBlock``.
+        block: a ``DeepResBlock`` or ``DeepConvResBlock``.
         interpolation: of the weights in depth, ``"linear"`` or ``"cubic"``, see ``interpolate``.
     """
 
-    def __init__(self, block: DeepResBlock, interpolation: str = "linear") -> None:
+    def __init__(self, block: ResBlock, interpolation: str = "linear") -> None:
         super().__init__()
         _check_kind("interpolation", interpolation)
         self.block, self.interpolation = block, interpolation
 
     def forward(self, s: Tensor | float, h: Tensor) -> Tensor:
-        """s: time, a number or a tensor of one element; h [..., q] -> dh/ds [..., q], of h's dtype.
+        """s: time, a number or a tensor of one element; h [..., q] or maps -> dh/ds, of h's shape and dtype.
 
         Raises TypeError or ValueError, naming the argument, for anything else.
         """
@@ -132,8 +134,7 @@ class VectorField(nn.Module):
         if not isinstance(h, Tensor) or not h.is_floating_point():
             got = h.dtype if isinstance(h, Tensor) else type(h).__name__
             raise TypeError(f"h: expected a floating-point torch.Tensor, got {got}")
-        if h.dim() < 1 or h.shape[-1] != block.dim:
-            raise ValueError(f"h: expected shape [..., {block.dim}], got {list(h.shape)}")
+        block._check_shape(h)
         if not isinstance(s, (Tensor, numbers.Real)):
             raise TypeError(f"s: expected a number or a tensor of one element, got {type(s).__name__}")
         time = torch.as_tensor(s, dtype=torch.float64, device=h.device)
@@ -147,8 +148,8 @@ class VectorField(nn.Module):
         )
         assert isinstance(V, Tensor)
         assert isinstance(W, Tensor)
-        z = nn.functional.linear(h, W, hidden_bias)
-        f = nn.functional.linear(get_activation(block.activation).function(z), V, output_bias)
+        of = products(block.V)
+        f = of.apply(get_activation(block.activation).function(of.apply(h, W, hidden_bias)), V, output_bias)
         return (block.scale * block.depth) * f
 
 
@@ -165,7 +166,7 @@ def import_torchdiffeq() -> Any:
 
 
 def solve(
-    block: DeepResBlock,
+    block: ResBlock,
     h: Tensor,
     *,
     rtol: float = 1e-6,
@@ -178,7 +179,7 @@ def solve(
     Differentiable, by autograd through the solver's steps.
 
     Arguments:
-        block: a ``DeepResBlock``.
+        block: a ``DeepResBlock`` or ``DeepConvResBlock``.
         h: shape [..., q]. In float32 rounding makes tolerances below 1e-6 unreachable: use float64 (the
             block's weights are cast to the dtype of h).
         rtol, atol, method: of ``torchdiffeq.odeint``.
@@ -196,14 +197,15 @@ def solve(
 
 
 @torch.no_grad()
-def ode_gap(block: DeepResBlock, h: Tensor, *, interpolation: str = "linear", tol: float = 1e-8) -> float:
+def ode_gap(block: ResBlock, h: Tensor, *, interpolation: str = "linear", tol: float = 1e-8) -> float:
     """How far the block is from its own ODE: ‖h_L - H(1)‖ / ‖H(1)‖, computed in float64.
 
     Like 1/L for weights that are smooth in depth. For independent ones the ODE of the interpolated weights
     is no limit of anything, and the gap need not fall.
 
     Arguments:
-        block: a ``DeepResBlock``. h: inputs, shape [..., q], of any floating-point dtype.
+        block: a ``DeepResBlock`` or ``DeepConvResBlock``.
+        h: inputs, shape [..., q] or maps, of any floating-point dtype.
         interpolation: see ``interpolate``. tol: rtol and atol of the solver.
     """
     exact = copy.deepcopy(block).double()
@@ -220,30 +222,30 @@ class Resampled(NamedTuple):
 
 
 def resample(model: nn.Module, depth: int, loss: Callable[[nn.Module], Tensor | float]) -> Resampled:
-    """A copy of a model with every ``DeepResBlock`` at another depth, and what that does to the loss.
+    """A copy of a model with every block at another depth, and what that does to the loss.
 
     Train at L = 32, run at L = 1024, and back. For weights smooth in depth the loss hardly changes, as both
     are discretisations of one ODE; for independent ones it is another network's.
 
     Arguments:
-        model: any module; itself a ``DeepResBlock``, or with such within. It is left as it is. A block that
+        model: any module; itself a block, or with blocks within. It is left as it is. A block that
             it holds under several names is one block under these names in the copy too.
-        depth: of every block of the copy, >= 1; see ``DeepResBlock.resample``.
+        depth: of every block of the copy, >= 1; see the block's ``resample``.
         loss: model -> its loss, or any other number to compare, a float or a scalar tensor.
 
     Raises:
-        TypeError, ValueError: ``depth`` is not a whole number >= 1; the model has no ``DeepResBlock``.
+        TypeError, ValueError: ``depth`` is not a whole number >= 1; the model has no block.
     """
-    from .block import DeepResBlock
+    from .base import ResBlock
 
-    if isinstance(model, DeepResBlock):
+    if isinstance(model, ResBlock):
         other: nn.Module = model.resample(depth)
     else:
         other = copy.deepcopy(model)
         modules = list(other.named_modules(remove_duplicate=False))
-        found = [(name, block) for name, block in modules if isinstance(block, DeepResBlock)]
+        found = [(name, block) for name, block in modules if isinstance(block, ResBlock)]
         if not found:
-            raise ValueError("model: expected one that holds a DeepResBlock, found none")
+            raise ValueError("model: expected one that holds a DeepResBlock or DeepConvResBlock, found none")
         resampled = {block: block.resample(depth) for block in dict.fromkeys(block for _, block in found)}
         for name, block in found:
             other.set_submodule(name, resampled[block])

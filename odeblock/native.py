@@ -61,9 +61,9 @@ def runs_natively(tensor: Tensor) -> bool:
     maps [B, C, H, W] run on PyTorch operators."""
     return (
         core is not None
-        and tensor.dim() == 2
         and tensor.device.type == "cpu"
         and tensor.dtype in NATIVE_DTYPES
+        and tensor.dim() == 2
     )
 
 

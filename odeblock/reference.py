@@ -226,8 +226,9 @@ def backward(
     )
 
     def shaped(rows: Tensor) -> Tensor:
-        """Saved states [B, q] in the shape of h."""
-        return rows.reshape(grad.shape)
+        """States [B, q] or hidden values [B, m] as they are in a layer: the same, or maps. Dense, for layouts
+        may make a difference in the last bit."""
+        return rows.unflatten(1, (-1, *grad.shape[2:])).contiguous() if grad.dim() > 2 else rows.contiguous()
 
     def layer(k: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         return V[k], W[k], _layer(hidden_bias, k), _layer(output_bias, k)
@@ -254,7 +255,7 @@ def backward(
 
     def visit(state: Tensor, k: int) -> None:
         if states.shape[2] > dim:
-            z = states[k, :batch, dim:].to(W.dtype).reshape(batch, W.shape[1], *grad.shape[2:])
+            z = shaped(states[k, :batch, dim:].to(W.dtype))
         else:
             z = of.apply(state.to(W.dtype), W[k], _layer(hidden_bias, k))
         adjoint_step(state, k, z)
@@ -287,7 +288,7 @@ def backward(
             if k > 0 and k % check_every(depth) == 0:
                 error = state @ (direction * visible) - checks[k // check_every(depth) - 1, :batch]
                 sweep.compare(error.abs(), (visible * state).norm(dim=1))
-            adjoint_step(shaped(state), k, z.reshape(batch, W.shape[1], *grad.shape[2:]))
+            adjoint_step(shaped(state), k, shaped(z))
             if save_every and k > 0 and k % save_every == 0:
                 anchor = states[k // save_every - 1, :batch]
                 sweep.compare_state(state, anchor, top)

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from . import checkpointing
 from .autograd import DriftRecord, drift_tolerance, pull_back
+from .purity import check_purity
 from .reconstruction import Reconstruction, check_every, probe, rounding_unit
 from .reference import state_dtype
 from .validation import check_options, check_scale, check_tensor
@@ -97,62 +97,64 @@ def residual_scan(
     check_options(backward, strict, anchors, memory_budget)
     scale = 1.0 / depth if scale is None else check_scale(scale)
     device = h.device.type
-    autocast = torch.get_autocast_dtype(device) if _autocasts(device) else None
-    steps = Steps(f, spec, depth, scale, h.dtype, device, autocast)
+    autocast = torch.get_autocast_dtype(device) if autocasts(device) else None
+    steps = FunctionSteps(depth, scale, h.dtype, device, autocast, f, spec)
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in (h, *leaves))):
         return steps.run(h, leaves)
-    state_bytes = h.numel() * torch.finfo(state_dtype(h.dtype)).bits // 8
-    plan = checkpointing.plan(backward, depth, anchors, memory_budget, state_bytes, state_bytes)
-    if not h.numel():  # nothing to reconstruct, nothing to store
-        plan = checkpointing.Plan(1, False, 0)
     train = _train
     if torch.compiler.is_compiling():  # it would unroll the loops
         train = torch.compiler.disable(_train)
-    return train(steps, plan, strict, h, leaves)
+    return train(steps, plan_for(h, depth, backward, anchors, memory_budget), strict, h, leaves)
 
 
 def _train(
-    steps: Steps, plan: checkpointing.Plan, strict: bool, h: Tensor, leaves: Sequence[Tensor]
+    steps: FunctionSteps, plan: checkpointing.Plan, strict: bool, h: Tensor, leaves: Sequence[Tensor]
 ) -> Tensor:
     """h_L, with what its derivatives need."""
-    _check_purity(steps, h, leaves)
-    y, *_ = ResidualScan.apply(steps, plan, strict, h, *leaves)  # type: ignore[no-untyped-call]
+    check_purity(steps, h, leaves)
+    y, *_ = ResidualScan.apply(steps, plan, strict, DriftRecord(), h, *leaves)  # type: ignore[no-untyped-call]
     result: Tensor = y
     return result
 
 
+def plan_for(
+    h: Tensor, depth: int, backward: str, anchors: int, memory_budget: int | None
+) -> checkpointing.Plan:
+    """The plan of a strategy for states of the shape of h."""
+    state_bytes = h.numel() * torch.finfo(state_dtype(h.dtype)).bits // 8
+    plan = checkpointing.plan(backward, depth, anchors, memory_budget, state_bytes, state_bytes)
+    return plan if h.numel() else checkpointing.Plan(1, False, 0)  # nothing to reconstruct, or to store
+
+
 @dataclass(frozen=True)
 class Steps:
-    """What a step needs besides state and parameters, the same in forward and backward.
+    """What steps need besides state and parameters, the same in forward and backward.
 
-    f, spec: the residual, and the structure of its parameters. dtype: of h, in which f is called. device: its
-    type. autocast: the dtype that f computes in where autocast was on in the forward.
+    dtype: of h, in which a residual is computed. device: its type. autocast: the dtype that it computes in
+    where autocast was on in the forward.
     """
 
-    f: Callable[[Tensor, Any], Tensor]
-    spec: pytree.TreeSpec
     depth: int
     scale: float
     dtype: torch.dtype
     device: str
     autocast: torch.dtype | None
 
+    measures: ClassVar[int] = 0
+    """How many tensors ``measure`` finds in a step; they follow the parameters in what the backward takes as
+    a layer."""
+
     def residual(self, state: Tensor, layer: Sequence[Tensor]) -> Tensor:
         """f(h_k, Z_k) in the dtype of h, from the state in any."""
-        with self._autocast():
-            found = self.f(state.to(self.dtype), pytree.tree_unflatten(list(layer), self.spec))
-        if not isinstance(found, Tensor):
-            raise TypeError(f"f: expected a torch.Tensor from it, got {type(found).__name__}")
-        if found.shape != state.shape:
-            expected = f"the shape of h, {list(state.shape)}"
-            raise ValueError(f"f: expected a result with {expected}; got {list(found.shape)}")
-        if found.dtype not in (self.dtype, self.autocast):
-            raise TypeError(f"f: expected a result with the dtype of h, {self.dtype}; got {found.dtype}")
-        return found.to(self.dtype)
+        raise NotImplementedError
 
     def advance(self, state: Tensor, layer: Sequence[Tensor]) -> Tensor:
         """h_{k+1} from h_k."""
         return state + self.scale * self.residual(state, layer).to(state.dtype)
+
+    def measure(self, state: Tensor, layer: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        """The same in the forward, and what it finds that the backward must not find anew."""
+        return self.advance(state, layer), ()
 
     def run(self, h: Tensor, leaves: Sequence[Tensor]) -> Tensor:
         """The plain loop over all steps."""
@@ -169,57 +171,84 @@ class Steps:
             return self.dtype
         return max(self.dtype, self.autocast, key=lambda dtype: torch.finfo(dtype).eps)
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def in_autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Autocast as it was in the forward. Without its cache, which would keep a copy of every Z_k."""
-        if self.autocast is None and not _autocasts(self.device):
+        if self.autocast is None and not autocasts(self.device):
             return contextlib.nullcontext()
         return torch.autocast(self.device, self.autocast, self.autocast is not None, cache_enabled=False)
 
 
+@dataclass(frozen=True)
+class FunctionSteps(Steps):
+    """Those of a residual ``f``; ``spec``: the structure of its parameters."""
+
+    f: Callable[[Tensor, Any], Tensor]
+    spec: pytree.TreeSpec
+
+    def residual(self, state: Tensor, layer: Sequence[Tensor]) -> Tensor:
+        with self.in_autocast():
+            found = self.f(state.to(self.dtype), pytree.tree_unflatten(list(layer), self.spec))
+        if not isinstance(found, Tensor):
+            raise TypeError(f"f: expected a torch.Tensor from it, got {type(found).__name__}")
+        if found.shape != state.shape:
+            expected = f"the shape of h, {list(state.shape)}"
+            raise ValueError(f"f: expected a result with {expected}; got {list(found.shape)}")
+        if found.dtype not in (self.dtype, self.autocast):
+            raise TypeError(f"f: expected a result with the dtype of h, {self.dtype}; got {found.dtype}")
+        return found.to(self.dtype)
+
+
 class ResidualScan(torch.autograd.Function):
-    """y = h_L, and what the plan asks for: projections of states (``reconstruct``), and states in the order
-    of depth, h_K, h_2K, ... below L and with ``reconstruct`` h_L. h_0 is the input."""
+    """y = h_L; what the steps measured, stacked over depth; and what the plan asks for: projections of states
+    (``reconstruct``), and states in the order of depth, h_K, h_2K, ... below L and with ``reconstruct`` h_L.
+    h_0 is the input. An adjoint backward leaves its report in ``record``, and raises where ``strict``."""
 
     @staticmethod
     def forward(
-        steps: Steps, plan: checkpointing.Plan, strict: bool, h: Tensor, *leaves: Tensor
+        steps: Steps,
+        plan: checkpointing.Plan,
+        strict: bool,
+        record: DriftRecord,
+        h: Tensor,
+        *leaves: Tensor,
     ) -> tuple[Tensor, ...]:
         state = h.to(state_dtype(h.dtype))
-        checks, states = [], []
+        measured, checks, states = [], [], []
         for k in range(steps.depth):
             if k > 0 and plan.save_every and k % plan.save_every == 0:
                 states.append(state)
             if k > 0 and plan.reconstruct and k % check_every(steps.depth) == 0:
                 checks.append(_projection(state))
-            state = steps.advance(state, [leaf[k] for leaf in leaves])
+            state, found = steps.measure(state, [leaf[k] for leaf in leaves])
+            measured.append(found)
         if plan.reconstruct:
             states.append(state)
         # A copy where the state is kept: y may be changed in place.
         y = state.to(h.dtype, copy=plan.reconstruct)
-        return y, torch.stack(checks) if checks else state.new_empty(0), *states
+        stacked = [torch.stack(tensors) for tensors in zip(*measured, strict=True)]
+        return y, *stacked, torch.stack(checks) if checks else state.new_empty(0), *states
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.steps, ctx.plan, ctx.strict, *tensors = inputs
-        _, checks, *states = output
+        ctx.steps, ctx.plan, ctx.strict, ctx.record, *tensors = inputs
+        _, *kept = output
         ctx.outputs = len(output)
-        ctx.mark_non_differentiable(checks, *states)
-        ctx.save_for_backward(*tensors, checks, *states)
+        ctx.mark_non_differentiable(*kept)
+        ctx.save_for_backward(*tensors, *kept)
         ctx.save_for_forward(*tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-        needed = ctx.needs_input_grad[3:]
+        needed = ctx.needs_input_grad[4:]
         if grad is None:
-            return (None,) * (3 + len(needed))
-        saved = ctx.saved_tensors
-        tensors, (checks, *states) = saved[: len(needed)], saved[len(needed) :]
+            return (None,) * (4 + len(needed))
+        tensors, kept = ctx.saved_tensors[: len(needed)], ctx.saved_tensors[len(needed) :]
         if torch.is_grad_enabled():
             gradients = _differentiable_gradients(ctx.steps, grad, tensors, needed)
         else:
-            gradients = _gradients(ctx, grad, tensors, needed, checks, states)
-        return None, None, None, *gradients
+            gradients = _gradients(ctx, grad, tensors, needed, kept)
+        return None, None, None, None, *gradients
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -228,7 +257,7 @@ class ResidualScan(torch.autograd.Function):
         with forward_ad._set_fwd_grad_enabled(True):
             duals = [
                 x if t is None else forward_ad.make_dual(forward_ad.unpack_dual(x).primal, t)
-                for x, t in zip(ctx.saved_tensors, tangents[3:], strict=True)
+                for x, t in zip(ctx.saved_tensors, tangents[4:], strict=True)
             ]
             y, moving = forward_ad.unpack_dual(ctx.steps.run(duals[0], duals[1:]))
         return torch.zeros_like(y) if moving is None else moving, *(None,) * (ctx.outputs - 1)
@@ -288,14 +317,14 @@ def _gradients(
     grad: Tensor,
     tensors: Sequence[Tensor],
     needed: Sequence[bool],
-    checks: Tensor,
-    states: Sequence[Tensor],
+    kept: Sequence[Tensor],
 ) -> list[Tensor | None]:
     """dh and the gradients of the leaves, None where not needed, by the plan of the forward."""
     steps: Steps = ctx.steps
     plan: checkpointing.Plan = ctx.plan
     h, *leaves = tensors
-    adjoint = Adjoint(steps, grad, leaves, needed[1:])
+    measured, (checks, *states) = kept[: steps.measures], kept[steps.measures :]
+    adjoint = Adjoint(steps, grad, [*leaves, *measured], [*needed[1:], *[False] * len(measured)])
 
     def advance(state: Tensor, k: int) -> Tensor:
         return steps.advance(state, adjoint.layer(k))
@@ -306,14 +335,14 @@ def _gradients(
 
     if plan.reconstruct:
         report = _reconstruct(adjoint, plan, h, checks, states)
-        DriftRecord().judge(report, drift_tolerance(steps.precision, rounded=True), ctx.strict)
+        ctx.record.judge(report, drift_tolerance(steps.precision, rounded=True), ctx.strict)
     else:
         known = [h.to(state_dtype(h.dtype)), *states]
         for n in reversed(range(len(known))):
             bottom = n * plan.save_every
             top = min(bottom + plan.save_every, steps.depth)
             checkpointing.sweep(known[n], bottom, top, plan.slots, *checkpointing.by_layers(advance, visit))
-    return [adjoint.a.to(h.dtype) if needed[0] else None, *adjoint.gradients]
+    return [adjoint.a.to(h.dtype) if needed[0] else None, *adjoint.gradients[: len(leaves)]]
 
 
 def _reconstruct(
@@ -368,7 +397,8 @@ def _projection(state: Tensor) -> Tensor:
     return rows @ probe(rows.shape[1], rows.dtype).to(rows.device)
 
 
-def _autocasts(device: str) -> bool:
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for tensors there."""
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
@@ -396,83 +426,3 @@ def _check_arguments(f: Any, h: Any, params: Any) -> tuple[list[Tensor], pytree.
         if leaf.shape[0] != depth:
             raise ValueError(f"{name}: expected shape [{depth}, ...] (L of {first}), got {list(leaf.shape)}")
     return [leaf for _, leaf in located], spec, depth
-
-
-def _check_purity(steps: Steps, h: Tensor, leaves: Sequence[Tensor]) -> None:
-    """Refuse an f whose gradients would be silently wrong, as far as a call on the first step shows it.
-
-    It is called on copies, so that nothing of the user's is changed.
-    """
-    point, layer = h.detach().clone(), [leaf[0].detach().clone() for leaf in leaves]
-    located, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(layer, steps.spec))
-    arguments = {"h": point, **{"Z_k" + pytree.keystr(path): z for path, z in located}}
-    versions = {name: tensor._version for name, tensor in arguments.items()}
-    buffers, random = _buffers(steps.f), _random_states(h)
-    with torch.enable_grad():  # the kernels that the backward takes
-        found = steps.residual(point, layer)
-    if found.requires_grad:
-        raise ValueError(
-            "f: expected to need gradients only through h and Z_k, but it uses another tensor that requires "
-            "one, which would not get it; pass that tensor, stacked over depth, in params"
-        )
-    if any(not torch.equal(a, b) for a, b in zip(random, _random_states(h), strict=True)):
-        raise ValueError(
-            "f: expected a function without random numbers, which the backward could not repeat, but it drew "
-            "some; draw them before and pass them in params, stacked over depth"
-        )
-    for name, tensor in arguments.items():
-        if tensor._version != versions[name]:
-            raise ValueError(f"f: expected to leave its arguments alone, but it changed {name} in place")
-    after = _buffers(steps.f)
-    for name, (buffer, version) in buffers.items():
-        now, its_version = after.get(name, (None, 0))
-        if now is not buffer or its_version != version:
-            raise ValueError(
-                f"f: expected to leave its modules alone, but it changed {name}, which the backward would do "
-                "again; call .eval(), or turn its running statistics off"
-            )
-    if h.device.type == "cpu":
-        with torch.enable_grad():
-            again = steps.residual(point, layer)
-        if not bool(((found == again) | (found.isnan() & again.isnan())).all()):
-            raise ValueError(
-                "f: expected the same result from the same arguments, but a second call gave another; the "
-                "backward calls it again, so all that varies belongs in params"
-            )
-
-
-def _random_states(h: Tensor) -> list[Tensor]:
-    """Of the generators that f draws from by default."""
-    states = [torch.get_rng_state()]
-    if h.is_cuda and not torch.cuda.is_current_stream_capturing():
-        states.append(torch.cuda.get_rng_state(h.device))
-    return states
-
-
-def _buffers(f: Any) -> dict[str, tuple[Tensor, int]]:
-    """Name, buffer and version, of the modules that f is, is a method of, or refers to."""
-    return {
-        f"the buffer {name!r} of {where} ({type(module).__name__})": (
-            buffer,
-            0 if buffer.is_inference() else buffer._version,
-        )
-        for where, value in _references(f)
-        for module in (value.__self__ if inspect.ismethod(value) else value,)
-        if isinstance(module, torch.nn.Module)
-        for name, buffer in module.named_buffers()
-    }
-
-
-def _references(f: Any) -> Iterator[tuple[str, Any]]:
-    """f, what its partials bind, and the variables from outside that it names."""
-    while isinstance(f, functools.partial):
-        for i, value in enumerate((*f.args, *f.keywords.values())):
-            yield f"argument {i} of f", value
-        f = f.func
-    yield "f", f
-    try:
-        variables = inspect.getclosurevars(inspect.unwrap(f))
-    except (TypeError, ValueError):  # not a Python function, or a variable is not bound yet
-        return
-    yield from variables.nonlocals.items()
-    yield from variables.globals.items()

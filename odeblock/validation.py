@@ -42,11 +42,8 @@ def check_arguments(
     _check_shape("W", W, (depth, hidden, dim), "[L, m, q]", V)
     if h.dim() < 1 or h.shape[-1] != dim:
         raise ValueError(f"h: expected shape [..., {dim}] (q of V {list(V.shape)}), got {list(h.shape)}")
-    _check_biases(hidden_bias, output_bias, "[L, m]", "[L, q]", V)
-    _check_alike(h, V=V, W=W, hidden_bias=hidden_bias, output_bias=output_bias)
-    get_activation(activation)
-    check_options(backward, strict, anchors, memory_budget)
-    return 1.0 / depth if scale is None else check_scale(scale)
+    options = (backward, strict, anchors, memory_budget)
+    return _check_rest(h, V, W, hidden_bias, output_bias, ("[L, m]", "[L, q]"), activation, scale, options)
 
 
 def check_conv_arguments(
@@ -80,33 +77,38 @@ def check_conv_arguments(
         raise ValueError(f"h: expected shape {expected}, got {list(h.shape)}")
     if h.shape[-1] < 1 or h.shape[-2] < 1:
         raise ValueError(f"h: expected maps of at least one pixel, H, W >= 1; got {list(h.shape)}")
-    _check_biases(hidden_bias, output_bias, "[L, M]", "[L, C]", V)
-    _check_alike(h, V=V, W=W, hidden_bias=hidden_bias, output_bias=output_bias)
-    get_activation(activation)
-    check_options(backward, strict, anchors, memory_budget)
-    return 1.0 / depth if scale is None else check_scale(scale)
+    options = (backward, strict, anchors, memory_budget)
+    return _check_rest(h, V, W, hidden_bias, output_bias, ("[L, M]", "[L, C]"), activation, scale, options)
 
 
-def _check_biases(
-    hidden_bias: Tensor | None, output_bias: Tensor | None, hidden: str, output: str, V: Tensor
-) -> None:
+def _check_rest(
+    h: Tensor,
+    V: Tensor,
+    W: Tensor,
+    hidden_bias: Tensor | None,
+    output_bias: Tensor | None,
+    letters: tuple[str, str],
+    activation: str,
+    scale: float | None,
+    options: tuple[Any, ...],
+) -> float:
+    """What rows and maps have in common, once V is good; ``letters``: the shapes of the biases."""
     if hidden_bias is not None:
         check_tensor("hidden_bias", hidden_bias)
-        _check_shape("hidden_bias", hidden_bias, (V.shape[0], V.shape[2]), hidden, V)
+        _check_shape("hidden_bias", hidden_bias, (V.shape[0], V.shape[2]), letters[0], V)
     if output_bias is not None:
         check_tensor("output_bias", output_bias)
-        _check_shape("output_bias", output_bias, (V.shape[0], V.shape[1]), output, V)
-
-
-def _check_alike(h: Tensor, **tensors: Tensor | None) -> None:
-    """Of the dtype and on the device of h."""
-    for name, tensor in tensors.items():
+        _check_shape("output_bias", output_bias, (V.shape[0], V.shape[1]), letters[1], V)
+    for name, tensor in (("V", V), ("W", W), ("hidden_bias", hidden_bias), ("output_bias", output_bias)):
         if tensor is None:
             continue
         if tensor.dtype != h.dtype:
             raise TypeError(f"{name}: expected the dtype of h, {h.dtype}; got {tensor.dtype}")
         if tensor.device != h.device:
             raise ValueError(f"{name}: expected the device of h, {h.device}; got {tensor.device}")
+    get_activation(activation)
+    check_options(*options)
+    return 1.0 / V.shape[0] if scale is None else check_scale(scale)
 
 
 def check_scale(scale: Any) -> float:

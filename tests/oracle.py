@@ -1,14 +1,14 @@
 """The one rule by which a kernel passes: its error against float64 autograd of the reference.
 
 At most twice the baseline, the largest error of 8 eager runs in the same dtype with hidden units and features
-permuted (an exact symmetry of the block; where rounding is amplified single runs differ much in luck), and
-never asked below a floor of a few ulp. The eager runs of bfloat16 and float16 keep a float32 state: a 16-bit
-state is tens of percent wrong at depth and would excuse anything.
+(of maps: channels) permuted (an exact symmetry of the block; where rounding is amplified single runs differ
+much in luck), and never asked below a floor of a few ulp. The eager runs of bfloat16 and float16 keep a
+float32 state: a 16-bit state is tens of percent wrong at depth and would excuse anything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,6 +31,12 @@ class Case:
     activation: str
     scale: float | None
 
+    @property
+    def reference(self) -> Callable[..., Tensor]:
+        """The eager loop for rows or for maps."""
+        maps = self.tensors["V"].dim() == 5
+        return reference.deep_conv_residual if maps else reference.deep_residual
+
 
 def make_case(
     batch: int,
@@ -44,63 +50,36 @@ def make_case(
     scale: float | None = None,
     smooth: bool = False,
     seed: int = 0,
+    maps: tuple[int, int] | None = None,
+    kernel: int = 3,
 ) -> Case:
+    """Of rows; with ``maps`` = (H, W), of maps with ``dim`` channels and kernels k x k."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).double()
 
+    taps, pixels = ((kernel, kernel), maps) if maps else ((), ())
     if smooth:
-        s = torch.arange(1, depth + 1, dtype=torch.float64)[:, None, None] / depth
-        V = torch.cos(3 * s) * randn(1, dim, hidden) + torch.sin(2 * s) * randn(1, dim, hidden)
-        W = torch.cos(2 * s) * randn(1, hidden, dim) + torch.sin(3 * s) * randn(1, hidden, dim)
+        s = torch.arange(1, depth + 1, dtype=torch.float64).view(-1, *[1] * (2 + len(taps))) / depth
+        V = torch.cos(3 * s) * randn(1, dim, hidden, *taps) + torch.sin(2 * s) * randn(1, dim, hidden, *taps)
+        W = torch.cos(2 * s) * randn(1, hidden, dim, *taps) + torch.sin(3 * s) * randn(1, hidden, dim, *taps)
     else:
-        V, W = randn(depth, dim, hidden), randn(depth, hidden, dim)
+        V, W = randn(depth, dim, hidden, *taps), randn(depth, hidden, dim, *taps)
     tensors = {
-        "h": randn(batch, dim),
-        "V": V / hidden**0.5,
-        "W": W / dim**0.5,
+        "h": randn(batch, dim, *pixels),
+        "V": V / V.shape[2:].numel() ** 0.5,
+        "W": W / W.shape[2:].numel() ** 0.5,
         "hidden_bias": randn(depth, hidden) if hidden_bias else None,
         "output_bias": randn(depth, dim) if output_bias else None,
     }
-    return Case(tensors, randn(batch, dim), activation, scale)
-
-
-def make_map_case(
-    batch: int,
-    channels: int,
-    hidden: int,
-    depth: int,
-    height: int,
-    width: int,
-    kernel: int = 3,
-    *,
-    activation: str = "gelu",
-    biases: bool = True,
-    scale: float | None = None,
-    seed: int = 0,
-) -> Case:
-    """Convolutions of maps [B, C, H, W]."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).double()
-
-    tensors = {
-        "h": randn(batch, channels, height, width),
-        "V": randn(depth, channels, hidden, kernel, kernel) / (kernel * hidden**0.5),
-        "W": randn(depth, hidden, channels, kernel, kernel) / (kernel * channels**0.5),
-        "hidden_bias": randn(depth, hidden) if biases else None,
-        "output_bias": randn(depth, channels) if biases else None,
-    }
-    return Case(tensors, randn(batch, channels, height, width), activation, scale)
+    return Case(tensors, randn(batch, dim, *pixels), activation, scale)
 
 
 Permutation = tuple[Tensor, Tensor]
 
 
 def _permute(name: str, tensor: Tensor, permutation: Permutation) -> Tensor:
-    """Features (channels) and hidden units follow the batch, or the layer."""
     features, units = permutation
     if name in ("h", "output_bias", "y"):
         return tensor[:, features]
@@ -145,20 +124,13 @@ def errors(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, fl
     }
 
 
-def plain(case: Case) -> Callable[..., Tensor]:
-    """The block in plain PyTorch, of rows or of maps."""
-    V = case.tensors["V"]
-    assert V is not None
-    return reference.deep_residual if V.dim() == 3 else reference.deep_conv_residual
-
-
 def baseline(case: Case, dtype: torch.dtype, truth: dict[str, Tensor]) -> dict[str, float]:
-    dim, hidden = case.tensors["V"].shape[1:3]
+    _, dim, hidden = case.tensors["V"].shape[:3]
     generator = torch.Generator().manual_seed(1)
     worst = dict.fromkeys(truth, 0.0)
     for _ in range(RUNS):
         permutation = (torch.randperm(dim, generator=generator), torch.randperm(hidden, generator=generator))
-        found = errors(run(plain(case), case, dtype, permutation), truth)
+        found = errors(run(case.reference, case, dtype, permutation), truth)
         worst = {name: max(worst[name], found[name]) for name in worst}
     return worst
 
@@ -174,17 +146,40 @@ def rounded(case: Case, dtype: torch.dtype) -> Case:
 def check_rule(
     function: Callable[..., Tensor], case: Case, dtype: torch.dtype, *, rebuilt: bool = False, **options: str
 ) -> None:
-    """Assert the rule for ``function`` (called like ``deep_residual``) on one case."""
+    """Assert the rule for ``function`` (called like ``deep_residual`` or its twin) on one case."""
     case = rounded(case, dtype)
     check_results(run(function, case, dtype, **options), case, dtype, rebuilt=rebuilt, **options)
+
+
+def check_strategies(
+    function: Callable[..., Tensor], case: Case, dtype: torch.dtype, strategies: Sequence[str]
+) -> None:
+    """The same for several backward strategies, which share truth and baseline."""
+    case = rounded(case, dtype)
+    truth = run(case.reference, case, torch.float64)
+    allowed = baseline(case, dtype, truth)
+    for strategy in strategies:
+        found = run(function, case, dtype, backward=strategy)
+        _check(found, case, dtype, truth, allowed, strategy == "adjoint", backward=strategy)
 
 
 def check_results(
     results: dict[str, Tensor], case: Case, dtype: torch.dtype, *, rebuilt: bool = False, **options: str
 ) -> None:
     """Assert the rule for the results of a run on a case that ``dtype`` holds exactly."""
-    truth = run(plain(case), case, torch.float64)
-    allowed = baseline(case, dtype, truth)
+    truth = run(case.reference, case, torch.float64)
+    _check(results, case, dtype, truth, baseline(case, dtype, truth), rebuilt, **options)
+
+
+def _check(
+    results: dict[str, Tensor],
+    case: Case,
+    dtype: torch.dtype,
+    truth: dict[str, Tensor],
+    allowed: dict[str, float],
+    rebuilt: bool,
+    **options: str,
+) -> None:
     found = errors(results, truth)
     floor = FLOOR_ULP[dtype] * torch.finfo(dtype).eps
     if rebuilt and dtype == torch.float64:

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from oracle import NAMES, Case, baseline, check_results, errors, make_map_case, plain, rounded, run
+from oracle import NAMES, Case, baseline, check_results, errors, make_case, rounded, run
 from test_emulated_backward import STORE, Core
 from test_emulated_backward import run as run_on_a_gpu
 from test_emulated_kernels import (
@@ -43,6 +44,18 @@ SHAPES = [
     (7, 16, 16, 2, 3, 5, 1),
     (1, 20, 40, 2, 1, 2, 3),
 ]
+
+
+def make_map_case(
+    *shape: int,
+    activation: str = "gelu",
+    biases: bool = True,
+    scale: float | None = None,
+) -> Case:
+    """Of B, C, M, L, H, W and k (3 unless given)."""
+    *sizes, height, width, kernel = shape if len(shape) == 7 else (*shape, 3)
+    options: dict[str, Any] = {"activation": activation, "scale": scale, "kernel": kernel}
+    return make_case(*sizes, hidden_bias=biases, output_bias=biases, maps=(height, width), **options)
 
 
 def launch(
@@ -119,7 +132,7 @@ def check(program: Path, case: Case, products: str, seed: int = 0) -> None:
     dtype = PRODUCTS[products][1]
     case = rounded(case, dtype)
     results, _ = forward(program, case, products, seed=seed)
-    truth = run(plain(case), case, torch.float64)
+    truth = run(case.reference, case, torch.float64)
     if products != "tf32":
         check_results({**truth, **results}, case, dtype)
         return
@@ -139,7 +152,9 @@ def sweep(program: Path, case: Case, products: str, seed: int = 0) -> None:
     )
     out = launch(program, case, products, case.grad.to(computed), states=states, seed=seed)
     (a,) = take(out, computed, tuple(case.grad.shape))
-    torch.testing.assert_close(a.double(), run(plain(case), case, torch.float64)["h"], rtol=0.02, atol=0.02)
+    torch.testing.assert_close(
+        a.double(), run(case.reference, case, torch.float64)["h"], rtol=0.02, atol=0.02
+    )
 
 
 def compile_parts(folder: Path, names: Sequence[str], *flags: str) -> list[Path]:

@@ -12,16 +12,19 @@ import sys
 PROGRAM = """
 import re, sys
 import torch
-from odeblock import DeepResBlock, release_memory
+from odeblock import DeepConvResBlock, DeepResBlock, release_memory
 
 def status(key):
     return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 
-depth, strategy, budget = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]) or None
+depth, strategy, budget, block_type = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]) or None, sys.argv[4]
+block_type, channels, shape = {
+    "rows": (DeepResBlock, 32, (8192, 32)), "maps": (DeepConvResBlock, 4, (64, 4, 32, 32))
+}[block_type]
 torch.manual_seed(0)
-DeepResBlock(32, 8)(torch.randn(64, 32)).sum().backward()
-block = DeepResBlock(32, depth, backward=strategy, memory_budget=budget)
-x = torch.randn(8192, 32)
+block_type(channels, 8)(torch.randn(shape)[:64]).sum().backward()
+block = block_type(channels, depth, backward=strategy, memory_budget=budget)
+x = torch.randn(shape)
 release_memory()
 before = status("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")
@@ -30,14 +33,14 @@ print(status("VmHWM") - before - sum(p.numel() * 4 for p in block.parameters()))
 """
 
 
-def step_bytes(depth: int, strategy: str, budget: int = 0) -> int:
-    command = [sys.executable, "-c", PROGRAM, str(depth), strategy, str(budget)]
+def step_bytes(depth: int, strategy: str, budget: int = 0, block_type: str = "rows") -> int:
+    command = [sys.executable, "-c", PROGRAM, str(depth), strategy, str(budget), block_type]
     # Every tensor is mapped by itself: what was freed before must not count as held, and be used again.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     return int(subprocess.check_output(command, env=environment, text=True))
 
 
-STATE = 8192 * 32 * 4  # one state of the batch: 1 MiB
+STATE = 8192 * 32 * 4  # one state of the batch, of rows or of maps: 1 MiB
 
 
 def test_the_adjoint_is_flat_in_depth() -> None:
@@ -45,6 +48,15 @@ def test_the_adjoint_is_flat_in_depth() -> None:
     shallow, deep = (statistics.median(step_bytes(L, "adjoint") for _ in range(3)) for L in (64, 4096))
     assert shallow > 2 * STATE  # the measurement sees the step
     assert 0.95 * shallow < deep < 1.05 * shallow
+
+
+def test_the_adjoint_of_maps_is_flat_in_depth() -> None:
+    shallow, deep = (
+        statistics.median(step_bytes(L, "adjoint", 0, "maps") for _ in range(3)) for L in (32, 512)
+    )
+    assert shallow > 2 * STATE
+    assert abs(deep - shallow) < STATE
+    assert step_bytes(512, "checkpoint", 0, "maps") - step_bytes(32, "checkpoint", 0, "maps") > 10 * STATE
 
 
 def test_store_grows_linearly() -> None:
@@ -86,7 +98,7 @@ release_memory()
 print(kept - without, held() - without)
 """
     )
-    command = [sys.executable, "-c", program, "64", "store", "0"]
+    command = [sys.executable, "-c", program, "64", "store", "0", "rows"]
     kept, released = map(int, subprocess.check_output(command, text=True).splitlines()[1].split())
     assert kept > 250e6
     assert released < 50e6
