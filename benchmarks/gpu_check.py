@@ -31,6 +31,15 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         for strategy in ("store", "checkpoint", "adjoint"):
             block.backward = strategy
             block(x).sum().backward()
+    for channels, hidden, kernel, batch, height, width in ((16, 16, 3, 33, 10, 10), (3, 20, 5, 300, 7, 9)):
+        block = odeblock.DeepConvResBlock(channels, 3, hidden, kernel, bias=True, device="cuda", dtype=dtype)
+        x = torch.randn(batch * channels * height * width + 1, device="cuda", dtype=dtype)[1:]
+        x = x.view(batch, channels, height, width)
+        with torch.inference_mode():
+            block(x)
+        for strategy in ("store", "checkpoint"):
+            block.backward = strategy
+            block(x).sum().backward()
 torch.cuda.synchronize()
 """
 SANITIZER = ["compute-sanitizer", "--error-exitcode", "1", "--tool"]
@@ -44,6 +53,7 @@ STEPS: dict[str, list[str]] = {
     "racecheck": [*SANITIZER, "racecheck", PYTHON, "-c", SMALL],
     "benchmark": [PYTHON, "benchmarks/gpu.py", "--only", "forward"],
     "benchmark-step": [PYTHON, "benchmarks/gpu.py", "--only", "step"],
+    "benchmark-maps": [PYTHON, "benchmarks/gpu_maps.py"],
     "benchmark-depth": [PYTHON, "benchmarks/gpu.py", "--only", "depth"],
 }
 

@@ -196,20 +196,23 @@ py::object text_or_none(const char* text) { return text ? py::object(py::str(tex
 
 py::object cuda_unsupported(int device) { return text_or_none(odeblock::cuda_unsupported(device)); }
 
-bool cuda_fuses(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth, bool backward,
-                bool reconstruct, bool tf32, int device) {
+bool cuda_fuses(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth, int64_t height,
+                int64_t width, int64_t kernel, bool backward, bool reconstruct, bool tf32, int device) {
   Problem p{};
   set_sizes(p, dtype, activation, batch, dim, hidden, depth, 0);
+  set_maps(p, height, width, kernel);
   p.reconstruct = reconstruct;
   return odeblock::cuda_fuses(p, backward, tf32, device);
 }
 
-void cuda_forward(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth, double scale,
-                  uintptr_t V, uintptr_t W, uintptr_t hidden_bias, uintptr_t output_bias, uintptr_t h, uintptr_t start,
-                  uintptr_t y, uintptr_t end, uintptr_t states, uintptr_t directions, uintptr_t checks,
-                  int64_t save_every, bool reconstruct, bool tf32, int device, uintptr_t stream) {
+void cuda_forward(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth, int64_t height,
+                  int64_t width, int64_t kernel, double scale, uintptr_t V, uintptr_t W, uintptr_t hidden_bias,
+                  uintptr_t output_bias, uintptr_t h, uintptr_t start, uintptr_t y, uintptr_t end, uintptr_t states,
+                  uintptr_t directions, uintptr_t checks, int64_t save_every, bool reconstruct, bool tf32, int device,
+                  uintptr_t stream) {
   ForwardProblem p{};
   set_sizes(p, dtype, activation, batch, dim, hidden, depth, 0);
+  set_maps(p, height, width, kernel);
   set_weights(p, V, W, hidden_bias, output_bias);
   p.scale = scale;
   p.save_every = save_every;
@@ -229,12 +232,14 @@ void cuda_forward(int dtype, int activation, int64_t batch, int64_t dim, int64_t
   if (error) throw std::runtime_error("odeblock: forward on GPU " + std::to_string(device) + ": " + error);
 }
 
-void cuda_sweep(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth, double scale,
-                uintptr_t V, uintptr_t W, uintptr_t hidden_bias, uintptr_t output_bias, uintptr_t states, uintptr_t a,
-                uintptr_t layer_a, uintptr_t layer_h, uintptr_t layer_s, uintptr_t layer_g, bool tf32, int device,
+void cuda_sweep(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth, int64_t height,
+                int64_t width, int64_t kernel, double scale, uintptr_t V, uintptr_t W, uintptr_t hidden_bias,
+                uintptr_t output_bias, uintptr_t states, uintptr_t a, uintptr_t layer_a, uintptr_t layer_h,
+                uintptr_t layer_s, uintptr_t layer_g, int64_t layer_positions, bool tf32, int device,
                 uintptr_t stream) {
   odeblock::SweepProblem p{};
   set_sizes(p, dtype, activation, batch, dim, hidden, depth, 0);
+  set_maps(p, height, width, kernel);
   set_weights(p, V, W, hidden_bias, output_bias);
   p.scale = scale;
   p.states = pointer<const void>(states);
@@ -243,6 +248,7 @@ void cuda_sweep(int dtype, int activation, int64_t batch, int64_t dim, int64_t h
   p.layer_h = pointer<void>(layer_h);
   p.layer_s = pointer<void>(layer_s);
   p.layer_g = pointer<void>(layer_g);
+  p.layer_positions = layer_positions;
   const char* error;
   {
     py::gil_scoped_release release;
@@ -252,12 +258,13 @@ void cuda_sweep(int dtype, int activation, int64_t batch, int64_t dim, int64_t h
 }
 
 void cuda_reconstruct(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth,
-                      double scale, uintptr_t V, uintptr_t W, uintptr_t hidden_bias, uintptr_t output_bias,
-                      uintptr_t states, uintptr_t visible, uintptr_t sight, uintptr_t probe, uintptr_t checks,
-                      uintptr_t rows, int64_t ring, int64_t first, int64_t block_depth, double limit, bool tf32,
-                      int device, uintptr_t stream) {
+                      int64_t height, int64_t width, int64_t kernel, double scale, uintptr_t V, uintptr_t W,
+                      uintptr_t hidden_bias, uintptr_t output_bias, uintptr_t states, uintptr_t visible,
+                      uintptr_t sight, uintptr_t probe, uintptr_t checks, uintptr_t rows, int64_t ring, int64_t first,
+                      int64_t block_depth, double limit, bool tf32, int device, uintptr_t stream) {
   odeblock::ReconstructionProblem p{};
   set_sizes(p, dtype, activation, batch, dim, hidden, depth, 0);
+  set_maps(p, height, width, kernel);
   set_weights(p, V, W, hidden_bias, output_bias);
   p.scale = scale;
   p.states = pointer<void>(states);

@@ -52,6 +52,7 @@ struct Problem {
   // it follows each saved state, [rows / W, m, W]; for K > 1 a slot holds it with a state.
   bool keep_hidden;
 
+  // (On a GPU the weights of maps come with their biases, laid out as csrc/cuda/maps.cuh says.)
   const void* V;            // [L, q, m]  read
   const void* W;            // [L, m, q]  read
   const void* hidden_bias;  // [L, m]     read, or null
@@ -115,6 +116,9 @@ struct SweepProblem : Problem {
   void* layer_h;  // [L, B, q]  h_k; null for float32 and float64, which have it in `states`
   void* layer_s;  // [L, B, m]  sigma(z)
   void* layer_g;  // [L, B, m]
+  // Of maps they are [L, layer_positions, q or m], h too, and only positions of a map written
+  // (csrc/cuda/map_sweep.cuh).
+  int64_t layer_positions;
 };
 
 struct BackwardProblem : Problem {

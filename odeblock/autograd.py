@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import gpu, native, ops, reference
+from . import native, ops, reference
+from .gpu_layers import tf32
 from .reconstruction import REPORT_SIZE
 
 
@@ -203,7 +204,8 @@ class DeepResidual(torch.autograd.Function):
             )
             if ctx.reconstruct:
                 # tf32 has the 11 bits of float16.
-                dtype = torch.float16 if grad.is_cuda and gpu.tf32(grad.dtype) else grad.dtype
+                rounds = grad.is_cuda and tf32(grad.dtype, grad.dim() == 4)
+                dtype = torch.float16 if rounds else grad.dtype
                 tolerance = drift_tolerance(dtype, not native.runs_natively(grad))
                 judge_drift(report, gradients, tolerance, ctx.strict, ctx.record)
         needed = (g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False))

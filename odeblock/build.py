@@ -45,7 +45,7 @@ def build_info() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "paths": {
             "cpu": cpu,
-            "cuda": "native core up to 256 features"
+            "cuda": "native core up to 256 features, and for maps that fit on chip"
             if core and core["cuda_architectures"]
             else "PyTorch reference",
             "other devices": "PyTorch reference",

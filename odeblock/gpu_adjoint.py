@@ -19,7 +19,7 @@ from torch import Tensor
 from .reconstruction import PEAK_SHARE, REPORT_SIZE, probe, rounding_unit, state_limit, visibility
 
 if TYPE_CHECKING:
-    from .gpu import Layers
+    from .gpu_layers import Layers
 
 SIGHT_WIDTH = 256
 """Features that a row of ``sight`` has room for, as ``csrc/problem.h`` has it; zero from q on."""

@@ -8,9 +8,11 @@ import pytest
 import torch
 from oracle import FLOOR_ULP, NAMES, Case, baseline, check_rule, errors, make_case, rounded, run
 from test_emulated_kernels import SHAPES
+from test_emulated_maps import SHAPES as SHAPES_OF_MAPS
+from test_emulated_maps import make_map_case
 
-from odeblock import DeepResBlock, DriftError, DriftWarning, gpu, reference
-from odeblock.functional import deep_residual, residual_scan
+from odeblock import DeepConvResBlock, DeepResBlock, DriftError, DriftWarning, gpu, reference
+from odeblock.functional import deep_conv_residual, deep_residual, residual_scan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -74,9 +76,35 @@ def test_the_backward_kernels(dtype: torch.dtype, shape: tuple[int, ...]) -> Non
         check_rule(on_the_gpu, make_case(*shape, activation="tanh"), dtype, backward=strategy)
 
 
-def test_a_step_in_a_cuda_graph() -> None:
-    block = DeepResBlock(64, 30, 72, bias=True, device="cuda", dtype=torch.bfloat16)
-    x = torch.randn(200, 64, device="cuda", dtype=torch.bfloat16)
+# And the paper's; blocks of several samples; maps that fill a block.
+MAPS = [*SHAPES_OF_MAPS, (64, 16, 16, 20, 10, 10, 3), (1500, 8, 20, 3, 10, 10, 3), (2, 16, 16, 3, 32, 32, 3)]
+
+
+@pytest.mark.parametrize("shape", MAPS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_the_kernels_of_maps(
+    dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward; float32 to its own rounding, as PyTorch's setting for convolutions says."""
+    cudnn = torch.backends.cudnn
+    if hasattr(cudnn, "conv"):
+        monkeypatch.setattr(cudnn.conv, "fp32_precision", "ieee")
+    else:
+        monkeypatch.setattr(cudnn, "allow_tf32", False)
+
+    def on_the_gpu(*tensors: torch.Tensor | None, **options: object) -> torch.Tensor:
+        return deep_conv_residual(*(None if t is None else t.cuda() for t in tensors), **options).cpu()
+
+    assert gpu.has_kernels_for(torch.empty(1, 1, 1, 1, dtype=dtype, device="cuda"))
+    for strategy in ("store", "checkpoint", "auto"):
+        check_rule(on_the_gpu, make_map_case(*shape, activation="tanh"), dtype, backward=strategy)
+
+
+@pytest.mark.parametrize("maps", [False, True])
+def test_a_step_in_a_cuda_graph(maps: bool) -> None:
+    options = {"bias": True, "device": "cuda", "dtype": torch.bfloat16}
+    block = DeepConvResBlock(16, 30, **options) if maps else DeepResBlock(64, 30, 72, **options)
+    x = torch.randn(200, *((16, 10, 10) if maps else (64,)), device="cuda", dtype=torch.bfloat16)
     held = torch.zeros_like(x, requires_grad=True)
     inputs = [held, *block.parameters()]
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from matplotlib.image import imread
-from test_emulated_kernels import CSRC, PRODUCTS
+from test_emulated_kernels import CSRC, MAP_PRODUCTS, PRODUCTS
 
 from odeblock import gpu, native, reference
 
@@ -23,7 +23,7 @@ needs_nvcc = pytest.mark.skipif(
 )
 
 
-def resources(name: str, architecture: str, folder: Path) -> dict[str, tuple[int, int]]:
+def resources(name: str, architecture: str, folder: Path, kind: str) -> dict[str, tuple[int, int]]:
     """Registers and bytes of memory for what they do not hold, by kernel: what ptxas reports."""
     command = [
         "nvcc",
@@ -35,8 +35,9 @@ def resources(name: str, architecture: str, folder: Path) -> dict[str, tuple[int
         "-v",
         "-cubin",
     ]
-    command += [f"-DODEBLOCK_PRODUCTS={PRODUCTS[name][0]}", f"-DODEBLOCK_CUDA_KERNELS=cuda_kernels_{name}"]
-    command += ["-o", str(folder / f"{name}.{architecture}"), str(CSRC / "cuda" / "kernels.cu")]
+    command += [f"-DODEBLOCK_PRODUCTS={PRODUCTS[name][0]}"]
+    command += [f"-DODEBLOCK_CUDA_{kind.upper()}=cuda_{kind}_{name}"]
+    command += ["-o", str(folder / f"{name}.{architecture}"), str(CSRC / "cuda" / f"{kind}.cu")]
     report = subprocess.run(
         command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ).stdout
@@ -48,9 +49,9 @@ def resources(name: str, architecture: str, folder: Path) -> dict[str, tuple[int
     return {kernel: (int(registers), int(stack)) for kernel, stack, registers in kernels}
 
 
-def check_spills(name: str, architecture: str, folder: Path) -> None:
-    kernels = resources(name, architecture, folder)
-    assert len(kernels) == (7 if name.endswith("warpgroup") else 15), kernels
+def check_spills(name: str, architecture: str, folder: Path, kind: str = "kernels") -> None:
+    kernels = resources(name, architecture, folder, kind)
+    assert len(kernels) == (2 if kind == "map_kernels" else 7 if name.endswith("warpgroup") else 15)
     for kernel, (registers, stack) in kernels.items():
         assert stack == 0, f"{kernel} for {architecture}: {stack} bytes beside {registers} registers"
 
@@ -61,6 +62,13 @@ def test_kernels_compile_without_spills(name: str, tmp_path: Path) -> None:
     architectures = ["sm_90a"] if name.endswith("warpgroup") else ["sm_80", "sm_90a"]
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda architecture: check_spills(name, architecture, tmp_path), architectures))
+
+
+@needs_nvcc
+@pytest.mark.parametrize("name", MAP_PRODUCTS)
+def test_kernels_of_maps_compile_without_spills(name: str, tmp_path: Path) -> None:
+    for architecture in ("sm_80", "sm_90a", "sm_100"):
+        check_spills(name, architecture, tmp_path, "map_kernels")
 
 
 @pytest.mark.long
@@ -99,6 +107,7 @@ def test_kernels_that_are_wrong_on_a_gpu_are_left_alone(
         return gpu.kernels_agree(torch.device("cpu"), dtype)
 
     monkeypatch.setattr(gpu, "BATCHES", (40, 64, 70, 1000))
+    monkeypatch.setattr(gpu, "MAP_BATCHES", (1, 300))
     monkeypatch.setattr(gpu, "forward", forward)
     monkeypatch.setattr(gpu, "backward", backward)
     assert agree()
@@ -107,6 +116,10 @@ def test_kernels_that_are_wrong_on_a_gpu_are_left_alone(
         expected = f"{dtype}, {shape[0]} rows of {shape[1]} features: error .*please report it"
         with pytest.warns(RuntimeWarning, match=expected):
             assert not agree()
+    assert gpu.kernels_agree(torch.device("cpu"), dtype, maps=True)
+    wrong["dW"].append((300, 3, 7, 9))
+    with pytest.warns(RuntimeWarning, match=f"{dtype}, 300 maps of 3 x 7 x 9: error .*please report it"):
+        assert not gpu.kernels_agree(torch.device("cpu"), dtype, maps=True)
     broken.append((1000, 13))
     wrong["adjoint"].clear()
     with pytest.warns(RuntimeWarning, match="1000 rows of 13 features: too many resources"):

@@ -15,10 +15,12 @@ from test_emulated_kernels import PRODUCTS, shapes_of
 from test_emulation import TESTS, compile_emulated, link_emulated
 from torch import Tensor
 
-from odeblock import checkpointing, gpu, gpu_adjoint, native, reference
+from odeblock import checkpointing, gpu, gpu_adjoint, gpu_layers, native, reference
 from odeblock.activations import ACTIVATIONS
 from odeblock.autograd import drift_tolerance
 
+SIZES = 9
+"""Of a problem: what the core's functions begin with."""
 KINDS = {name: dtype for name, (_, dtype) in PRODUCTS.items()}
 
 
@@ -47,28 +49,29 @@ class Core:
     def cuda_fuses(self, *arguments: Any) -> bool:
         *sizes, backward, reconstruct, tf32, _ = arguments
         flags = ctypes.c_bool(backward), ctypes.c_bool(reconstruct), ctypes.c_bool(tf32)
-        return bool(self.library.fuses((ctypes.c_int64 * 6)(*sizes), *flags))
+        return bool(self.library.fuses((ctypes.c_int64 * SIZES)(*sizes), *flags))
 
     def cuda_forward(self, *arguments: Any) -> None:
-        *arrays, save_every, reconstruct, tf32, _, _ = arguments[11:]
+        *arrays, save_every, reconstruct, tf32, _, _ = arguments[SIZES + 5 :]
         flags = ctypes.c_bool(reconstruct), ctypes.c_bool(tf32)
         self._call("forward", arguments, arrays, ctypes.c_int64(save_every), *flags)
 
     def cuda_sweep(self, *arguments: Any) -> None:
-        *arrays, tf32, _, _ = arguments[11:]
-        self._call("sweep", arguments, arrays, ctypes.c_bool(tf32))
+        *arrays, layer_positions, tf32, _, _ = arguments[SIZES + 5 :]
+        rest = ctypes.c_int64(layer_positions), ctypes.c_bool(tf32)
+        self._call("sweep", arguments, arrays, *rest)
 
     def cuda_reconstruct(self, *arguments: Any) -> None:
-        *arrays, ring, first, depth, limit, tf32, _, _ = arguments[11:]
+        *arrays, ring, first, depth, limit, tf32, _, _ = arguments[SIZES + 5 :]
         place = map(ctypes.c_int64, (ring, first, depth))
         self._call("reconstruct", arguments, arrays, *place, ctypes.c_double(limit), ctypes.c_bool(tf32))
 
     def _call(self, name: str, arguments: tuple[Any, ...], arrays: list[int], *rest: Any) -> None:
-        sizes, scale, weights = arguments[:6], arguments[6], arguments[7:11]
+        sizes, scale, weights = arguments[:SIZES], arguments[SIZES], arguments[SIZES + 1 : SIZES + 5]
         self.calls.append((name, sizes[5], arrays[-1]))
         pointers = (ctypes.c_void_p * 4)(*weights), (ctypes.c_void_p * len(arrays))(*arrays)
         error = getattr(self.library, name)(
-            (ctypes.c_int64 * 6)(*sizes), ctypes.c_double(scale), *pointers, *rest
+            (ctypes.c_int64 * SIZES)(*sizes), ctypes.c_double(scale), *pointers, *rest
         )
         if error is not None:
             raise RuntimeError(error.decode())
@@ -99,7 +102,7 @@ def run(
 ) -> dict[str, Tensor]:
     """y, y - h and the gradients, in float64; the adjoint's report."""
     dtype = PRODUCTS[products][1]
-    monkeypatch.setattr(gpu, "tf32", lambda _: products == "tf32")
+    monkeypatch.setattr(gpu_layers, "tf32", lambda *_: products == "tf32")
     h, *parameters = (None if t is None else t.to(dtype) for t in (case.tensors[name] for name in NAMES))
     assert h is not None
     scale = 1 / len(parameters[0]) if case.scale is None else case.scale
@@ -223,7 +226,7 @@ def test_products_over_rows_are_those_of_parts(batch: int, dtype: torch.dtype) -
     y = torch.randn(3, batch + 7, 4, generator=generator, dtype=torch.float64).to(dtype)
     for rows in (y[:, :batch], y[:, :batch].contiguous()):
         expected = x.double().transpose(1, 2) @ rows.double()
-        found = gpu._product(x, rows)
+        found = gpu_layers.product(x, rows)
         assert found.dtype == torch.promote_types(dtype, torch.float32)
         tolerance = 1e-13 if dtype == torch.float64 else 1e-6
         size = float(expected.abs().max())
@@ -282,7 +285,7 @@ def test_emulated_adjoint_of_rough_weights(
 @pytest.mark.parametrize("products", KINDS)
 def test_emulated_forward_of_the_adjoint(products: str, core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
     """Anchors, h_L and the projections that the reconstructed states are compared with."""
-    monkeypatch.setattr(gpu, "tf32", lambda _: products == "tf32")
+    monkeypatch.setattr(gpu_layers, "tf32", lambda *_: products == "tf32")
     core.emulate(products)
     shape = (70, 40, 24, 40) if products.endswith("warpgroup") else (21, 17, 9, 40)
     case = smooth_case(products, *shape, activation="tanh")

@@ -34,6 +34,7 @@ PRODUCTS = {  # what CMakeLists.txt compiles kernels.cu for
     "bfloat16_warpgroup": ("WarpgroupProducts<true>", torch.bfloat16),
     "float16_warpgroup": ("WarpgroupProducts<false>", torch.float16),
 }
+MAP_PRODUCTS = [name for name in PRODUCTS if not name.endswith("warpgroup")]  # .. and map_kernels.cu
 SANITIZERS = ("thread", "address,undefined")
 # B, q, m, L: one of everything; tails of rows, features, units and chunks; several blocks and warps; aligned
 # and not; every number of features that kernels are compiled for.
@@ -53,12 +54,14 @@ def compile_kernels(
     return compile_emulated(source, target, *defines, *flags, csrc=csrc)
 
 
-def compile_rest(folder: Path, names: Iterable[str], *flags: str) -> list[Path]:
-    """Object files of the CUDA part but for the kernels of ``names``; it ends where others are asked for."""
+def compile_rest(folder: Path, names: Iterable[str], *flags: str, of_maps: Iterable[str] = ()) -> list[Path]:
+    """Object files of the CUDA part but for the kernels of ``names``, and those ``of_maps``; it ends where
+    others are asked for."""
     missing = [name for name in PRODUCTS if name not in names]
+    missing_of_maps = [name for name in MAP_PRODUCTS if name not in of_maps]
     stub = folder / "missing.cpp"
     stub.write_text(
-        '#include "cuda/kernels.h"\n#include <cstdlib>\nnamespace odeblock {\n'
+        '#include "cuda/kernels.h"\n#include "cuda/map_kernels.h"\n#include <cstdlib>\nnamespace odeblock {\n'
         "template <class P> CudaKernel<P> none() {\n"
         "  return {0, 16, 1, 8, 0, 1, [](int) { return size_t(0); },\n"
         "          [](CudaArguments<P>) { std::abort(); }};\n}\n"
@@ -67,12 +70,21 @@ def compile_rest(folder: Path, names: Iterable[str], *flags: str) -> list[Path]:
             "none<SweepProblem>(), none<ReconstructionProblem>()}; }\n"
             for name in missing
         )
+        + "".join(f"MapKernels cuda_map_kernels_{name}() {{ std::abort(); }}\n" for name in missing_of_maps)
         + "}\n"
     )
     return [
         compile_emulated(CSRC / "cuda" / "launch.cu", folder / "launch.o", *flags),
+        compile_emulated(CSRC / "cuda" / "map_launch.cu", folder / "map_launch.o", *flags),
         compile_emulated(stub, folder / "missing.o", *flags),
     ]
+
+
+def compile_map_kernels(target: Path, name: str, *flags: str, csrc: Path = CSRC) -> Path:
+    source = csrc / "cuda" / "map_kernels.cu"
+    defines = [f"-DODEBLOCK_PRODUCTS={PRODUCTS[name][0]}"]
+    defines += [f"-DODEBLOCK_CUDA_MAP_KERNELS=cuda_map_kernels_{name}"]
+    return compile_emulated(source, target, *defines, *flags, csrc=csrc)
 
 
 def compile_parts(folder: Path, names: Iterable[str], *flags: str) -> list[Path]:

@@ -2,6 +2,7 @@
 // for.
 #include "../api.h"
 #include "kernels.h"
+#include "map_kernels.h"
 #include "simt.cuh"
 
 namespace odeblock {
@@ -90,14 +91,16 @@ const char* cuda_unsupported(int device) {
 }
 
 bool cuda_fuses(const Problem& p, bool backward, bool tf32, int device) {
-  if (p.dim > kMostFeatures) return false;
+  if (p.kernel == 0 && p.dim > kMostFeatures) return false;
   if (p.batch == 0) return true;
   // Kernels count in int; chunks of the adjoint's come many times.
   if (p.depth * p.hidden > INT32_MAX / 2 || p.batch > INT32_MAX / 2 || (p.reconstruct && p.hidden > 1 << 20))
     return false;
   const int64_t bytes = p.dtype == Dtype::float64 ? 8 : p.dtype == Dtype::float32 ? 4 : 2;
   const bool few = p.batch <= 16 * simt::multiprocessors(device) / 4;
-  if (few && 2 * p.dim * p.hidden * bytes > kWideLayer) return false;
+  const int64_t taps = p.kernel == 0 ? 1 : p.kernel * p.kernel;
+  if (few && 2 * p.dim * p.hidden * taps * bytes > kWideLayer) return false;
+  if (p.kernel > 0) return cuda_fuses_maps(p, backward, tf32, device);
   const CudaKernels kernels = kernels_for(p, tf32, device);
   const size_t there = simt::most_shared_bytes(device);
   return grid_of(kernels.forward, p.batch, device).shared_bytes <= there &&
@@ -108,13 +111,17 @@ bool cuda_fuses(const Problem& p, bool backward, bool tf32, int device) {
 const char* cuda_forward(const ForwardProblem& p, bool tf32, int device, void* stream) {
   if (p.batch == 0) return nullptr;
   const simt::OnDevice on(device);
-  return on.error() ? on.error() : launch(kernels_for(p, tf32, device).forward, p, device, stream);
+  if (on.error()) return on.error();
+  if (p.kernel > 0) return cuda_forward_maps(p, tf32, device, stream);
+  return launch(kernels_for(p, tf32, device).forward, p, device, stream);
 }
 
 const char* cuda_sweep(const SweepProblem& p, bool tf32, int device, void* stream) {
   if (p.batch == 0) return nullptr;
   const simt::OnDevice on(device);
-  return on.error() ? on.error() : launch(kernels_for(p, tf32, device).sweep, p, device, stream);
+  if (on.error()) return on.error();
+  if (p.kernel > 0) return cuda_sweep_maps(p, tf32, device, stream);
+  return launch(kernels_for(p, tf32, device).sweep, p, device, stream);
 }
 
 const char* cuda_reconstruct(const ReconstructionProblem& p, bool tf32, int device, void* stream) {

@@ -13,6 +13,10 @@
 //
 // a comes from operand(j), columns kColumns j and on. From multiply to end(d) products may be under way, which touch d,
 // a and M.
+//
+// Of one warp each is made of steps: P::step(d, a, b) adds to a tile what kColumns columns of a and of eight rows of M
+// give, a of type A, b of type B, which second() makes of the pairs that a lane has of these rows (16 bits come by
+// load_matrices).
 #pragma once
 
 #include "simt.cuh"
@@ -81,6 +85,9 @@ struct HalfProducts : FloatSums {
   struct A {
     uint32_t x[4];
   };
+  struct B {
+    uint32_t x[2];
+  };
 
   ODEBLOCK_DEVICE static float widen(Stored x) { return kBfloat16 ? simt::from_bfloat16(x) : simt::from_float16(x); }
   ODEBLOCK_DEVICE static uint32_t pair(float low, float high) {
@@ -96,6 +103,12 @@ struct HalfProducts : FloatSums {
     const Tile &left = tiles[0], &right = tiles[step];
     return {{pair(left.x[0], left.x[1]), pair(left.x[2], left.x[3]), pair(right.x[0], right.x[1]),
              pair(right.x[2], right.x[3])}};
+  }
+  ODEBLOCK_DEVICE static void step(Tile& d, const A& a, const B& b) {
+    if (kBfloat16)
+      simt::mma_bfloat16(d.x, a.x, b.x[0], b.x[1]);
+    else
+      simt::mma_float16(d.x, a.x, b.x[0], b.x[1]);
   }
   template <bool kTransposed, bool kFresh, int N, int K, class Operand>
   ODEBLOCK_DEVICE static void product(bool, Tile (&d)[N / 8], Operand operand, const Stored* M) {
@@ -114,12 +127,7 @@ struct HalfProducts : FloatSums {
         else
           simt::load_matrices(b, row + offset<N, K>(8 * n, 16 * j));
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-          if (kBfloat16)
-            simt::mma_bfloat16(d[n + i].x, a.x, b[2 * i], b[2 * i + 1]);
-          else
-            simt::mma_float16(d[n + i].x, a.x, b[2 * i], b[2 * i + 1]);
-        }
+        for (int i = 0; i < 2; i++) step(d[n + i], a, {{b[2 * i], b[2 * i + 1]}});
       }
     }
   }
@@ -142,6 +150,9 @@ struct FloatProducts : OfFloat {
   struct A {
     uint32_t x[3][4];
   };
+  struct B {
+    uint32_t x[3][2];
+  };
 
   ODEBLOCK_DEVICE static A pack(const Tile* tiles, int step) {
     const Tile &left = tiles[0], &right = tiles[step];
@@ -152,6 +163,21 @@ struct FloatProducts : OfFloat {
     split(right.x[2], right.x[3], a.x[0][3], a.x[1][3], a.x[2][3]);
     return a;
   }
+  ODEBLOCK_DEVICE static B second(const simt::Pair<float> (&pairs)[2]) {
+    B b;
+#pragma unroll
+    for (int i = 0; i < 2; i++) split(pairs[i].x, pairs[i].y, b.x[0][i], b.x[1][i], b.x[2][i]);
+    return b;
+  }
+  ODEBLOCK_DEVICE static void step(Tile& d, const A& a, const B& b) {
+    float sum[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int order = 2; order >= 0; order--)  // the small ones first
+#pragma unroll
+      for (int i = 0; i <= order; i++) simt::mma_bfloat16(sum, a.x[i], b.x[order - i][0], b.x[order - i][1]);
+#pragma unroll
+    for (int i = 0; i < 4; i++) d.x[i] += sum[i];
+  }
   template <bool kTransposed, bool kFresh, int N, int K, class Operand>
   ODEBLOCK_DEVICE static void product(bool, Tile (&d)[N / 8], Operand operand, const Stored* M) {
     if constexpr (kFresh) clear(d);
@@ -161,21 +187,7 @@ struct FloatProducts : OfFloat {
     for (int j = 0; j < K / 16; j++) {
       const A a = operand(j);
 #pragma unroll
-      for (int n = 0; n < N / 8; n++) {
-        uint32_t b[3][2];
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          const simt::Pair<float> pair = pairs(8 * n, 16 * j + 8 * i);
-          split(pair.x, pair.y, b[0][i], b[1][i], b[2][i]);
-        }
-        float sum[4] = {0, 0, 0, 0};
-#pragma unroll
-        for (int order = 2; order >= 0; order--)  // the small ones first
-#pragma unroll
-          for (int i = 0; i <= order; i++) simt::mma_bfloat16(sum, a.x[i], b[order - i][0], b[order - i][1]);
-#pragma unroll
-        for (int i = 0; i < 4; i++) d[n].x[i] += sum[i];
-      }
+      for (int n = 0; n < N / 8; n++) step(d[n], a, second({pairs(8 * n, 16 * j), pairs(8 * n, 16 * j + 8)}));
     }
   }
 
@@ -199,11 +211,18 @@ struct Tf32Products : OfFloat {
   struct A {
     uint32_t x[4];
   };
+  struct B {
+    uint32_t x[2];
+  };
 
   ODEBLOCK_DEVICE static A pack(const Tile* tile, int) {
     return {
         {simt::to_tf32(tile->x[0]), simt::to_tf32(tile->x[2]), simt::to_tf32(tile->x[1]), simt::to_tf32(tile->x[3])}};
   }
+  ODEBLOCK_DEVICE static B second(const simt::Pair<float> (&pair)[1]) {
+    return {{simt::to_tf32(pair[0].x), simt::to_tf32(pair[0].y)}};
+  }
+  ODEBLOCK_DEVICE static void step(Tile& d, const A& a, const B& b) { simt::mma_tf32(d.x, a.x, b.x[0], b.x[1]); }
   template <bool kTransposed, bool kFresh, int N, int K, class Operand>
   ODEBLOCK_DEVICE static void product(bool, Tile (&d)[N / 8], Operand operand, const Stored* M) {
     if constexpr (kFresh) clear(d);
@@ -212,10 +231,7 @@ struct Tf32Products : OfFloat {
     for (int j = 0; j < K / 8; j++) {
       const A a = operand(j);
 #pragma unroll
-      for (int n = 0; n < N / 8; n++) {
-        const simt::Pair<float> b = pairs(8 * n, 8 * j);
-        simt::mma_tf32(d[n].x, a.x, simt::to_tf32(b.x), simt::to_tf32(b.y));
-      }
+      for (int n = 0; n < N / 8; n++) step(d[n], a, second({pairs(8 * n, 8 * j)}));
     }
   }
 };
@@ -230,10 +246,16 @@ struct DoubleProducts : OneWarp {
     double x[kNumbers];
   };
   typedef Tile A;
+  typedef simt::Pair<double> B;
 
   ODEBLOCK_DEVICE static double widen(double x) { return x; }
 
   ODEBLOCK_DEVICE static A pack(const Tile* tile, int) { return *tile; }
+  ODEBLOCK_DEVICE static B second(const simt::Pair<double> (&pair)[1]) { return pair[0]; }
+  ODEBLOCK_DEVICE static void step(Tile& d, const A& a, const B& b) {
+    simt::mma_float64(d.x, a.x[0], b.x);
+    simt::mma_float64(d.x, a.x[1], b.y);
+  }
   template <bool kTransposed, bool kFresh, int N, int K, class Operand>
   ODEBLOCK_DEVICE static void product(bool, Tile (&d)[N / 8], Operand operand, const Stored* M) {
     if constexpr (kFresh) clear(d);
@@ -242,11 +264,7 @@ struct DoubleProducts : OneWarp {
     for (int j = 0; j < K / 8; j++) {
       const A a = operand(j);
 #pragma unroll
-      for (int n = 0; n < N / 8; n++) {
-        const simt::Pair<double> b = pairs(8 * n, 8 * j);
-        simt::mma_float64(d[n].x, a.x[0], b.x);
-        simt::mma_float64(d[n].x, a.x[1], b.y);
-      }
+      for (int n = 0; n < N / 8; n++) step(d[n], a, second({pairs(8 * n, 8 * j)}));
     }
   }
 };

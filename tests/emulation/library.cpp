@@ -14,6 +14,7 @@ void set(Problem& p, const int64_t* sizes, double scale) {
   p.dtype = static_cast<Dtype>(sizes[0]);
   p.activation = static_cast<int>(sizes[1]);
   p.batch = sizes[2], p.dim = sizes[3], p.hidden = sizes[4], p.depth = sizes[5];
+  p.height = sizes[6], p.width = sizes[7], p.kernel = sizes[8];
   p.scale = scale;
 }
 void set_weights(Problem& p, void* const* weights) {
@@ -59,11 +60,13 @@ const char* forward(const int64_t* sizes, double scale, void* const* weights, vo
   return tell([&] { return cuda_forward(p, tf32, 0, nullptr); });
 }
 
-const char* sweep(const int64_t* sizes, double scale, void* const* weights, void* const* arrays, bool tf32) {
+const char* sweep(const int64_t* sizes, double scale, void* const* weights, void* const* arrays,
+                  int64_t layer_positions, bool tf32) {
   SweepProblem p{};
   set(p, sizes, scale), set_weights(p, weights);
   p.states = arrays[0], p.a = arrays[1];
   p.layer_a = arrays[2], p.layer_h = arrays[3], p.layer_s = arrays[4], p.layer_g = arrays[5];
+  p.layer_positions = layer_positions;
   return tell([&] { return cuda_sweep(p, tf32, 0, nullptr); });
 }
 
