@@ -1,6 +1,7 @@
 """The machine's own measure: multiply-adds a second, and the peak memory of a piece of work.
 
-``python benchmarks/machine.py WORK CONTENDER B q m L`` prints the peak bytes of one run (``peak_bytes``).
+``python benchmarks/machine.py WORK CONTENDER SHAPE`` prints the peak bytes of one run (``peak_bytes``); SHAPE
+is B q m L, or B C M L H k.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def fma_peak() -> float:
     return done / (time.perf_counter() - begin)
 
 
-def peak_bytes(work: str, contender: str, shape: tuple[int, int, int, int]) -> int | None:
+def peak_bytes(work: str, contender: str, shape: tuple[int, ...]) -> int | None:
     """Peak memory of one run in a fresh process, beyond inputs and results; None where it cannot be seen."""
     if not Path("/proc/self/clear_refs").exists():
         return None
@@ -81,10 +82,10 @@ def main() -> None:
     import contenders
 
     work, name, *sizes = sys.argv[1:]
-    batch, dim, hidden, depth = map(int, sizes)
+    batch, dim, hidden, depth, *maps = map(int, sizes)
     run = contenders.WORKS[work]
-    run(name, contenders.make_inputs(batch, dim, hidden, 2))  # libraries, thread pools, compiled steps
-    inputs = contenders.make_inputs(batch, dim, hidden, depth)
+    run(name, contenders.make_inputs(batch, dim, hidden, 2, *maps))  # libraries, thread pools, compiled steps
+    inputs = contenders.make_inputs(batch, dim, hidden, depth, *maps)
     native.release_memory()  # what the first run left
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")

@@ -1,7 +1,8 @@
 """Other ways to run the same network, to compare with ours: the eager loop (plain, compiled step by step,
-with ``torch.utils.checkpoint``, with a 16-bit state), the adjoint of 2022, and torchdiffeq.
+with ``torch.utils.checkpoint``, with a 16-bit state, of maps with channels last), the adjoint of 2022, and
+torchdiffeq.
 
-Each is called like ``deep_residual`` (h [B, q], V [L, q, m], W [L, m, q], no biases) behind a ``record``, in
+Each is called like ``deep_residual`` or ``deep_conv_residual`` (h, V, W, no biases) behind a ``record``, in
 which a backward leaves "evaluations", of f a step, and "states", the reconstructed h_{L-1}, ..., h_0.
 """
 
@@ -11,18 +12,18 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchdiffeq import odeint_adjoint
 
 from odeblock.activations import Activation, get_activation
-from odeblock.experiments.gradients import Record, adjoint_2022, residual
+from odeblock.experiments.gradients import Record, adjoint_2022, product, residual
 from odeblock.reference import state_dtype
 
 __all__ = [
     "Record",
     "adjoint_2022",
+    "channels_last",
     "checkpointed",
     "compiled_step",
     "eager",
@@ -42,6 +43,18 @@ def eager(
     return h
 
 
+def channels_last(
+    record: Record, h: Tensor, V: Tensor, W: Tensor, *biases: None, activation: str, scale: float | None
+) -> Tensor:
+    """The eager loop of maps as PyTorch advises for convolutions: channels last, of maps and of kernels."""
+    sigma, scale = get_activation(activation), 1 / len(V) if scale is None else scale
+    h = h.contiguous(memory_format=torch.channels_last)
+    for V_k, W_k in zip(V.unbind(), W.unbind(), strict=True):
+        last = (x.contiguous(memory_format=torch.channels_last) for x in (V_k, W_k))
+        h = torch.add(h, residual(h, *last, sigma), alpha=scale)
+    return h
+
+
 def compiled_step(
     record: Record, h: Tensor, V: Tensor, W: Tensor, *biases: None, activation: str, scale: float | None
 ) -> Tensor:
@@ -58,7 +71,7 @@ def compiled_step(
 @torch.compile
 def _compiled_step(h: Tensor, V_k: Tensor, W_k: Tensor, scale: float, sigma: Callable[..., Tensor]) -> Tensor:
     # Not torch.add(h, f, alpha=scale): inductor 2.13 drops alpha on the CPU.
-    return h + scale * F.linear(sigma(F.linear(h, W_k)), V_k)
+    return h + scale * product(sigma(product(h, W_k)), V_k)
 
 
 def checkpointed(

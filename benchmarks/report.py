@@ -19,18 +19,21 @@ from odeblock.experiments.outputs import atomic_file, save_figure
 
 STRATEGIES = ("store", "checkpoint", "auto", "adjoint")
 PEERS = ("eager", "compile", "torch.utils.checkpoint", "torchdiffeq", "2022 adjoint")
+MAP_PEERS = ("eager", "channels last", "compile", "torch.utils.checkpoint", "2022 adjoint")
+MAPS = " of maps"
 SHARED = ("store", "auto", "eager")
 Entry = dict[str, Any]
 Shape = tuple[int, ...]
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, dict[Shape, Entry]]]:
-    """The file, and its entries by kind of work, then by shape (B, q, m, L)."""
+    """The file; its entries by kind of work, then by shape: (B, q, m, L), of maps (B, C, M, L, H, k)."""
     data = json.loads(path.read_text())
-    entries: dict[str, dict[Shape, Entry]] = {"inference": {}, "forward": {}, "training": {}}
+    works = ("inference", "forward", "training")
+    entries: dict[str, dict[Shape, Entry]] = {work + of: {} for of in ("", MAPS) for work in works}
     for benchmark in data["benchmarks"]:
         entry = benchmark["extra_info"]
-        entries[entry["work"]][tuple(entry["shape"])] = entry
+        entries[entry["work"] + (MAPS if len(entry["shape"]) > 4 else "")][tuple(entry["shape"])] = entry
     return data, {work: dict(sorted(cases.items())) for work, cases in entries.items()}
 
 
@@ -66,14 +69,19 @@ def heading(data: dict[str, Any]) -> str:
     )
 
 
-def inference_table(cases: dict[Shape, Entry]) -> str:
+def sizes(cases: Iterable[Shape]) -> str:
+    """What the numbers of a shape are."""
+    return "B, C, M, L, H, k" if any(len(shape) > 4 for shape in cases) else "B, q, m, L"
+
+
+def inference_table(cases: dict[Shape, Entry], peers: tuple[str, ...]) -> str:
     def row(shape: Shape, entry: Entry) -> list[str]:
         ours = entry["seconds"]["auto"]
-        peers = [f"{entry['seconds'][name] / ours:.2f}" for name in PEERS[:2]]
-        memory = [size(entry["peak_bytes"][name]) for name in ("auto", *PEERS[:2])]
-        return [named(shape), *peers, share(entry, "auto"), share(entry, "eager"), *memory]
+        times = [f"{entry['seconds'][name] / ours:.2f}" for name in peers]
+        memory = [size(entry["peak_bytes"][name]) for name in ("auto", *peers)]
+        return [named(shape), *times, share(entry, "auto"), share(entry, "eager"), *memory]
 
-    head = ["B, q, m, L", *PEERS[:2], "ours, of FMA peak", "eager, of FMA peak", "MiB: ours", *PEERS[:2]]
+    head = [sizes(cases), *peers, "ours, of FMA peak", "eager, of FMA peak", "MiB: ours", *peers]
     return table(head, (row(*case) for case in cases.items()))
 
 
@@ -84,29 +92,29 @@ def ratio_table(cases: dict[Shape, Entry]) -> str:
         ratios = [f"{entry['ratio'][name]:.2f}" for name in STRATEGIES]
         return [named(shape), *ratios, entry["fastest_peer"], *(share(entry, name) for name in SHARED)]
 
-    head = ["B, q, m, L", *(f"`{s}`" for s in STRATEGIES), "fastest peer"]
+    head = [sizes(cases), *(f"`{s}`" for s in STRATEGIES), "fastest peer"]
     head += [f"{name}, of FMA peak" for name in SHARED]
     return table(head, (row(*case) for case in cases.items()))
 
 
-def cost_table(cases: dict[Shape, Entry]) -> str:
+def cost_table(cases: dict[Shape, Entry], peers: tuple[str, ...]) -> str:
     """Each strategy and each peer over ``store``."""
-    names = (*STRATEGIES[1:], *PEERS)
+    names = (*STRATEGIES[1:], *peers)
 
     def row(shape: Shape, entry: Entry) -> list[str]:
         seconds = entry["seconds"]
         ours = seconds["store"]
         return [named(shape), *(f"{seconds[n] / ours:.2f}" if n in seconds else "-" for n in names)]
 
-    return table(["B, q, m, L", *names], (row(*case) for case in cases.items()))
+    return table([sizes(cases), *names], (row(*case) for case in cases.items()))
 
 
-def memory_table(cases: dict[Shape, Entry]) -> str:
-    names = (*STRATEGIES, *PEERS)
+def memory_table(cases: dict[Shape, Entry], peers: tuple[str, ...]) -> str:
+    names = (*STRATEGIES, *peers)
     rows = (
         [named(shape), *(size(case["peak_bytes"].get(n)) for n in names)] for shape, case in cases.items()
     )
-    return table(["B, q, m, L", *names], rows)
+    return table([sizes(cases), *names], rows)
 
 
 def draw_speedup(entries: dict[str, dict[Shape, Entry]]) -> Figure:
@@ -157,22 +165,31 @@ def draw_memory(cases: dict[Shape, Entry]) -> Figure:
 
 
 def markdown(data: dict[str, Any], entries: dict[str, dict[Shape, Entry]]) -> str:
-    operations = "Of the peak: counting 4BqmL operations for a forward, 16BqmL for a training step.\n"
-    parts = [
-        heading(data),
-        operations,
-        "### Inference: each peer over ours\n",
-        inference_table(entries["inference"]),
-    ]
+    operations = (
+        "Of the peak: counting 4BqmL operations for a forward, 16BqmL for a training step; of maps times "
+        "pixels and taps, of which Winograd's products need less than half.\n"
+    )
+    parts = [heading(data), operations]
+    parts += ["### Inference: each peer over ours\n", inference_table(entries["inference"], PEERS[:2])]
     forward, training = entries["forward"], entries["training"]
     parts += ["### Forward, with what a backward needs: the fastest peer over ours\n", ratio_table(forward)]
     parts += ["### Training step: the fastest peer over ours\n", ratio_table(training)]
     parts += ["![Speed-up by width](speedup_by_width.png)\n"]
-    parts += ["### Training step: everyone over `store`\n", cost_table(training)]
+    parts += ["### Training step: everyone over `store`\n", cost_table(training, PEERS)]
     parts += ["Gradients of torchdiffeq and of the 2022 adjoint are off by O(1/L); the others are exact.\n"]
     parts += ["### Training step: peak memory, MiB beyond inputs, parameters and gradients\n"]
-    parts += [memory_table(training), "![Memory by depth](memory_by_depth.png)\n"]
-    parts += ["### Forward: peak memory, MiB beyond inputs and result\n", memory_table(forward)]
+    parts += [memory_table(training, PEERS), "![Memory by depth](memory_by_depth.png)\n"]
+    parts += ["### Forward: peak memory, MiB beyond inputs and result\n", memory_table(forward, PEERS)]
+    inference, training = entries["inference" + MAPS], entries["training" + MAPS]
+    if training:
+        parts += [
+            "## Maps\n",
+            "### Inference: each peer over ours\n",
+            inference_table(inference, MAP_PEERS[:3]),
+        ]
+        parts += ["### Training step: the fastest peer over ours\n", ratio_table(training)]
+        parts += ["### Training step: everyone over `store`\n", cost_table(training, MAP_PEERS)]
+        parts += ["### Training step: peak memory, MiB\n", memory_table(training, MAP_PEERS)]
     return "\n".join(parts)
 
 

@@ -24,9 +24,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from odeblock import reference
 
-Shape = tuple[int, int, int, int]
-
-SHAPES: list[Shape] = [  # B, q, m, L
+SHAPES: list[contenders.Shape] = [  # B, q, m, L
     (1, 16, 16, 1024),
     (1, 64, 64, 1024),
     (1, 256, 256, 128),
@@ -45,8 +43,15 @@ SHAPES: list[Shape] = [  # B, q, m, L
     (1024, 128, 128, 256),
     (1024, 256, 256, 128),
     (1024, 512, 512, 64),
+    # of maps: B, C, M, L, H, k
+    (64, 16, 16, 256, 10, 3),
+    (1, 16, 16, 256, 10, 3),
+    (64, 16, 16, 256, 10, 5),
+    (64, 32, 32, 64, 16, 3),
+    (16, 64, 64, 64, 8, 3),
+    (4, 16, 16, 64, 32, 3),
 ]
-QUICK: list[Shape] = [(3, 5, 7, 8)]
+QUICK: list[contenders.Shape] = [(3, 5, 7, 8), (3, 5, 7, 8, 4, 3)]
 ROUNDS = 3, 30  # at least, at most
 SECONDS = 8.0  # that the rounds of a benchmark may take, beyond the fewest
 WARMED = 0.2
@@ -58,13 +63,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def truth(work: str, shape: Shape) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+def truth(work: str, shape: contenders.Shape) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     """Inputs, and the results of ``work`` in float64."""
     torch.manual_seed(0)
     torch.compiler.reset()
     inputs = contenders.make_inputs(*shape)
     h, V, W = (x.double().requires_grad_() for x in inputs)
-    y = reference.deep_residual(h, V, W, activation=contenders.ACTIVATION)
+    block = reference.deep_residual if len(shape) == 4 else reference.deep_conv_residual
+    y = block(h, V, W, activation=contenders.ACTIVATION)
     results = [y.detach()]
     if work == "training":
         results += torch.autograd.grad(y, (h, V, W), torch.ones_like(y))
@@ -72,15 +78,15 @@ def truth(work: str, shape: Shape) -> tuple[tuple[torch.Tensor, ...], tuple[torc
 
 
 @functools.cache
-def memory(work: str, name: str, shape: Shape) -> int | None:
+def memory(work: str, name: str, shape: contenders.Shape) -> int | None:
     return machine.peak_bytes(work, name, shape)
 
 
 @pytest.mark.parametrize("work", contenders.WORKS)
-def test_speed(benchmark: BenchmarkFixture, work: str, shape: Shape, measure: bool) -> None:
+def test_speed(benchmark: BenchmarkFixture, work: str, shape: contenders.Shape, measure: bool) -> None:
     run = contenders.WORKS[work]
     inputs, expected = truth(work, shape)
-    ours, peers = contenders.strategies_of(work), contenders.peers_of(work, shape[3])
+    ours, peers = contenders.strategies_of(work), contenders.peers_of(work, shape)
     first, *others = [*ours, *peers]
     seconds: dict[str, list[float]] = {name: [] for name in others}
     peak: list[float] = []
@@ -120,8 +126,7 @@ def test_speed(benchmark: BenchmarkFixture, work: str, shape: Shape, measure: bo
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     medians[first] = benchmark.stats.stats.median
     fastest = min(peers, key=lambda name: medians[name])
-    batch, dim, hidden, depth = shape
-    operations = contenders.OPERATIONS[work] * batch * dim * hidden * depth
+    operations = contenders.operations(work, shape)
     most = statistics.median(peak)
     benchmark.extra_info.update(
         work=work,

@@ -41,6 +41,13 @@ void set_sizes(Problem& p, int dtype, int activation, int64_t batch, int64_t dim
   p.threads = threads;
 }
 
+// Of images; 0, 0, 0 of rows.
+void set_maps(Problem& p, int64_t height, int64_t width, int64_t kernel) {
+  p.height = height;
+  p.width = width;
+  p.kernel = kernel;
+}
+
 void set_weights(Problem& p, uintptr_t V, uintptr_t W, uintptr_t hidden_bias, uintptr_t output_bias) {
   p.V = pointer<const void>(V);
   p.W = pointer<const void>(W);
@@ -49,18 +56,21 @@ void set_weights(Problem& p, uintptr_t V, uintptr_t W, uintptr_t hidden_bias, ui
 }
 
 size_t forward_workspace(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth,
-                         int threads) {
+                         int64_t height, int64_t width, int64_t kernel, bool reconstruct, int threads) {
   Problem p{};
   set_sizes(p, dtype, activation, batch, dim, hidden, depth, threads);
+  set_maps(p, height, width, kernel);
+  p.reconstruct = reconstruct;
   return odeblock::cpu_kernels().forward_workspace(p);
 }
 
-void forward(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth, double scale,
-             uintptr_t h, uintptr_t V, uintptr_t W, uintptr_t hidden_bias, uintptr_t output_bias, uintptr_t y,
-             uintptr_t states, uintptr_t probe, uintptr_t checks, int64_t save_every, bool reconstruct,
-             bool keep_hidden, uintptr_t workspace, int threads) {
+void forward(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth, int64_t height,
+             int64_t width, int64_t kernel, double scale, uintptr_t h, uintptr_t V, uintptr_t W, uintptr_t hidden_bias,
+             uintptr_t output_bias, uintptr_t y, uintptr_t states, uintptr_t probe, uintptr_t checks,
+             int64_t save_every, bool reconstruct, bool keep_hidden, uintptr_t workspace, int threads) {
   ForwardProblem p{};
   set_sizes(p, dtype, activation, batch, dim, hidden, depth, threads);
+  set_maps(p, height, width, kernel);
   set_weights(p, V, W, hidden_bias, output_bias);
   p.scale = scale;
   p.save_every = save_every;
@@ -77,9 +87,11 @@ void forward(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidd
 }
 
 size_t backward_workspace(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth,
-                          int64_t save_every, bool reconstruct, int64_t slots, bool keep_hidden, int threads) {
+                          int64_t height, int64_t width, int64_t kernel, int64_t save_every, bool reconstruct,
+                          int64_t slots, bool keep_hidden, int threads) {
   Problem p{};
   set_sizes(p, dtype, activation, batch, dim, hidden, depth, threads);
+  set_maps(p, height, width, kernel);
   p.save_every = save_every;
   p.reconstruct = reconstruct;
   p.slots = slots;
@@ -87,13 +99,15 @@ size_t backward_workspace(int dtype, int activation, int64_t batch, int64_t dim,
   return odeblock::cpu_kernels().backward_workspace(p);
 }
 
-void backward(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth, double scale,
-              uintptr_t grad, uintptr_t h, uintptr_t V, uintptr_t W, uintptr_t hidden_bias, uintptr_t output_bias,
-              uintptr_t states, uintptr_t probe, uintptr_t checks, uintptr_t dh, uintptr_t dV, uintptr_t dW,
-              uintptr_t dhidden_bias, uintptr_t doutput_bias, uintptr_t report, int64_t save_every, bool reconstruct,
-              int64_t slots, bool keep_hidden, uintptr_t workspace, int threads) {
+void backward(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth, int64_t height,
+              int64_t width, int64_t kernel, double scale, uintptr_t grad, uintptr_t h, uintptr_t V, uintptr_t W,
+              uintptr_t hidden_bias, uintptr_t output_bias, uintptr_t states, uintptr_t probe, uintptr_t checks,
+              uintptr_t dh, uintptr_t dV, uintptr_t dW, uintptr_t dhidden_bias, uintptr_t doutput_bias,
+              uintptr_t report, int64_t save_every, bool reconstruct, int64_t slots, bool keep_hidden,
+              uintptr_t workspace, int threads) {
   BackwardProblem p{};
   set_sizes(p, dtype, activation, batch, dim, hidden, depth, threads);
+  set_maps(p, height, width, kernel);
   set_weights(p, V, W, hidden_bias, output_bias);
   p.scale = scale;
   p.save_every = save_every;

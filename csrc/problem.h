@@ -36,6 +36,8 @@ struct Problem {
   int64_t dim;     // q >= 1
   int64_t hidden;  // m >= 1
   int64_t depth;   // L >= 1
+  // Of images: maps of height x width, convolutions kernel x kernel, odd; dim and hidden are channels. 0, 0, 0: rows.
+  int64_t height, width, kernel;
   double scale;
 
   // What the forward saves for the backward. K = save_every; h_0, h_K, h_2K, .. below L where the states between

@@ -3,45 +3,54 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import math
-import os
-import re
 import sys
-import tempfile
 import textwrap
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NoReturn
-
-import torch
+from typing import Any
 
 from .activations import ACTIVATIONS
+from .arguments import (
+    MAX_SEED,
+    Parser,
+    add_common,
+    device,
+    experiment,
+    given,
+    given_values,
+    options,
+    positive_number,
+    threads_for,
+    whole_number,
+    writable,
+)
 from .build import build_info
-from .experiments.config import BENCH_QUICK, EXPERIMENTS, QUICK, BenchConfig, TrainConfig
+from .experiments.config import (
+    BENCH_QUICK,
+    CIFAR_DEFAULTS,
+    CIFAR_QUICK,
+    EXPERIMENTS,
+    PRECISIONS,
+    QUICK,
+    RATES,
+    SCHEDULES,
+    BenchConfig,
+    CifarConfig,
+    Refusal,
+    TrainConfig,
+)
+from .initializers import INITIALIZERS
 from .validation import STRATEGIES
 
-MAX_SEED = 2**63 - 1
-EXTRAS = {"matplotlib", "rich", "sklearn"}
 INTERRUPTED = 130
-
-
-class _Parser(argparse.ArgumentParser):
-    """Refuses with one line and exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
 
 INTRODUCTION = """\
 Very deep residual networks, h <- h + V_k s(W_k h) / L for k = 1 .. L, in the regime of neural ODEs.
 
   python -m odeblock info                      what was built, and what will run here
   python -m odeblock train --quick             two networks on real digits, in seconds
+  python -m odeblock train cifar10 --data DIR  the paper's convolutional network on CIFAR-10
   python -m odeblock reproduce long-time       an experiment of the paper, figures and numbers
   python -m odeblock bench --depth 512         speed and memory of a block of your sizes
 
@@ -53,7 +62,7 @@ EXIT_CODES = "exit codes: 0 done; 1 the loss was no longer finite; 2 wrong optio
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code. Wrong options end the process with code 2."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m odeblock",
         description=INTRODUCTION,
         epilog=EXIT_CODES,
@@ -113,27 +122,100 @@ def _add_train(commands: Any) -> None:
         epilog=EXIT_CODES,
         allow_abbrev=False,
     )
-    _add_common(parser, "outputs/train")
-    option = _options(parser, TrainConfig(), replace(TrainConfig(), **QUICK))
-    option("--depth", _whole_number(1), "L, residual steps", metavar="L")
-    option("--dim", _whole_number(1), "q, features", metavar="Q")
-    option("--hidden-dim", _whole_number(1), "m, hidden units of a step", metavar="M")
-    option("--epochs", _whole_number(1), "passes over the training set", metavar="N")
-    option("--batch-size", _whole_number(1), "rows of a step", metavar="B")
-    option("--lr", _learning_rate, "learning rate of A and B; V and W get L times as much", metavar="LR")
-    option("--seed", _whole_number(0, MAX_SEED), "of weights and order of the data", metavar="S")
-    option("--device", _device, "cpu, cuda or cuda:N", metavar="DEVICE")
+    add_common(parser, "outputs/train")
+    option = options(parser, TrainConfig(), replace(TrainConfig(), **QUICK))
+    option("--depth", whole_number(1), "L, residual steps", metavar="L")
+    option("--dim", whole_number(1), "q, features", metavar="Q")
+    option("--hidden-dim", whole_number(1), "m, hidden units of a step", metavar="M")
+    option("--epochs", whole_number(1), "passes over the training set", metavar="N")
+    option("--batch-size", whole_number(1), "rows of a step", metavar="B")
+    option("--lr", positive_number, "learning rate of A and B; V and W get L times as much", metavar="LR")
+    option("--seed", whole_number(0, MAX_SEED), "of weights and order of the data", metavar="S")
+    option("--device", device, "cpu, cuda or cuda:N", metavar="DEVICE")
     option("--activation", str, "σ", choices=list(ACTIVATIONS))
     option("--backward", str, "backward strategy", choices=STRATEGIES)
     parser.set_defaults(run=lambda arguments: _train(arguments, parser))
+    _add_cifar10(parser.add_subparsers(metavar="DATA", title="other data"))
 
 
 def _train(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    train = _experiment("train", parser).train
-    config = _given(arguments, replace(TrainConfig(), **(QUICK if arguments.quick else {})))
-    output = _writable(arguments.output, parser)
-    with _threads_for(small=arguments.quick):
+    train = experiment("train", parser).train
+    config = given(arguments, replace(TrainConfig(), **(QUICK if arguments.quick else {})))
+    output = writable(arguments.output, parser)
+    with threads_for(small=arguments.quick):
         code: int = train(config, output)
+    return code
+
+
+def _add_cifar10(data: Any) -> None:
+    parser = data.add_parser(
+        "cifar10",
+        help="train the paper's convolutional network on CIFAR-10",
+        description="Train a deep convolutional network on CIFAR-10. Writes checkpoint.pt, from which "
+        "--resume goes on, and log.jsonl, a line for each epoch. The defaults are the paper's, which want a "
+        "GPU; without batch normalisation (--norm none) those that go with it. On several processors or "
+        "GPUs: torchrun --nproc-per-node N -m odeblock train cifar10 ...",
+        epilog=EXIT_CODES,
+        allow_abbrev=False,
+    )
+    add_common(parser, "outputs/cifar10")
+    option = options(parser, CifarConfig(), replace(CifarConfig(), **CIFAR_QUICK))
+
+    def by_norm(key: str) -> str:
+        return ", ".join(f"{usual[key]} with norm {norm}" for norm, usual in CIFAR_DEFAULTS.items())
+
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder with cifar-10-batches-py, cifar-10-batches-bin, an archive of one as downloaded, or an "
+        ".npz of JPEG files (without: quick makes up a few images)",
+    )
+    parser.add_argument("--download", action="store_true", help="fetch it into that folder, with torchvision")
+    option("--images", whole_number(1), "only the first so many for training", metavar="N", unset="all")
+    option("--depth", whole_number(1), "L, residual steps", metavar="L")
+    option("--channels", whole_number(1), "of the maps", metavar="C")
+    option("--norm", str, "batch normalisation everywhere, or nowhere", choices=list(CIFAR_DEFAULTS))
+    option("--init", str, "of V and W", choices=list(INITIALIZERS), unset=by_norm("init"))
+    option("--activation", str, "σ", choices=list(ACTIVATIONS))
+    option("--backward", str, "backward strategy", choices=STRATEGIES)
+    option("--epochs", whole_number(1), "passes over the training set", metavar="N")
+    option("--batch-size", whole_number(1), "images of a step", "--batch", metavar="B")
+    option("--lr", positive_number, "largest learning rate", metavar="LR")
+    option("--schedule", str, "of the learning rate", choices=SCHEDULES, unset=by_norm("schedule"))
+    option("--rates", str, "flow: L times lr for the block", choices=RATES, unset=by_norm("rates"))
+    option("--precision", str, "bfloat16: of products, by autocast", choices=PRECISIONS)
+    option("--seed", whole_number(0, MAX_SEED), "of weights, order and augmentation", metavar="S")
+    option("--device", device, "cpu, cuda or cuda:N", metavar="DEVICE")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in --output, if there is one"
+    )
+    parser.add_argument(
+        "--minutes", type=positive_number, metavar="M", help="stop after so many; --resume goes on"
+    )
+    parser.add_argument(
+        "--checkpoint-every",
+        type=positive_number,
+        default=600.0,
+        metavar="SECONDS",
+        help="between two checkpoints within an epoch; there is one after every epoch (default: 600)",
+    )
+    parser.set_defaults(run=lambda arguments: _train_cifar10(arguments, parser))
+
+
+def _train_cifar10(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    command = experiment("cifar.command", parser)
+    if arguments.data is None and (arguments.download or not arguments.quick):
+        parser.error("argument --data: expected a folder for CIFAR-10, got none (--quick runs without)")
+    config = replace(CifarConfig(), **(CIFAR_QUICK if arguments.quick else {}))
+    names = ("data", "download", "resume", "minutes", "checkpoint_every")
+    chosen = {name: getattr(arguments, name) for name in names}
+    told = command.Options(output=writable(arguments.output, parser), **chosen)
+    with threads_for(small=arguments.quick):
+        try:
+            code: int = command.train(config, given_values(arguments, config), told)
+        except Refusal as refused:
+            parser.error(str(refused))
     return code
 
 
@@ -155,10 +237,11 @@ def _add_reproduce(commands: Any) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("name", choices=list(EXPERIMENTS), metavar="NAME", help="one of those above")
-    _add_common(parser, "outputs/NAME; quick: outputs/NAME-quick")
+    add_common(parser, "outputs/NAME; quick: outputs/NAME-quick")
     parser.add_argument(
-        "--seed", type=_whole_number(0, MAX_SEED), metavar="S", help="of weights and data (default: 0)"
+        "--seed", type=whole_number(0, MAX_SEED), metavar="S", help="of weights and data (default: 0)"
     )
+    parser.add_argument("--data", metavar="DIR", help="of weights-on-cifar, as train cifar10 takes it")
     parser.set_defaults(run=lambda arguments: _reproduce(arguments, parser))
 
 
@@ -168,22 +251,27 @@ def _settings() -> str:
         settings = ", ".join(
             f"{key}={value[0]}..{value[-1]}" if isinstance(value, tuple) else f"{key}={value}"
             for key, value in asdict(listing.config).items()
-            if key != "seed"
+            if key not in ("seed", "networks") and value is not None
         )
         lines.append(textwrap.fill(f"{name}: {settings}", 100, initial_indent="  ", subsequent_indent="    "))
     return "\n".join(lines)
 
 
 def _reproduce(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    harness = _experiment("reproduce", parser)
-    _experiment(arguments.name.replace("-", "_"), parser)  # its packages are asked for before anything runs
+    harness = experiment("reproduce", parser)
+    experiment(arguments.name.replace("-", "_"), parser)  # its packages are asked for before anything runs
     listing = EXPERIMENTS[arguments.name]
-    config = _given(arguments, listing.quick if arguments.quick else listing.config)
+    config = given(arguments, listing.quick if arguments.quick else listing.config)
+    if arguments.data is not None and not hasattr(config, "data"):
+        parser.error(f"argument --data: {arguments.name} takes none, got {arguments.data!r}")
     output = arguments.output or Path("outputs") / (arguments.name + "-quick" * arguments.quick)
-    _writable(output, parser)
-    _writable(output / harness.PARTS, parser)
-    with _threads_for(small=arguments.quick or listing.small):
-        code: int = harness.reproduce(arguments.name, config, output)
+    writable(output, parser)
+    writable(output / harness.PARTS, parser)
+    with threads_for(small=arguments.quick or listing.small):
+        try:
+            code: int = harness.reproduce(arguments.name, config, output)
+        except Refusal as refused:
+            parser.error(str(refused))
     return code
 
 
@@ -199,129 +287,23 @@ def _add_bench(commands: Any) -> None:
         epilog=EXIT_CODES,
         allow_abbrev=False,
     )
-    _add_common(parser, "outputs/bench")
-    option = _options(parser, BenchConfig(), replace(BenchConfig(), **BENCH_QUICK))
-    option("--depth", _whole_number(1), "L, residual steps", metavar="L")
-    option("--dim", _whole_number(1), "q, features", metavar="Q")
-    option("--hidden-dim", _whole_number(1), "m, hidden units of a step", metavar="M")
-    option("--batch-size", _whole_number(1), "rows", metavar="B")
-    option("--seed", _whole_number(0, MAX_SEED), "of weights and rows", metavar="S")
-    option("--device", _device, "cpu, cuda or cuda:N", metavar="DEVICE")
+    add_common(parser, "outputs/bench")
+    option = options(parser, BenchConfig(), replace(BenchConfig(), **BENCH_QUICK))
+    option("--depth", whole_number(1), "L, residual steps", metavar="L")
+    option("--dim", whole_number(1), "q, features", metavar="Q")
+    option("--hidden-dim", whole_number(1), "m, hidden units of a step", metavar="M")
+    option("--batch-size", whole_number(1), "rows", metavar="B")
+    option("--seed", whole_number(0, MAX_SEED), "of weights and rows", metavar="S")
+    option("--device", device, "cpu, cuda or cuda:N", metavar="DEVICE")
     option("--activation", str, "σ", choices=list(ACTIVATIONS))
     parser.set_defaults(run=lambda arguments: _bench(arguments, parser))
 
 
 def _bench(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    bench = _experiment("bench", parser).bench
-    config = _given(arguments, replace(BenchConfig(), **(BENCH_QUICK if arguments.quick else {})))
-    code: int = bench(config, _writable(arguments.output, parser))
+    bench = experiment("bench", parser).bench
+    config = given(arguments, replace(BenchConfig(), **(BENCH_QUICK if arguments.quick else {})))
+    code: int = bench(config, writable(arguments.output, parser))
     return code
-
-
-# ---- what commands share ---------------------------------------------------------------------------------
-
-
-def _add_common(parser: argparse.ArgumentParser, folder: str) -> None:
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=None if "NAME" in folder else Path(folder),
-        metavar="DIR",
-        help=f"folder for all files (default: {folder})",
-    )
-    parser.add_argument("--quick", action="store_true", help="a run of seconds: small and short by default")
-
-
-def _options(parser: argparse.ArgumentParser, default: Any, quick: Any) -> Callable[..., None]:
-    """Adds options for fields of a configuration, whose help tells their defaults."""
-
-    def option(name: str, kind: Callable[[str], Any], text: str, **extra: Any) -> None:
-        key = name[2:].replace("-", "_")
-        usual, small = getattr(default, key), getattr(quick, key)
-        shown = f"{'dim' if usual is None else usual}" + (f"; quick: {small}" if small != usual else "")
-        parser.add_argument(name, type=kind, help=f"{text} (default: {shown})", **extra)
-
-    return option
-
-
-def _given(arguments: argparse.Namespace, config: Any) -> Any:
-    """The configuration with what was given in the place of its values."""
-    names = {field.name for field in fields(config)}
-    given = {key: value for key, value in vars(arguments).items() if key in names and value is not None}
-    return replace(config, **given)
-
-
-def _experiment(name: str, parser: argparse.ArgumentParser) -> ModuleType:
-    """A module of ``odeblock.experiments``; one line with the remedy where a package is missing."""
-    try:
-        return importlib.import_module(f".experiments.{name}", __package__)
-    except ModuleNotFoundError as missing:
-        package = (missing.name or "").partition(".")[0]
-        if package not in EXTRAS:
-            raise
-        parser.error(f"{package} is not installed, please run: pip install 'odeblock[experiments]'")
-
-
-@contextmanager
-def _threads_for(*, small: bool) -> Iterator[None]:
-    """One thread for small networks, unless OMP_NUM_THREADS says otherwise.
-
-    A second one gains nothing there, and where other programs keep the processors busy OpenMP's threads,
-    which wait by spinning, take 20 times longer. (OMP_WAIT_POLICY has no effect any more: torch is loaded.)
-    """
-    before = torch.get_num_threads()
-    if small and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _writable(output: Path, parser: argparse.ArgumentParser) -> Path:
-    """The folder, made if need be."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output).close()
-    except OSError as error:
-        parser.error(
-            f"argument --output: expected a folder to write to, got {str(output)!r} ({error.strerror})"
-        )
-    return output
-
-
-# ---- kinds of option values ------------------------------------------------------------------------------
-
-
-def _whole_number(low: int, high: float = math.inf) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[+-]?[0-9]+", text) or not low <= int(text) <= high:
-            upper = f" and <= {high}" if math.isfinite(high) else ""
-            raise argparse.ArgumentTypeError(f"expected a whole number >= {low}{upper}, got {text!r}")
-        return int(text)
-
-    return parse
-
-
-def _learning_rate(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"expected a finite number > 0, got {text!r}")
-    return value
-
-
-def _device(text: str) -> str:
-    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", text):
-        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
-    count = torch.cuda.device_count()
-    if text != "cpu" and int(text.partition(":")[2] or 0) >= count:
-        raise argparse.ArgumentTypeError(
-            f"expected cpu or one of the {count} GPUs that PyTorch sees here, got {text!r}"
-        )
-    return text
 
 
 if __name__ == "__main__":

@@ -5,7 +5,18 @@ from typing import Any
 from typing_extensions import Buffer
 
 def forward_workspace(
-    dtype: int, activation: int, batch: int, dim: int, hidden: int, depth: int, threads: int, /
+    dtype: int,
+    activation: int,
+    batch: int,
+    dim: int,
+    hidden: int,
+    depth: int,
+    height: int,
+    width: int,
+    kernel: int,
+    reconstruct: bool,
+    threads: int,
+    /,
 ) -> int: ...
 def forward(
     dtype: int,
@@ -14,6 +25,9 @@ def forward(
     dim: int,
     hidden: int,
     depth: int,
+    height: int,
+    width: int,
+    kernel: int,
     scale: float,
     h: int,
     V: int,
@@ -38,6 +52,9 @@ def backward_workspace(
     dim: int,
     hidden: int,
     depth: int,
+    height: int,
+    width: int,
+    kernel: int,
     save_every: int,
     reconstruct: bool,
     slots: int,
@@ -52,6 +69,9 @@ def backward(
     dim: int,
     hidden: int,
     depth: int,
+    height: int,
+    width: int,
+    kernel: int,
     scale: float,
     grad: int,
     h: int,

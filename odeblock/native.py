@@ -57,14 +57,8 @@ def release_memory() -> None:
 
 
 def runs_natively(tensor: Tensor) -> bool:
-    """Whether a block with inputs or gradients like this one runs on the native core's CPU kernels: rows do,
-    maps [B, C, H, W] run on PyTorch operators."""
-    return (
-        core is not None
-        and tensor.device.type == "cpu"
-        and tensor.dtype in NATIVE_DTYPES
-        and tensor.dim() == 2
-    )
+    """Whether a block of this device and dtype runs on the native core's CPU kernels."""
+    return core is not None and tensor.device.type == "cpu" and tensor.dtype in NATIVE_DTYPES
 
 
 def pointer(tensor: Tensor | None) -> int:

@@ -47,6 +47,14 @@ def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(native.core.memory(size), dtype=dtype, count=size // dtype.itemsize).view(shape)
 
 
+def _sizes(h: Tensor, V: Tensor, activation: str) -> tuple[int, ...]:
+    """What the core calls dtype, activation, batch, dim, hidden, depth, height, width and kernel."""
+    depth, dim, hidden, *kernel = V.shape
+    height, width, size = (*h.shape[2:], kernel[0]) if kernel else (0, 0, 0)
+    kind = (native.NATIVE_DTYPES[h.dtype], ACTIVATIONS[activation].native_id)
+    return (*kind, h.shape[0], dim, hidden, depth, height, width, size)
+
+
 def _forward(
     h: Tensor,
     V: Tensor,
@@ -70,16 +78,15 @@ def _forward(
             )
     h, V, W = h.contiguous(), V.contiguous(), W.contiguous()
     hidden_bias, output_bias = native.contiguous(hidden_bias), native.contiguous(output_bias)
-    batch, dim = h.shape
-    depth, hidden = W.shape[:2]
+    depth, (batch, dim, hidden) = V.shape[0], flat_sizes(h, V)
     threads = torch.get_num_threads()
-    sizes = (native.NATIVE_DTYPES[h.dtype], ACTIVATIONS[activation].native_id, batch, dim, hidden, depth)
+    sizes = _sizes(h, V, activation)
     y = torch.empty_like(h)
     computed = state_dtype(h.dtype)
     shape = states_shape(batch, dim, hidden, depth, save_every, reconstruct, keep_hidden)
     states = _empty(shape, computed)
     checks = _empty(checks_shape(batch, depth, reconstruct), computed)
-    workspace = _empty((native.core.forward_workspace(*sizes, threads),), torch.uint8)
+    workspace = _empty((native.core.forward_workspace(*sizes, reconstruct, threads),), torch.uint8)
     native.core.forward(
         *sizes,
         scale,
@@ -160,11 +167,10 @@ def _backward(
         native.contiguous(hidden_bias),
         native.contiguous(output_bias),
     )
-    batch, dim = grad.shape
-    depth, hidden = W.shape[:2]
+    dim = flat_sizes(grad, V)[1]
     states, checks = states.contiguous(), checks.contiguous()
     threads = torch.get_num_threads()
-    sizes = (native.NATIVE_DTYPES[grad.dtype], ACTIVATIONS[activation].native_id, batch, dim, hidden, depth)
+    sizes = _sizes(grad, V, activation)
     dh = torch.empty_like(grad)
     dV, dW, dhidden, doutput = (
         _empty(p.shape if weight_gradients and p is not None else (0,), grad.dtype)

@@ -9,7 +9,8 @@
 namespace {
 
 struct Header {
-  int64_t dtype, activation, batch, dim, hidden, depth, save_every, reconstruct, slots, keep_hidden, threads, biases;
+  int64_t dtype, activation, batch, dim, hidden, depth, height, width, kernel;
+  int64_t save_every, reconstruct, slots, keep_hidden, threads, biases;
   double scale;
 };
 
@@ -19,7 +20,8 @@ int main() {
   Header x;
   if (std::fread(&x, sizeof x, 1, stdin) != 1) return 2;
   const size_t stored = x.dtype == 1 ? 8 : x.dtype == 0 ? 4 : 2, computed = stored < 4 ? 4 : stored;
-  const size_t rows = x.batch * x.dim * stored, weights = x.depth * x.dim * x.hidden * stored;
+  const size_t pixels = x.kernel ? x.height * x.width : 1, taps = x.kernel ? x.kernel * x.kernel : 1;
+  const size_t rows = x.batch * x.dim * pixels * stored, weights = x.depth * x.dim * x.hidden * taps * stored;
   const size_t hidden = x.biases ? x.depth * x.hidden * stored : 0, output = x.biases ? x.depth * x.dim * stored : 0;
   const int64_t padded = odeblock::padded_rows(x.batch),
                 width = x.dim + (x.keep_hidden && x.save_every == 1 ? x.hidden : 0);
@@ -28,8 +30,8 @@ int main() {
   if (x.reconstruct) saved = x.save_every ? saved : 1;                  // h_K, .., h_L
   const int64_t checked = x.reconstruct ? (x.depth - 1) / odeblock::check_every(x.depth) : 0;
   const Bytes h = read(rows), V = read(weights), W = read(weights), b = read(hidden), c = read(output);
-  const Bytes grad = read(rows), probe = read(x.dim * computed);
-  const Bytes states = allocate(saved * padded * width * computed), y = allocate(rows);
+  const Bytes grad = read(rows), probe = read(x.dim * pixels * computed);
+  const Bytes states = allocate(saved * padded * width * pixels * computed), y = allocate(rows);
   const Bytes checks = allocate(checked * check_rows * computed);
   const odeblock::CpuKernels& kernels = odeblock::cpu_kernels();
 
@@ -37,6 +39,7 @@ int main() {
   f.dtype = static_cast<odeblock::Dtype>(x.dtype);
   f.activation = static_cast<int>(x.activation);
   f.batch = x.batch, f.dim = x.dim, f.hidden = x.hidden, f.depth = x.depth;
+  f.height = x.height, f.width = x.width, f.kernel = x.kernel;
   f.scale = x.scale;
   f.save_every = x.save_every, f.reconstruct = x.reconstruct != 0, f.slots = x.slots;
   f.keep_hidden = x.keep_hidden != 0;

@@ -11,6 +11,7 @@ import shutil
 import struct
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,7 +70,8 @@ def run_host(
 ) -> dict[str, Tensor]:
     """What ``oracle.run`` returns, from the program."""
     tensors = [case.tensors[name] for name in NAMES]
-    depth, dim, hidden = tensors[1].shape
+    depth, dim, hidden, *kernel = tensors[1].shape
+    maps = (*tensors[0].shape[2:], kernel[0]) if kernel else (0, 0, 0)
     sizes = [
         native.NATIVE_DTYPES[dtype],
         ACTIVATIONS[case.activation].native_id,
@@ -77,12 +79,13 @@ def run_host(
         dim,
         hidden,
         depth,
+        *maps,
     ]
     scale = 1 / depth if case.scale is None else case.scale
     biases = tensors[3] is not None
-    header = struct.pack("12qd", *sizes, *plan, threads, biases, scale)
+    header = struct.pack("15qd", *sizes, *plan, threads, biases, scale)
     given = [t for t in (*tensors, case.grad) if t is not None]
-    arrays = [*(t.to(dtype) for t in given), probe(dim, state_dtype(dtype))]
+    arrays = [*(t.to(dtype) for t in given), probe(tensors[0][0].numel(), state_dtype(dtype))]
     data = [t.contiguous().view(torch.uint8).numpy().tobytes() for t in arrays]
     out = subprocess.run(command, input=header + b"".join(data), capture_output=True, check=False)
     assert out.returncode == 0, out.stderr.decode()[-3000:]
@@ -98,6 +101,14 @@ def run_host(
 # B, q, m, L: several tiles, tails of every kind, one row, one feature, few rows for several threads; deep
 # enough for the adjoint.
 SHAPES = [(1, 1, 1, 24), (37, 17, 23, 9), (50, 64, 5, 10), (300, 310, 3, 12), (3, 70, 130, 11)]
+# B, C, M, L, (H, W), k: groups of samples, strips of rows and both; empty strips, odd widths.
+MAPS = [
+    (1, 3, 5, 9, (7, 9), 3),
+    (37, 2, 3, 7, (4, 3), 3),
+    (20, 3, 2, 8, (5, 6), 5),
+    (3, 5, 4, 9, (2, 1), 3),
+    (6, 4, 3, 7, (9, 7), 1),
+]
 PLANS = (
     lambda depth: checkpointing.Plan(1, False, 0, True),  # store
     lambda depth: checkpointing.Plan(1, False, 0),  # and only states
@@ -109,13 +120,21 @@ PLANS = (
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def map_case(sizes: Any) -> tuple[Any, dict[str, Any]]:
+    """What ``make_case`` takes, of one of ``MAPS``."""
+    *shape, maps, kernel = sizes
+    return shape, {"maps": maps, "kernel": kernel}
+
+
 def check_program(command: list[str], activations: list[str]) -> None:
     for activation in activations:
-        for i, shape in enumerate(SHAPES):
+        for i, (shape, maps) in enumerate([*((shape, {}) for shape in SHAPES), *map(map_case, MAPS)]):
             for j, dtype in enumerate(DTYPES):
                 plan = PLANS[(i + 2 * j) % len(PLANS)](shape[3])
                 biases = (i + j) % 2 == 0
-                case = make_case(*shape, activation=activation, hidden_bias=biases, output_bias=biases)
+                case = make_case(
+                    *shape, activation=activation, hidden_bias=biases, output_bias=biases, **maps
+                )
                 case = rounded(case, dtype)
                 results = run_host(command, case, dtype, plan, threads=1 + (i + j) % 3)
                 check_results(results, case, dtype, rebuilt=plan.reconstruct)
@@ -135,8 +154,9 @@ def test_threads_do_not_race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     flags = ["-fsanitize=thread", "-O1", "-pthread", "-Wno-maybe-uninitialized"]  # of a sum's first run
     program = compile_host(tmp_path, os.environ.get("CXX", "g++"), *flags, builds={"baseline": []})
     monkeypatch.setenv("TSAN_OPTIONS", "halt_on_error=1")
-    for shape in ((2, 70, 130, 11), (37, 64, 66, 9), (150, 20, 24, 9)):
-        case = rounded(make_case(*shape, hidden_bias=True, output_bias=True), torch.float32)
+    rows = [(shape, {}) for shape in ((2, 70, 130, 11), (37, 64, 66, 9), (150, 20, 24, 9))]
+    for shape, maps in [*rows, map_case(MAPS[1]), map_case(MAPS[2])]:
+        case = rounded(make_case(*shape, hidden_bias=True, output_bias=True, **maps), torch.float32)
         for make_plan in PLANS:
             plan = make_plan(shape[3])
             results = run_host([str(program)], case, torch.float32, plan, threads=4)

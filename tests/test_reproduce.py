@@ -23,6 +23,7 @@ from odeblock.experiments.config import (
     EXPERIMENTS,
     AdjointErrorConfig,
     BenchConfig,
+    CifarWeightsConfig,
     ConvergenceConfig,
     DigitsConfig,
     LipschitzConfig,
@@ -76,6 +77,9 @@ SMALL: dict[str, ReproduceConfig] = {
         iterations=100,
     ),
     "weights-on-digits": DigitsConfig(depth=8, dim=8, epochs=1),
+    "weights-on-cifar": CifarWeightsConfig(
+        depth=4, channels=4, norm="none", epochs=1, images=160, data="generated"
+    ),
     "depth-refinement": RefinementConfig(
         shallow=8, deep=16, depths=(4, 8, 32), epochs=2, shallow_epochs=1, seeds=1, dim=8
     ),
@@ -122,7 +126,14 @@ def test_files(name: str, outputs: Callable[[str], Path]) -> None:
     folder = outputs(name)
     figures = FIGURES.get(name, {name})
     pictures = {f"{figure}.{ending}" for figure in figures for ending in ("pdf", "png")}
-    assert {path.name for path in folder.iterdir()} == {f"{name}.json", f"{name}.csv", "parts", *pictures}
+    runs = {"runs"} if name == "weights-on-cifar" else set()
+    assert {path.name for path in folder.iterdir()} == {
+        f"{name}.json",
+        f"{name}.csv",
+        "parts",
+        *pictures,
+        *runs,
+    }
     for figure in figures:
         assert (folder / f"{figure}.pdf").read_bytes().startswith(b"%PDF")
         image = matplotlib.image.imread(folder / f"{figure}.png")[..., :3]
@@ -555,7 +566,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     ("package", "command"),
     [
         ("matplotlib", ["reproduce", "long-time"]),
-        ("matplotlib", ["bench"]),
+        ("rich", ["bench"]),
         ("rich", ["reproduce", "adjoint-error"]),
         ("sklearn", ["reproduce", "depth-refinement"]),
         ("sklearn", ["reproduce", "weights-on-digits"]),

@@ -39,8 +39,11 @@ struct Layer {
   const T *hidden_bias, *output_bias;  // or null
 };
 
-// Elements of the weights of one layer.
-ODEBLOCK_INLINE int64_t layer_size(const Problem& p) { return 2 * p.dim * p.hidden + p.hidden + p.dim; }
+// Elements of V or W, and of all weights, of one layer.
+ODEBLOCK_INLINE int64_t matrix_size(const Problem& p) {
+  return p.dim * p.hidden * (p.kernel ? p.kernel * p.kernel : 1);
+}
+ODEBLOCK_INLINE int64_t layer_size(const Problem& p) { return 2 * matrix_size(p) + p.hidden + p.dim; }
 
 // The weights of layer k: in place, or widened to `scratch` [layer_size], which the next call overwrites.
 template <class S, class T = Compute<S>>
@@ -57,8 +60,8 @@ Layer<T> layer(const Problem& p, int64_t k, T* scratch) {
       return stored;
     }
   };
-  const T* V = at(p.V, p.dim * p.hidden);
-  const T* W = at(p.W, p.dim * p.hidden);
+  const T* V = at(p.V, matrix_size(p));
+  const T* W = at(p.W, matrix_size(p));
   const T* hidden_bias = at(p.hidden_bias, p.hidden);
   const T* output_bias = at(p.output_bias, p.dim);
   return {{V, p.dim, p.hidden}, {W, p.hidden, p.dim}, hidden_bias, output_bias};

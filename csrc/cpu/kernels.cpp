@@ -3,6 +3,8 @@
 #include "backward.h"
 #include "few.h"
 #include "forward.h"
+#include "images.h"
+#include "images_backward.h"
 
 namespace odeblock {
 namespace {
@@ -24,24 +26,28 @@ extern const CpuKernels ODEBLOCK_KERNELS = {
     [](const Problem& p) {
       return with_dtype(p.dtype, [&](auto t) {
         typedef decltype(t) S;
+        if (is_image(p)) return image_forward_workspace<S>(p);
         return is_few<S>(p) ? few_workspace<S>(p, false) : forward_workspace<S>(p);
       });
     },
     [](const ForwardProblem& p) {
       with_dtype(p.dtype, [&](auto t) {
         typedef decltype(t) S;
+        if (is_image(p)) return forward_images<S>(p);
         is_few<S>(p) ? forward_few<S>(p) : forward<S>(p);
       });
     },
     [](const Problem& p) {
       return with_dtype(p.dtype, [&](auto t) {
         typedef decltype(t) S;
+        if (is_image(p)) return image_backward_workspace<S>(p);
         return is_few<S>(p) ? few_workspace<S>(p, true) : backward_workspace<S>(p);
       });
     },
     [](const BackwardProblem& p) {
       with_dtype(p.dtype, [&](auto t) {
         typedef decltype(t) S;
+        if (is_image(p)) return backward_images<S>(p);
         is_few<S>(p) ? backward_few<S>(p) : backward<S>(p);
       });
     },

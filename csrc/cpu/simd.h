@@ -179,5 +179,23 @@ ODEBLOCK_INLINE void transpose(Vec<T> (&v)[kLanes<T>]) {
   }
 }
 
+// Lane i of the result is the sum of the lanes of v[i], i < W, by halves. v is overwritten.
+template <class T>
+ODEBLOCK_INLINE Vec<T> sum_lanes(Vec<T>* v) {
+  constexpr int W = kLanes<T>;
+#pragma GCC unroll 4
+  for (int d = 1; d < W; d *= 2) {
+    Mask<T> own{}, other{};
+#pragma GCC unroll 16
+    for (int lane = 0; lane < W; lane++) {
+      own[lane] = lane & d ? W + lane : lane;
+      other[lane] = lane & d ? W + lane - d : lane + d;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i += 2 * d) v[i] = shuffle(v[i], v[i + d], own) + shuffle(v[i], v[i + d], other);
+  }
+  return v[0];
+}
+
 }  // namespace
 }  // namespace odeblock

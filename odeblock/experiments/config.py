@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+
+class Refusal(ValueError):
+    """Options with which nothing can be done; the text is for the user, on one line."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,55 @@ class TrainConfig:
 
 QUICK: dict[str, Any] = {"depth": 16, "dim": 16, "epochs": 2, "timing_rounds": 3}
 """What ``--quick`` puts in place of the defaults: seconds instead of a minute."""
+
+
+@dataclass(frozen=True)
+class CifarConfig:
+    """Settings of ``python -m odeblock train cifar10``: one convolutional network.
+
+    depth: L. channels: of the maps. norm: "batch", batch normalisation of the stem and of every step, or
+    "none", none at all. init: of V and W; by default "tied" with batch normalisation, which is the paper's
+    smooth one, else "zero_v". activation: σ. backward: strategy of the block. epochs: passes over the
+    training set. batch_size: images of a step, of all processes together. lr: largest learning rate.
+    schedule: "cosine" or "onecycle"; by default the former with batch normalisation, else the latter.
+    rates: "equal", lr for all parameters, or "flow", L times as much for those of the block (gradient flow);
+    by default the former with batch normalisation, as in the authors' script, else the latter.
+    weight_decay: of all parameters (of the block 1/L of it if ``rates`` are "flow"). precision: "float32";
+    "bfloat16", of products, by autocast; or "float64". images: how many of the training set, None for all.
+    seed: of the initial weights, the order of the images and their augmentation. device: "cpu", "cuda" or
+    "cuda:N".
+    """
+
+    depth: int = 256
+    channels: int = 16
+    norm: str = "batch"
+    init: str | None = None
+    activation: str = "gelu"
+    backward: str = "auto"
+    epochs: int = 180
+    batch_size: int = 64
+    lr: float = 0.04
+    schedule: str | None = None
+    rates: str | None = None
+    weight_decay: float = 5e-4
+    precision: str = "float32"
+    images: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+
+    def resolved(self) -> CifarConfig:
+        """With what goes with ``norm`` in the place of None."""
+        usual = CIFAR_DEFAULTS[self.norm]
+        given = {key: value for key in usual if (value := getattr(self, key)) is not None}
+        return replace(self, **{**usual, **given})
+
+
+CIFAR_DEFAULTS: dict[str, dict[str, Any]] = {
+    "batch": {"init": "tied", "schedule": "cosine", "rates": "equal"},
+    "none": {"init": "zero_v", "schedule": "onecycle", "rates": "flow"},
+}
+CIFAR_QUICK: dict[str, Any] = {"depth": 4, "channels": 8, "epochs": 4, "images": 480}
+SCHEDULES, RATES, PRECISIONS = ("cosine", "onecycle"), ("equal", "flow"), ("float32", "bfloat16", "float64")
 
 
 @dataclass(frozen=True)
@@ -158,6 +211,26 @@ class DigitsConfig:
 
 
 @dataclass(frozen=True)
+class CifarWeightsConfig:
+    """networks: activation and initialisation of each. depth, channels, norm, epochs, batch_size, lr,
+    precision, images: as ``CifarConfig`` has them. data: where CIFAR-10 lies; None if all networks are
+    trained already; "generated" for a few images that are made up. seed: of weights and batches.
+    """
+
+    networks: tuple[tuple[str, str], ...] = (("gelu", "smooth"), ("gelu", "iid"), ("relu", "smooth"))
+    depth: int = 256
+    channels: int = 16
+    norm: str = "batch"
+    epochs: int = 180
+    batch_size: int = 64
+    lr: float = 0.04
+    precision: str = "float32"
+    images: int | None = None
+    data: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class RefinementConfig:
     """shallow: L of the first phase. deep: L of the second, and of the network trained deep from the start.
 
@@ -196,6 +269,7 @@ ReproduceConfig = (
     | LongTimeConfig
     | OverParameterisationConfig
     | DigitsConfig
+    | CifarWeightsConfig
     | RefinementConfig
     | AdjointErrorConfig
 )
@@ -248,6 +322,11 @@ EXPERIMENTS: dict[str, Listing] = {
         "weights along depth after training on real digits, smooth and i.i.d., GELU and ReLU",
         DigitsConfig(),
         DigitsConfig(depth=32, dim=16, epochs=3),
+    ),
+    "weights-on-cifar": Listing(
+        "the same with convolutions, on CIFAR-10: --data DIR; with full settings for a GPU",
+        CifarWeightsConfig(),
+        CifarWeightsConfig(depth=16, channels=8, epochs=4, images=480, data="generated"),
     ),
     "depth-refinement": Listing(
         "train shallow, run deep; and train shallow first, then deep, against deep from the start",

@@ -31,9 +31,14 @@ def random_inputs(
     return {"h": h, "V": V, "W": W, "grad": grad}
 
 
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """Of rows with a matrix; of maps, the convolution that keeps their size."""
+    return F.linear(x, weight) if weight.dim() == 2 else F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+
+
 def residual(h: Tensor, V_k: Tensor, W_k: Tensor, sigma: Activation) -> Tensor:
     """f_k(h) = V_k σ(W_k h): products in the weights' dtype, the result in that of the state h."""
-    return F.linear(sigma.function(F.linear(h.to(W_k.dtype), W_k)), V_k).to(h.dtype)
+    return product(sigma.function(product(h.to(W_k.dtype), W_k)), V_k).to(h.dtype)
 
 
 def adjoint_2022(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
+from ..base import ResBlock
 from ..block import DeepResBlock
 from ..network import DeepResNet
 from .config import TrainConfig
@@ -40,19 +41,26 @@ def build_network(config: TrainConfig, init: str) -> DeepResNet:
     return network.to(config.device)
 
 
-def random_coefficients(dim: int, hidden: int, seed: int) -> dict[str, list[int]]:
-    """[i, j] of a random coefficient of V [q, m] and of W [m, q], the same for every network of a seed."""
+def random_coefficients(
+    dim: int, hidden: int, seed: int, kernel: tuple[int, ...] = ()
+) -> dict[str, list[int]]:
+    """[i, j] of a random coefficient of V [q, m] and of W [m, q], the same for every network of a seed.
+
+    With convolutions [i, j, u, v], of V [C, M, *kernel] and of W [M, C, *kernel].
+    """
     generator = torch.Generator().manual_seed(seed)
-    shapes = {"V": (dim, hidden), "W": (hidden, dim)}
+    shapes = {"V": (dim, hidden, *kernel), "W": (hidden, dim, *kernel)}
     return {
         name: [int(torch.randint(size, (), generator=generator)) for size in shape]
         for name, shape in shapes.items()
     }
 
 
-def along_depth(block: DeepResBlock, indices: dict[str, list[int]]) -> dict[str, list[float]]:
+def along_depth(block: ResBlock, indices: dict[str, list[int]]) -> dict[str, list[float]]:
     """These coefficients of V and of W, from layer 1 to L."""
-    return {name: getattr(block, name).detach()[:, i, j].tolist() for name, (i, j) in indices.items()}
+    return {
+        name: getattr(block, name).detach()[(slice(None), *index)].tolist() for name, index in indices.items()
+    }
 
 
 class EagerBlock(nn.Module):

@@ -11,17 +11,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_pdf import FigureCanvasPdf
-from matplotlib.figure import Figure
 
 from ..build import build_info
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 FIGURE_DPI = 200
-PACKAGES = ("odeblock", "torch", "numpy", "scikit-learn", "matplotlib", "rich")
+PACKAGES = ("odeblock", "torch", "numpy", "scikit-learn", "matplotlib", "pillow", "rich")
 
 
 def provenance() -> dict[str, Any]:
@@ -51,6 +51,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     try:
         with partial.open("wb") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before the name: also where the machine stops
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -80,6 +82,9 @@ def save_checkpoint(path: Path, value: dict[str, Any]) -> None:
 
 def save_figure(path: Path, figure: Figure) -> None:
     """A PNG or a PDF, by the ending of ``path``, whatever backend the user has; the same bytes each time."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # training alone draws nothing
+    from matplotlib.backends.backend_pdf import FigureCanvasPdf
+
     pdf = path.suffix == ".pdf"
     canvas = FigureCanvasPdf(figure) if pdf else FigureCanvasAgg(figure)
     metadata = {"CreationDate": None} if pdf else {}

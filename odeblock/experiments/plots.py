@@ -36,7 +36,7 @@ def coefficient_figure(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> F
             finish(axes, title, xlabel, "coefficient" if init == "smooth" else "", grid="y")
             axes.set_xlim(0.0, 1.01)
             if init in coefficients:
-                _draw(axes, coefficients[init])
+                draw(axes, coefficients[init])
             else:
                 axes.text(0.5, 0.5, "not trained", transform=axes.transAxes, ha="center", fontsize=FONT)
     reached = [axes for axes in panels.flat if axes.lines]
@@ -46,13 +46,14 @@ def coefficient_figure(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> F
     return figure
 
 
-def _draw(axes: Axes, coefficients: Mapping[str, Any]) -> None:
+def draw(axes: Axes, coefficients: Mapping[str, Any]) -> None:
+    """The two coefficients of one network, as ``coefficient_figure`` takes them."""
     for name in ("V", "W"):
         curve = coefficients[name]
         depth = len(curve["trained"])
         s = [k / depth for k in range(1, depth + 1)]
-        i, j = (index + 1 for index in curve["index"])
-        symbol = rf"$({name}_k)_{{{i},{j}}}$"
+        index = ",".join(str(i + 1) for i in curve["index"])
+        symbol = rf"$({name}_k)_{{{index}}}$"
         light, dark = COLOURS[name]
         marker = "." if depth <= FEW_LAYERS else ""
         after, before = f"{symbol} after training", f"{symbol} at initialisation"

@@ -26,7 +26,7 @@ from rich.table import Table
 from .config import ReproduceConfig
 from .outputs import provenance, save_checkpoint, save_csv, save_figure, save_json
 
-PARTS, FORMATS = "parts", ("pdf", "png")
+PARTS, RUNS, FORMATS = "parts", "runs", ("pdf", "png")
 PACKAGE = Path(__file__).resolve().parents[1]
 INTERRUPTED = 130
 
@@ -37,9 +37,13 @@ Results = dict[str, Any]
 class Run:
     """What a part under way is given: to tell how far it is, and to keep what it has if it takes long."""
 
-    def __init__(self, advance: Callable[[int], None], path: Path, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, advance: Callable[[int], None], path: Path, settings: dict[str, Any], folder: Path
+    ) -> None:
         self.advance = advance
         """Called with the number of steps that were made."""
+        self.folder = folder
+        """For files that stay whatever code comes after them, of all parts; it need not exist."""
         self._path, self._settings = path, settings
 
     def save(self, state: dict[str, Any]) -> None:
@@ -79,9 +83,13 @@ def reproduce(name: str, config: ReproduceConfig, output: Path) -> int:
 
     NAME.json: findings, settings, versions, and everything that was computed; NAME.csv: the numbers behind
     the figures; figures as PDF and PNG; parts/: what a later call with the same settings need not compute
-    again. The other files are those of the last call; parts stay, whatever settings come after them.
+    again. The other files are those of the last call; parts stay, whatever settings come after them. runs/:
+    trainings of hours, where an experiment has them, which other code reads as well.
 
     Returns the exit code: 0; 130 after Ctrl-C; 1 where a loss was not finite.
+
+    Raises:
+        Refusal: an experiment needs data, and there are none.
     """
     console = Console()
     experiment = importlib.import_module(f".{name.replace('-', '_')}", __package__)
@@ -129,7 +137,7 @@ def _run(parts: list[Part], settings: dict[str, Any], output: Path, console: Con
             found = _read(path, settings)
             if found is None:
                 state = path.with_suffix(".pt")
-                run = Run(lambda steps: progress.advance(task, steps), state, settings)
+                run = Run(lambda steps: progress.advance(task, steps), state, settings, output / RUNS)
                 try:
                     found = part.compute(run)
                 except FloatingPointError as error:
@@ -143,10 +151,14 @@ def _run(parts: list[Part], settings: dict[str, Any], output: Path, console: Con
 
 
 def _settings(config: ReproduceConfig) -> dict[str, Any]:
-    """What results depend on: the configuration; PyTorch; and odeblock, by its sources and native core."""
+    """What results depend on: the configuration; PyTorch; and odeblock, by its sources and native core.
+
+    Not on where data lie.
+    """
     files = sorted([*PACKAGE.rglob("*.py"), *PACKAGE.glob("_core*.so")])
     code = "".join(f"{path.relative_to(PACKAGE)} {_hash(path.read_bytes())}\n" for path in files)
-    settings = {"config": asdict(config), "torch": torch.__version__, "code": _hash(code.encode())}
+    given = {key: value for key, value in asdict(config).items() if key != "data"}
+    settings = {"config": given, "torch": torch.__version__, "code": _hash(code.encode())}
     found: dict[str, Any] = json.loads(json.dumps(settings))  # as it is read again: lists for tuples
     return found
 

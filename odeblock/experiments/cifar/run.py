@@ -1,0 +1,145 @@
+"""A run: a training and the folder that it lives in, where it stops and goes on.
+
+``checkpoint.pt`` is all that goes on; ``log.jsonl`` is its log to read, a line for each start, each epoch and
+the result. Both are written together and whole, so that they tell the same.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import CifarConfig, Refusal
+from ..outputs import atomic_file, provenance, save_checkpoint
+from .data import Cifar10
+from .network import parameter_counts
+from .processes import Processes
+from .training import Training
+
+CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
+FREE = frozenset({"device", "backward"})
+"""Settings that may be others when a run goes on: they change gradients by rounding alone."""
+
+
+def read_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """What the run in ``folder`` has reached; None where there is none.
+
+    Raises:
+        Refusal: the file is there, and is not whole.
+    """
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        CifarConfig(**state["config"])
+    except Exception as error:  # a damaged file makes torch.load raise any of a dozen kinds
+        raise Refusal(f"{path}: expected a checkpoint of train cifar10, got {type(error).__name__}") from None
+    return state
+
+
+def agreed(config: CifarConfig, state: dict[str, Any] | None) -> CifarConfig:
+    """``config`` with its defaults filled in; it must be that of the run that goes on, if one does.
+
+    Raises:
+        Refusal: it is another; the text names the first setting that differs.
+    """
+    config = config.resolved()
+    saved = asdict(config) if state is None else state["config"]
+    for key, value in asdict(config).items():
+        if value != saved[key] and key not in FREE:
+            option = f"--{key.replace('_', '-')}"
+            raise Refusal(f"argument {option}: the run that goes on has {saved[key]}, got {value}")
+    return config
+
+
+class Run:
+    """The run in ``folder``, from its ``state`` (``read_checkpoint``) on, or from the start if that is None.
+
+    Raises:
+        Refusal: as ``agreed`` and ``Training`` say.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: CifarConfig,
+        data: Cifar10,
+        state: dict[str, Any] | None = None,
+        processes: Processes | None = None,
+    ) -> None:
+        self.folder = folder
+        self.training = Training(agreed(config, state), data, processes)
+        if state is not None:
+            self.training.load_state_dict(state)
+        if not self.training.finished:
+            self.training.log.append(self._start())
+        self._saved = time.monotonic()
+
+    def _start(self) -> dict[str, Any]:
+        """The line that says what begins, or goes on, with what."""
+        training = self.training
+        device = training.processes.device
+        line = {
+            "kind": "start",
+            "step": training.step,
+            "steps": training.total_steps,
+            "config": asdict(training.config),
+            "data": training.data.description(),
+            "parameters": parameter_counts(training.network),
+            "processes": training.processes.count,
+            "threads": torch.get_num_threads(),
+            "processor": device if device == "cpu" else torch.cuda.get_device_name(device),
+            **provenance(),
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(line))  # of types that a checkpoint may hold
+        return plain
+
+    def go(
+        self,
+        *,
+        minutes: float | None = None,
+        checkpoint_every: float | None = None,
+        stop: Callable[[], bool] = lambda: False,
+        on_look: Callable[[float], None] = lambda loss: None,
+        on_epoch: Callable[[dict[str, Any]], None] = lambda line: None,
+    ) -> bool:
+        """Train to the end; returns whether it is reached. A checkpoint is written after every epoch.
+
+        Arguments:
+            minutes: after which it stops, if given, with a checkpoint. checkpoint_every: seconds between two
+                checkpoints within an epoch. stop, on_look, on_epoch: as of ``Training.run``.
+
+        Raises:
+            FloatingPointError: as ``Training.run``. The last checkpoint is from before.
+        """
+        begin = time.monotonic()
+
+        def over() -> bool:
+            return stop() or (minutes is not None and time.monotonic() - begin >= 60 * minutes)
+
+        def save(due: bool) -> None:
+            if due or (checkpoint_every is not None and time.monotonic() - self._saved >= checkpoint_every):
+                self.save()
+
+        return self.training.run(on_look=on_look, on_epoch=on_epoch, save=save, stop=over)
+
+    def save(self) -> None:
+        """Write both files; of several processes the first one does."""
+        if self.training.processes.first:
+            save_checkpoint(self.folder / CHECKPOINT, self.training.state_dict())
+            with atomic_file(self.folder / LOG) as file:
+                for line in self.training.log:
+                    file.write((json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        self._saved = time.monotonic()
+
+
+def initial(state: dict[str, Any]) -> CifarConfig:
+    """The settings with which ``build_network`` makes the network that a checkpoint's run started from."""
+    return replace(CifarConfig(**state["config"]), device="cpu")
