@@ -209,21 +209,23 @@ class ResBlock(nn.Module):
         Arguments:
             layers: one ``nn.Sequential``, tuple or list of three modules for each step, all alike:
                 (nn.Linear(q, m), activation module, nn.Linear(m, q)), or for maps (nn.Conv2d(C, M, k,
-                padding=k//2), activation module, nn.Conv2d(M, C, k, padding=k//2)) with k odd. Parameters
-                are copied.
+                padding=k//2), activation module, nn.Conv2d(M, C, k, padding=k//2)) with k odd, perhaps with
+                an nn.BatchNorm2d after each nn.Conv2d. Parameters and running statistics are copied.
             scale: step size of ``h + scale · branch(h)``; 1/L by default. A plain residual network has 1.
             backward: see ``odeblock.functional.deep_residual``.
 
         Raises:
-            TypeError, ValueError: no layers; a layer that is not three modules of these kinds; an activation
-                that the block does not have; sizes, activations, dtypes or devices that differ between
-                layers; a bias on some layers only; a convolution with a stride, dilation, groups, or another
-                padding.
+            TypeError, ValueError: no layers; a layer that is not modules of these kinds; an activation that
+                the block does not have; sizes, activations, dtypes or devices that differ between layers; a
+                bias or a normalisation on some layers only; a convolution with a stride, dilation, groups, or
+                another padding; a normalisation with settings other than the default ones.
         """
         activation, stacks = stack_layers(cls.branch, layers)
-        options = {"activation": activation, "scale": scale, "backward": backward}
+        options: dict[str, Any] = {"activation": activation, "scale": scale, "backward": backward}
+        if len(stacks) > len(PARAMETERS):
+            options["norm"] = "batch"
         block = cls._sized_like(stacks[0], **options, device="meta")
-        block._set_stacks(stacks)
+        block._set_stacks([*stacks, *[None] * (len(cls.stacks) - len(stacks))])
         return block
 
     def to_layers(self) -> list[nn.Sequential]:
@@ -231,7 +233,8 @@ class ResBlock(nn.Module):
 
         A ``scale`` other than 1/L has to be given to ``from_layers`` again.
         """
-        return [make_layer(self.branch, self.activation, *piece) for piece in self._cut(lambda p: p.unbind())]
+        pieces = self._cut(lambda p: p.unbind())
+        return [make_layer(self.branch, self.activation, *piece).train(self.training) for piece in pieces]
 
     def extra_repr(self) -> str:
         parts = [*self._shown_sizes(), ("activation", self.activation)]

@@ -1,4 +1,7 @@
-"""Stacked weights to and from lists of residual branches: two nn.Linear or nn.Conv2d, σ between."""
+"""Stacked weights to and from lists of residual branches: two nn.Linear or nn.Conv2d, σ between.
+
+After each nn.Conv2d there may be an nn.BatchNorm2d.
+"""
 
 from __future__ import annotations
 
@@ -12,62 +15,76 @@ from torch.nn.parameter import is_lazy
 
 from .activations import ACTIVATIONS, get_activation
 
-Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-"""V [L, q, m], W [L, m, q], hidden_bias [L, m] or None, output_bias [L, q] or None; or of convolutions."""
-
 
 @dataclass(frozen=True)
 class Branch:
     """The modules of a step.
 
-    kind: of the first and the last. expected: what errors say of the three. shown: a module of the kind, for
-    errors. make: an empty one, without a bias, for a weight. refuse: raises for one (named ``where``) with
-    settings that a block has not.
+    kind: of those with weights. normalised: whether an nn.BatchNorm2d may follow each of them. expected: what
+    errors say of a step. shown: a module of the kind, for errors. make: an empty one, without a bias, for a
+    weight. refuse: raises for one (named ``where``) with settings that a block has not.
     """
 
     kind: type[nn.Module]
+    normalised: bool
     expected: str
     shown: Callable[[Any], str]
     make: Callable[[Tensor], nn.Module]
     refuse: Callable[[str, Any], None]
 
 
-def stack_layers(branch: Branch, layers: Iterable[Any]) -> tuple[str, Weights]:
-    """The name of the activation, and copies of the weights stacked along depth.
+PLACES = {3: (0, 1, 2), 5: (0, 2, 3, 1, 4)}
+"""Of the three or five modules of a step: where the first with weights is, the activation, the second with
+weights, and the normalisations."""
+
+
+def stack_layers(branch: Branch, layers: Iterable[Any]) -> tuple[str, list[Any]]:
+    """The name of the activation, and copies of what is stacked along depth: V, W, hidden and output bias
+    (None where there is none); then, where there are normalisations, weight and bias of the first and of the
+    second, mean and variance of the first and of the second.
 
     Raises:
         TypeError, ValueError: as ``from_layers`` of a block says; the text names the layer.
     """
     if not isinstance(layers, Iterable):
         raise TypeError(f"layers: expected a list of {branch.expected}, got {type(layers).__name__}")
-    triples = [_triple(branch, f"layers[{k}]", layer) for k, layer in enumerate(layers)]
-    if not triples:
+    steps = [_modules(branch, f"layers[{k}]", layer) for k, layer in enumerate(layers)]
+    if not steps:
         raise ValueError(f"layers: expected at least one layer {branch.expected}, got none")
-    first, middle, last = triples[0]
-    if last.weight.shape[:2] != first.weight.shape[1::-1] or last.weight.shape[2:] != first.weight.shape[2:]:
+    model = steps[0]
+    hidden, sigma, output, *norms = PLACES[len(model)]
+    V, W = model[output].weight, model[hidden].weight
+    if V.shape[:2] != W.shape[1::-1] or V.shape[2:] != W.shape[2:]:
         raise ValueError(
             f"layers[0]: a residual branch returns to the size it starts from; expected {branch.expected}, "
-            f"got {branch.shown(first)} and {branch.shown(last)}"
+            f"got {branch.shown(model[hidden])} and {branch.shown(model[output])}"
         )
-    name = _activation_name("layers[0][1]", middle)
-    for k, (hidden, sigma, output) in enumerate(triples):
-        where = f"layers[{k}]"
-        found = _activation_name(f"{where}[1]", sigma)
+    name = _activation_name(f"layers[0][{sigma}]", model[sigma])
+    for k, step in enumerate(steps):
+        if len(step) != len(model):
+            raise ValueError(
+                f"layers[{k}]: all layers of a block have the same modules; expected {len(model)} as in "
+                f"layers[0], got {len(step)}"
+            )
+        found = _activation_name(f"layers[{k}][{sigma}]", step[sigma])
         if found != name:
             raise ValueError(
-                f"{where}[1]: all layers of a block share one activation; expected {name} as in layers[0], "
-                f"got {found}"
+                f"layers[{k}][{sigma}]: all layers of a block share one activation; expected {name} as in "
+                f"layers[0], got {found}"
             )
-        for i, (module, model) in ((0, (hidden, first)), (2, (output, last))):
-            _check_alike(branch, f"{where}[{i}]", module, f"layers[0][{i}]", model)
+        for i in (hidden, output):
+            _check_alike(branch, f"layers[{k}][{i}]", step[i], f"layers[0][{i}]", model[i])
+        for i in norms:
+            _check_norm(f"layers[{k}][{i}]", step[i], step[i - 1])
 
-    def stack(tensors: list[Any]) -> Tensor | None:
+    def stack(i: int, name: str) -> Tensor | None:
+        tensors = [getattr(step[i], name) for step in steps]
         return None if tensors[0] is None else torch.stack([t.detach() for t in tensors])
 
-    V, W = (stack([triple[i].weight for triple in triples]) for i in (2, 0))
-    assert V is not None
-    assert W is not None
-    return name, (V, W, stack([t[0].bias for t in triples]), stack([t[2].bias for t in triples]))
+    places = [(output, "weight"), (hidden, "weight"), (hidden, "bias"), (output, "bias")]
+    for names in (("weight", "bias"), ("running_mean", "running_var")):
+        places += [(i, name) for i in norms for name in names]
+    return name, [stack(*place) for place in places]
 
 
 def make_layer(
@@ -77,8 +94,9 @@ def make_layer(
     W: Tensor,
     hidden_bias: Tensor | None,
     output_bias: Tensor | None,
+    *norm: Any,
 ) -> nn.Sequential:
-    """The modules of a step, with copies of its weights and biases."""
+    """The modules of a step, with copies of what ``stack_layers`` stacks."""
 
     def module(weight: Tensor, bias: Tensor | None) -> nn.Module:
         made = branch.make(weight)
@@ -87,7 +105,17 @@ def make_layer(
             made.bias = nn.Parameter(bias.detach().clone())
         return made
 
-    return nn.Sequential(module(W, hidden_bias), get_activation(activation).module(), module(V, output_bias))
+    def normalisation(weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> nn.Module:
+        made = nn.BatchNorm2d(len(weight), device=weight.device)
+        made.weight, made.bias = (nn.Parameter(t.detach().clone()) for t in (weight, bias))
+        made.running_mean, made.running_var = mean.clone(), var.clone()
+        return made
+
+    hidden, output = [module(W, hidden_bias)], [module(V, output_bias)]
+    if norm and norm[0] is not None:
+        hidden.append(normalisation(*norm[0:2], *norm[4:6]))
+        output.append(normalisation(*norm[2:4], *norm[6:8]))
+    return nn.Sequential(*hidden, get_activation(activation).module(), *output)
 
 
 # ---- kinds of branches -----------------------------------------------------------------------------------
@@ -115,6 +143,7 @@ def _refuse_convolution(where: str, convolution: nn.Conv2d) -> None:
 
 LINEAR = Branch(
     nn.Linear,
+    False,
     "(nn.Linear(q, m), activation module, nn.Linear(m, q))",
     lambda linear: f"nn.Linear({linear.in_features}, {linear.out_features})",
     lambda weight: nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta"),
@@ -123,7 +152,9 @@ LINEAR = Branch(
 
 CONVOLUTION = Branch(
     nn.Conv2d,
-    "(nn.Conv2d(C, M, k, padding=k//2), activation module, nn.Conv2d(M, C, k, padding=k//2))",
+    True,
+    "(nn.Conv2d(C, M, k, padding=k//2), activation module, nn.Conv2d(M, C, k, padding=k//2)), perhaps with "
+    "nn.BatchNorm2d after each nn.Conv2d",
     lambda conv: f"nn.Conv2d({conv.in_channels}, {conv.out_channels}, {conv.kernel_size[0]})",
     lambda weight: nn.Conv2d(
         weight.shape[1],
@@ -140,19 +171,20 @@ CONVOLUTION = Branch(
 # ---- inside ----------------------------------------------------------------------------------------------
 
 
-def _triple(branch: Branch, where: str, layer: Any) -> tuple[Any, nn.Module, Any]:
+def _modules(branch: Branch, where: str, layer: Any) -> list[Any]:
     if not isinstance(layer, (nn.Sequential, list, tuple)):
         raise TypeError(
             f"{where}: expected {branch.expected} as a tuple, list or nn.Sequential, got {_name(layer)}"
         )
     modules = list(layer)
-    if len(modules) != 3:
+    if len(modules) not in ((3, 5) if branch.normalised else (3,)):
         kinds = ", ".join(map(_name, modules)) or "none"
         hint = "; for no activation put nn.Identity() in the middle" if len(modules) == 2 else ""
         raise ValueError(
             f"{where}: expected three modules {branch.expected}, got {len(modules)}: {kinds}{hint}"
         )
-    for i in (0, 2):
+    hidden, _, output, *_ = PLACES[len(modules)]
+    for i in (hidden, output):
         if not isinstance(modules[i], branch.kind):
             raise TypeError(f"{where}[{i}]: expected an nn.{branch.kind.__name__}, got {_name(modules[i])}")
         if is_lazy(modules[i].weight):
@@ -160,7 +192,14 @@ def _triple(branch: Branch, where: str, layer: Any) -> tuple[Any, nn.Module, Any
                 f"{where}[{i}]: expected weights, got a lazy layer; run a batch through it first"
             )
         branch.refuse(f"{where}[{i}]", modules[i])
-    return modules[0], modules[1], modules[2]
+    return modules
+
+
+def _check_norm(where: str, norm: Any, before: Any) -> None:
+    """A batch normalisation as the block has it, of the result of the module before."""
+    expected = nn.BatchNorm2d(before.out_channels, device="meta")
+    if type(norm) is not nn.BatchNorm2d or _settings(norm) != _settings(expected):
+        raise ValueError(f"{where}: expected nn.{expected!r}, got {norm!r}")
 
 
 def _name(value: Any) -> str:

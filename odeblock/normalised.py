@@ -95,6 +95,7 @@ class NormalisedSteps(Steps):
     activation: str
     names: tuple[str, ...]
 
+    roundings: ClassVar[int] = 4  # of the state, two products and σ, magnified where a variance is small
     measures: ClassVar[int] = len(STATISTICS)
 
     def residual(self, state: Tensor, layer: Sequence[Tensor]) -> Tensor:

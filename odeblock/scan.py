@@ -141,6 +141,9 @@ class Steps:
     device: str
     autocast: torch.dtype | None
 
+    roundings: ClassVar[int] = 1
+    """Units of rounding by which a residual may jump, relative to its largest number."""
+
     measures: ClassVar[int] = 0
     """How many tensors ``measure`` finds in a step; they follow the parameters in what the backward takes as
     a layer."""
@@ -352,7 +355,7 @@ def _reconstruct(
     """The sweep down from h_L, every state from the one above; the report of ``Reconstruction``."""
     steps = adjoint.steps
     top = state = _rows(states[-1])
-    floor = torch.finfo(steps.precision).eps  # f jumps by its rounding
+    floor = steps.roundings * torch.finfo(steps.precision).eps  # f jumps by its rounding
     sweep = Reconstruction(len(top), steps.depth, rounding_unit(steps.precision), floor, top)
 
     def evaluate(k: int, x: Tensor) -> tuple[Adjoint, Tensor]:
@@ -393,9 +396,10 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _projection(state: Tensor) -> Tensor:
-    """rᵀh_k of every row, [B]."""
+    """rᵀh_k of every row, [B], in the state's dtype, also under autocast."""
     rows = _rows(state)
-    return rows @ probe(rows.shape[1], rows.dtype).to(rows.device)
+    with without(rows.device.type):
+        return rows @ probe(rows.shape[1], rows.dtype).to(rows.device)
 
 
 def _check_arguments(f: Any, h: Any, params: Any) -> tuple[list[Tensor], pytree.TreeSpec, int]:
