@@ -158,7 +158,7 @@ ODEBLOCK_INLINE void times_G_transposed(V x0, V x1, V x2, V x3, V (&y)[3]) {
 // out [rows, cols, k, k] = or += scale D, of two maps of `rows` and `cols` channels that are zero where there is no
 // sample. sums: points_size(k, rows, cols).
 template <class T>
-void correlate(const Maps& maps, const T* x, int64_t rows, const T* y, int64_t cols, T scale, bool add, T* scratch,
+ODEBLOCK_NOINLINE void correlate(const Maps& maps, const T* x, int64_t rows, const T* y, int64_t cols, T scale, bool add, T* scratch,
                T* sums, T* out) {
   const int64_t taps = maps.kernel * maps.kernel, width = padded_channels(cols), step = padded_channels(rows) * width;
   if (is_winograd(maps.kernel)) {
@@ -193,7 +193,7 @@ void correlate(const Maps& maps, const T* x, int64_t rows, const T* y, int64_t c
 
 // out[c] = or += scale Σ over pixels and samples of channel c.
 template <class T>
-void channel_sums(const Maps& maps, const T* map, int64_t channels, T scale, bool add, T* out) {
+ODEBLOCK_NOINLINE void channel_sums(const Maps& maps, const T* map, int64_t channels, T scale, bool add, T* out) {
   constexpr int W = kLanes<T>;
   for (int64_t c = 0; c < channels; c++) {
     Vec<T> sum{};

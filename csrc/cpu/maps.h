@@ -131,7 +131,7 @@ constexpr int64_t kAhead = 8;  // vectors of each lane
 
 // samples [B, channels, H, W], of which sample b begins at b `stride` -> a group's maps, without the border.
 template <class S, class T = Compute<S>>
-void load_maps(const S* samples, int64_t stride, int64_t channels, const Maps& maps, const Group<T>& group,
+ODEBLOCK_NOINLINE void load_maps(const S* samples, int64_t stride, int64_t channels, const Maps& maps, const Group<T>& group,
                const Plane& plane, T* to) {
   constexpr int W = kLanes<T>;
   const Runs runs(maps, channels);
@@ -157,7 +157,7 @@ void load_maps(const S* samples, int64_t stride, int64_t channels, const Maps& m
 
 // The reverse; what no sample has is not written. past_caches: see copy().
 template <class S, class T = Compute<S>>
-void store_maps(const T* from, int64_t stride, int64_t channels, const Maps& maps, const Group<T>& group,
+ODEBLOCK_NOINLINE void store_maps(const T* from, int64_t stride, int64_t channels, const Maps& maps, const Group<T>& group,
                 const Plane& plane, S* samples, bool past_caches = false) {
   constexpr int W = kLanes<T>;
   const Runs runs(maps, channels);
@@ -188,7 +188,7 @@ void store_maps(const T* from, int64_t stride, int64_t channels, const Maps& map
 
 // Copies the rows of the strips above and below into the border of each. (With one strip it is zero for good.)
 template <class T>
-void exchange_borders(const Maps& maps, int64_t channels, T* map) {
+ODEBLOCK_NOINLINE void exchange_borders(const Maps& maps, int64_t channels, T* map) {
   constexpr int W = kLanes<T>;
   const int64_t pad = maps.kernel / 2, n = maps.strips, R = maps.rows;
   if (n == 1) return;
