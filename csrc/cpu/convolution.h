@@ -305,7 +305,8 @@ ODEBLOCK_INLINE int64_t convolve_scratch(const Maps& maps, int64_t channels) {  
 
 // The result of A * in; in: a map of A.cols channels.
 template <class T>
-ODEBLOCK_NOINLINE void convolve(const Points<T>& A, const Maps& maps, const T* in, T* scratch, const Result<T>& result) {
+ODEBLOCK_NOINLINE void convolve(const Points<T>& A, const Maps& maps, const T* in, T* scratch,
+                                const Result<T>& result) {
   if (is_winograd(maps.kernel)) {
     for (int64_t y = 0; y < maps.rows; y += 2)
       in_parts(divide_up(maps.width, 2), [&](int64_t t, auto n) {

@@ -158,8 +158,8 @@ ODEBLOCK_INLINE void times_G_transposed(V x0, V x1, V x2, V x3, V (&y)[3]) {
 // out [rows, cols, k, k] = or += scale D, of two maps of `rows` and `cols` channels that are zero where there is no
 // sample. sums: points_size(k, rows, cols).
 template <class T>
-ODEBLOCK_NOINLINE void correlate(const Maps& maps, const T* x, int64_t rows, const T* y, int64_t cols, T scale, bool add, T* scratch,
-               T* sums, T* out) {
+ODEBLOCK_NOINLINE void correlate(const Maps& maps, const T* x, int64_t rows, const T* y, int64_t cols, T scale,
+                                 bool add, T* scratch, T* sums, T* out) {
   const int64_t taps = maps.kernel * maps.kernel, width = padded_channels(cols), step = padded_channels(rows) * width;
   if (is_winograd(maps.kernel)) {
     correlate_tiles(maps, x, rows, y, cols, scratch, sums);

@@ -131,8 +131,8 @@ constexpr int64_t kAhead = 8;  // vectors of each lane
 
 // samples [B, channels, H, W], of which sample b begins at b `stride` -> a group's maps, without the border.
 template <class S, class T = Compute<S>>
-ODEBLOCK_NOINLINE void load_maps(const S* samples, int64_t stride, int64_t channels, const Maps& maps, const Group<T>& group,
-               const Plane& plane, T* to) {
+ODEBLOCK_NOINLINE void load_maps(const S* samples, int64_t stride, int64_t channels, const Maps& maps,
+                                 const Group<T>& group, const Plane& plane, T* to) {
   constexpr int W = kLanes<T>;
   const Runs runs(maps, channels);
   const int64_t length = runs.channels * maps.rows * maps.width, pixels = maps.height * maps.width;
@@ -157,8 +157,8 @@ ODEBLOCK_NOINLINE void load_maps(const S* samples, int64_t stride, int64_t chann
 
 // The reverse; what no sample has is not written. past_caches: see copy().
 template <class S, class T = Compute<S>>
-ODEBLOCK_NOINLINE void store_maps(const T* from, int64_t stride, int64_t channels, const Maps& maps, const Group<T>& group,
-                const Plane& plane, S* samples, bool past_caches = false) {
+ODEBLOCK_NOINLINE void store_maps(const T* from, int64_t stride, int64_t channels, const Maps& maps,
+                                  const Group<T>& group, const Plane& plane, S* samples, bool past_caches = false) {
   constexpr int W = kLanes<T>;
   const Runs runs(maps, channels);
   const int64_t length = runs.channels * maps.rows * maps.width, pixels = maps.height * maps.width;
