@@ -53,7 +53,8 @@ def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Normalise(torch.autograd.Function):
-    """BN(x) by given statistics, in x's dtype, with the derivative that it has where they are those of x."""
+    """BN(x) by given statistics, in x's dtype, with the derivative that it has where they are those of x:
+    equation (17) of docs/adjoint.md."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
