@@ -5,10 +5,10 @@
 //
 //   out(r, t) = Σ_points  fold( Σ_c A_point(r, c) in_point(c, t) )
 //
-// With a 3 x 3 kernel these are the 16 points of Winograd's F(2 x 2, 3 x 3): a tile t is 2 x 2 pixels, in_point is
-// Bᵀ d B of the 4 x 4 pixels around it, A_point = G K Gᵀ of the kernel K, fold is Pᵀ · P: 4 products a pixel instead of
-// 9, of factors that are sums with weights 1 and 1/2 (Lavin & Gray, "Fast algorithms for convolutional neural
-// networks", CVPR 2016; the equations below are theirs),
+// With a 3 x 3 kernel, on maps of more than 2 pixels, these are the 16 points of Winograd's F(2 x 2, 3 x 3): a tile t
+// is 2 x 2 pixels, in_point is Bᵀ d B of the 4 x 4 pixels around it, A_point = G K Gᵀ of the kernel K, fold is Pᵀ · P:
+// 4 products a pixel instead of 9, of factors that are sums with weights 1 and 1/2 (Lavin & Gray, "Fast algorithms for
+// convolutional neural networks", CVPR 2016; the equations below are theirs),
 //
 //        1  0 -1  0        1   0   0         1 1  1  0
 //   Bᵀ = 0  1  1  0    G = ½   ½   ½    Pᵀ =  0 1 -1 -1
@@ -33,8 +33,7 @@ constexpr int kTilesAtOnce = 6;
 constexpr int kChannelPadding = 4;
 ODEBLOCK_INLINE int64_t padded_channels(int64_t n) { return divide_up(n, kChannelPadding) * kChannelPadding; }
 
-ODEBLOCK_INLINE bool is_winograd(int64_t kernel) { return kernel == 3; }
-ODEBLOCK_INLINE int64_t point_count(int64_t kernel) { return is_winograd(kernel) ? 16 : kernel * kernel; }
+ODEBLOCK_INLINE int64_t point_count(const Maps& maps) { return maps.winograd ? 16 : maps.kernel * maps.kernel; }
 
 // A [points][rows, padded][cols, padded], zero in the padding. As it is, or transposed: rows and cols are those of the
 // product that is asked for.
@@ -43,23 +42,23 @@ struct Points {
   const T* data;
   int64_t rows, cols;  // channels out, channels in
   int64_t row_step, col_step, point_step;
-  int64_t kernel;
-  bool turned;
+  int64_t count;
+  bool winograd, turned;
 
-  Points transposed() const { return {data, cols, rows, col_step, row_step, point_step, kernel, !turned}; }
+  Points transposed() const { return {data, cols, rows, col_step, row_step, point_step, count, winograd, !turned}; }
   const T* at(int64_t point) const {
-    if (turned && is_winograd(kernel)) {
+    if (turned && winograd) {
       const int64_t i = point / 4, j = point % 4;
       point = (i % 3 ? i : 3 - i) * 4 + (j % 3 ? j : 3 - j);
     } else if (turned) {
-      point = kernel * kernel - 1 - point;
+      point = count - 1 - point;
     }
     return data + point * point_step;
   }
 };
 
-ODEBLOCK_INLINE int64_t points_size(int64_t kernel, int64_t rows, int64_t cols) {
-  return point_count(kernel) * padded_channels(rows) * padded_channels(cols);
+ODEBLOCK_INLINE int64_t points_size(const Maps& maps, int64_t rows, int64_t cols) {
+  return point_count(maps) * padded_channels(rows) * padded_channels(cols);
 }
 
 ODEBLOCK_INLINE float constant(float, double x) { return static_cast<float>(x); }
@@ -77,14 +76,15 @@ ODEBLOCK_INLINE void times_G(V x0, V x1, V x2, V (&y)[4]) {
 
 // The points of weights [rows, cols, k, k], left in `data`.
 template <class T>
-ODEBLOCK_NOINLINE Points<T> make_points(const T* weights, int64_t rows, int64_t cols, int64_t kernel, T* data) {
-  const int64_t taps = kernel * kernel, row_step = padded_channels(cols), step = padded_channels(rows) * row_step;
-  for (int64_t i = 0; i < point_count(kernel) * step; i++) data[i] = T(0);
+ODEBLOCK_NOINLINE Points<T> make_points(const T* weights, int64_t rows, int64_t cols, const Maps& maps, T* data) {
+  const int64_t taps = maps.kernel * maps.kernel, row_step = padded_channels(cols),
+                step = padded_channels(rows) * row_step;
+  for (int64_t i = 0; i < point_count(maps) * step; i++) data[i] = T(0);
   for (int64_t r = 0; r < rows; r++)
     for (int64_t c = 0; c < cols; c++) {
       const T* w = weights + (r * cols + c) * taps;
       T* to = data + r * row_step + c;
-      if (!is_winograd(kernel)) {
+      if (!maps.winograd) {
         for (int64_t i = 0; i < taps; i++) to[i * step] = w[i];
         continue;
       }
@@ -99,7 +99,7 @@ ODEBLOCK_NOINLINE Points<T> make_points(const T* weights, int64_t rows, int64_t 
         for (int j = 0; j < 4; j++) to[(i * 4 + j) * step] = y[j];
       }
     }
-  return {data, rows, cols, row_step, 1, step, kernel, false};
+  return {data, rows, cols, row_step, 1, step, point_count(maps), maps.winograd, false};
 }
 
 // What becomes of the sums of a product: out = (base + scale (bias + sum)) ⊙ factor, zero where a lane has no pixel.
@@ -300,14 +300,14 @@ ODEBLOCK_INLINE void in_parts(int64_t count, F f) {
 }
 
 ODEBLOCK_INLINE int64_t convolve_scratch(const Maps& maps, int64_t channels) {  // vectors
-  return is_winograd(maps.kernel) ? 16 * (channels + kChannels) * kTilesAtOnce : 0;
+  return maps.winograd ? 16 * (channels + kChannels) * kTilesAtOnce : 0;
 }
 
 // The result of A * in; in: a map of A.cols channels.
 template <class T>
 ODEBLOCK_NOINLINE void convolve(const Points<T>& A, const Maps& maps, const T* in, T* scratch,
                                 const Result<T>& result) {
-  if (is_winograd(maps.kernel)) {
+  if (maps.winograd) {
     for (int64_t y = 0; y < maps.rows; y += 2)
       in_parts(divide_up(maps.width, 2), [&](int64_t t, auto n) {
         convolve_tiles<T, decltype(n)::value>(A, maps, in, y, 2 * t, scratch, result);

@@ -121,7 +121,7 @@ ODEBLOCK_NOINLINE void push_tiles(const Maps& maps, const T* map, int64_t c, int
 ODEBLOCK_INLINE int64_t tile_count(const Maps& maps) { return maps.rows / 2 * divide_up(maps.width, 2); }
 
 ODEBLOCK_INLINE int64_t correlate_scratch(const Maps& maps, int64_t rows, int64_t cols) {  // vectors
-  return is_winograd(maps.kernel) ? 4 * (rows + cols) * tile_count(maps) : 0;
+  return maps.winograd ? 4 * (rows + cols) * tile_count(maps) : 0;
 }
 
 // The points of D for rows i of the 4 x 4; sums [16][rows, padded][cols, padded].
@@ -156,12 +156,12 @@ ODEBLOCK_INLINE void times_G_transposed(V x0, V x1, V x2, V x3, V (&y)[3]) {
 }
 
 // out [rows, cols, k, k] = or += scale D, of two maps of `rows` and `cols` channels that are zero where there is no
-// sample. sums: points_size(k, rows, cols).
+// sample. sums: points_size(maps, rows, cols).
 template <class T>
 ODEBLOCK_NOINLINE void correlate(const Maps& maps, const T* x, int64_t rows, const T* y, int64_t cols, T scale,
                                  bool add, T* scratch, T* sums, T* out) {
   const int64_t taps = maps.kernel * maps.kernel, width = padded_channels(cols), step = padded_channels(rows) * width;
-  if (is_winograd(maps.kernel)) {
+  if (maps.winograd) {
     correlate_tiles(maps, x, rows, y, cols, scratch, sums);
   } else {
     const int64_t pad = maps.kernel / 2;
@@ -170,7 +170,7 @@ ODEBLOCK_NOINLINE void correlate(const Maps& maps, const T* x, int64_t rows, con
   }
   for (int64_t r = 0; r < rows; r++) {
     T* row = sums + r * width;
-    if (is_winograd(maps.kernel))
+    if (maps.winograd)
       for (int64_t c = 0; c < width; c++) {
         T half[4][3], found[3];
         for (int i = 0; i < 4; i++) {

@@ -32,16 +32,16 @@ struct LayerScratch {
 };
 
 template <class S, class T = Compute<S>>
-LayerScratch<T> layer_scratch(const Problem& p, Arena& arena) {
-  const int64_t points = points_size(p.kernel, p.dim, p.hidden);
+LayerScratch<T> layer_scratch(const Problem& p, const Maps& maps, Arena& arena) {
+  const int64_t points = points_size(maps, p.dim, p.hidden);
   return {arena.take<T>(points), arena.take<T>(points), arena.take<T>(kWidened<S> ? layer_size(p) : 0)};
 }
 
 template <class S, class T = Compute<S>>
-ImageLayer<T> image_layer(const Problem& p, int64_t k, const LayerScratch<T>& scratch) {
+ImageLayer<T> image_layer(const Problem& p, const Maps& maps, int64_t k, const LayerScratch<T>& scratch) {
   const Layer<T> weights = layer<S>(p, k, scratch.widened);
-  return {make_points(weights.V.data, p.dim, p.hidden, p.kernel, scratch.V),
-          make_points(weights.W.data, p.hidden, p.dim, p.kernel, scratch.W), weights.hidden_bias, weights.output_bias,
+  return {make_points(weights.V.data, p.dim, p.hidden, maps, scratch.V),
+          make_points(weights.W.data, p.hidden, p.dim, maps, scratch.W), weights.hidden_bias, weights.output_bias,
           weights.W.data};
 }
 
@@ -239,7 +239,7 @@ struct ImageForwardScratch {
 template <class S, class T = Compute<S>>
 ImageForwardScratch<T> image_forward_scratch(const Problem& p, const Maps& maps, Arena& arena) {
   const int64_t groups = forward_groups<T>(p, maps);
-  return {layer_scratch<S>(p, arena), group_scratch<T>(p, maps, false, block_tiles(p, maps), arena),
+  return {layer_scratch<S>(p, maps, arena), group_scratch<T>(p, maps, false, block_tiles(p, maps), arena),
           arena.take<T>(groups * map_size<T>(maps, p.dim)), arena.take<Mask<T>>(groups * maps.rows),
           arena.take<T>(p.dim)};
 }
@@ -269,7 +269,7 @@ void forward_group(const ForwardProblem& p, const Maps& maps, Activate<T> sigma,
   T* checks = static_cast<T*>(p.checks);
   int64_t saved = 0, checked = 0;
   for (int64_t k = 0; k < p.depth; k++) {
-    const ImageLayer<T> weights = image_layer<S>(p, k, scratch.layer);
+    const ImageLayer<T> weights = image_layer<S>(p, maps, k, scratch.layer);
     const bool save = p.save_every && k % p.save_every == 0 && (k > 0 || !p.reconstruct);
     const bool check = p.reconstruct && k > 0 && k % check_every(p.depth) == 0;
     if (check) see_channels(p, weights.weights, scratch.visible);

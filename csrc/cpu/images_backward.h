@@ -38,12 +38,12 @@ template <class S, class T = Compute<S>>
 ImageBackwardScratch<T> image_backward_scratch(const Problem& p, const Maps& maps, Arena& arena) {
   const int64_t map = map_size<T>(maps, p.dim), adjoint = p.reconstruct ? 1 : 0;
   ImageBackwardScratch<T> scratch{};
-  scratch.layer = layer_scratch<S>(p, arena);
+  scratch.layer = layer_scratch<S>(p, maps, arena);
   const int64_t convolution = block_tiles(p, maps), correlation = correlate_scratch(maps, p.dim, p.hidden);
   scratch.group = group_scratch<T>(p, maps, true, convolution > correlation ? convolution : correlation, arena);
   for (T** array : {&scratch.h, &scratch.a}) *array = arena.take<T>(map);
   scratch.g = arena.take<T>(map_size<T>(maps, p.hidden));
-  scratch.sums = arena.take<T>(points_size(p.kernel, p.dim, p.hidden));
+  scratch.sums = arena.take<T>(points_size(maps, p.dim, p.hidden));
   scratch.slots = arena.take<T>(!p.reconstruct && p.save_every > 1 ? p.slots * slot_size<T>(p, maps) : 0);
   for (T** array : {&scratch.x, &scratch.f, &scratch.top, &scratch.anchor}) *array = arena.take<T>(adjoint * map);
   scratch.increments = arena.take<T>(adjoint * kHistory * map);
@@ -154,13 +154,13 @@ class ImageBackward {
       sweep_chain<T>(
           scratch.h, bottom, top, p.slots, [&](int64_t j) { return scratch.slots + j * slot_size<T>(p, maps); },
           [&](const T* h, int64_t k, T* slot) {
-            const ImageLayer<T> weights = image_layer<S>(p, k, scratch.layer);
+            const ImageLayer<T> weights = image_layer<S>(p, maps, k, scratch.layer);
             T* z = p.keep_hidden ? slot + map : scratch.group.z;
             steps.hidden_values(weights, h, z);
             steps.advance(weights, sigma, z, h, slot);
           },
           [&](const T* h, int64_t k, const T* slot) {
-            const ImageLayer<T> weights = image_layer<S>(p, k, scratch.layer);
+            const ImageLayer<T> weights = image_layer<S>(p, maps, k, scratch.layer);
             const T* z = p.keep_hidden && slot ? slot + map : saved;
             if (!z) steps.hidden_values(weights, h, scratch.group.z);
             steps.activate_slopes(sigma_slope, z ? z : scratch.group.z);
@@ -193,7 +193,7 @@ class ImageBackward {
                     scratch.rows, reconstruction.report);
     };
     for (int64_t k = p.depth - 1; k >= 0; k--) {
-      const ImageLayer<T> weights = image_layer<S>(p, k, scratch.layer);
+      const ImageLayer<T> weights = image_layer<S>(p, maps, k, scratch.layer);
       see_channels(p, weights.weights, scratch.channels);
       for (int64_t i = 0; i < features; i++) scratch.visible[1][i] = scratch.channels[i / maps.map.size];
       reconstruction.enter(features);

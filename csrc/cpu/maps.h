@@ -23,6 +23,7 @@ struct Plane {
 
 struct Maps {
   int64_t height, width, kernel;
+  bool winograd;            // whether products are of tiles (convolution.h)
   int64_t strips, rows;     // n, R
   int64_t samples, groups;  // of a group; of the batch
   Plane map, compact;
@@ -42,11 +43,15 @@ ODEBLOCK_INLINE N smaller(N a, N b) {
 // How the maps of a problem are laid out with n strips. Winograd's tiles take rows in pairs.
 template <class T>
 Maps make_maps(const Problem& p, int64_t n) {
-  const int64_t pad = p.kernel / 2, rows = divide_up(p.height, n), even = p.kernel == 3 ? rows + rows % 2 : rows;
+  const int64_t pad = p.kernel / 2, rows = divide_up(p.height, n);
+  // A map as small as a tile has few taps within it: these are less work, and round less.
+  const bool winograd = p.kernel == 3 && p.height > 2 && p.width > 2;
+  const int64_t even = winograd ? rows + rows % 2 : rows;
   Maps maps{};
   maps.height = p.height;
   maps.width = p.width;
   maps.kernel = p.kernel;
+  maps.winograd = winograd;
   maps.strips = n;
   maps.rows = even;
   maps.samples = kLanes<T> / n;
