@@ -5,9 +5,9 @@
 //
 //   out(r, t) = Σ_points  fold( Σ_c A_point(r, c) in_point(c, t) )
 //
-// With a 3 x 3 kernel, on maps of more than 2 pixels, these are the 16 points of Winograd's F(2 x 2, 3 x 3): a tile t
-// is 2 x 2 pixels, in_point is Bᵀ d B of the 4 x 4 pixels around it, A_point = G K Gᵀ of the kernel K, fold is Pᵀ · P:
-// 4 products a pixel instead of 9, of factors that are sums with weights 1 and 1/2 (Lavin & Gray, "Fast algorithms for
+// With a 3 x 3 kernel, on maps of more than 2 pixels, these are the 16 points of Winograd's F(2 x 2, 3 x 3): a tile t is
+// 2 x 2 pixels, in_point is Bᵀ d B of the 4 x 4 pixels around it, A_point = G K Gᵀ of the kernel K, fold is Pᵀ · P: 4
+// products a pixel instead of 9, of factors that are sums with weights 1 and 1/2 (Lavin & Gray, "Fast algorithms for
 // convolutional neural networks", CVPR 2016; the equations below are theirs),
 //
 //        1  0 -1  0        1   0   0         1 1  1  0
@@ -15,7 +15,7 @@
 //        0 -1  1  0        ½  -½   ½
 //        0  1  0 -1        0   0   1
 //
-// With any other kernel the points are its taps, a tile is a pixel, and in_point is the map, shifted.
+// Otherwise the points are the taps of the kernel, a tile is a pixel, and in_point is the map, shifted.
 //
 // The transpose runs with the kernel turned by 180 degrees. That is the same A at other points: its tap k² - 1 - i for
 // i; of Winograd's, along either axis, 3 for 0 and 0 for 3.
