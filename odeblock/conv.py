@@ -122,9 +122,9 @@ class DeepConvResBlock(ResBlock):
         C, M, kernel = self.channels, self.hidden_channels, (self.kernel_size, self.kernel_size)
         self.V, self.W = nn.Parameter(empty(C, M, *kernel)), nn.Parameter(empty(M, C, *kernel))
         self.hidden_bias, self.output_bias = (nn.Parameter(empty(n)) if bias else None for n in (M, C))
-        for i, channels in enumerate((M, M, C, C)):
-            self.register_parameter(normalised.AFFINE[i], nn.Parameter(empty(channels)) if norm else None)
-            self.register_buffer(normalised.STATISTICS[i], empty(channels) if norm else None)
+        for i, n in enumerate((M, M, C, C)):
+            self.register_parameter(normalised.AFFINE[i], nn.Parameter(empty(n)) if norm else None)
+            self.register_buffer(normalised.STATISTICS[i], empty(n) if norm else None)
         tracked = torch.zeros((), dtype=torch.long, device=device) if norm else None
         self.register_buffer("num_batches_tracked", tracked)
         self.reset_parameters()

@@ -97,9 +97,10 @@ class Field:
 def fields(block: ResBlock, interpolation: str = "linear") -> dict[str, Field]:
     """The weights of a block as functions of depth: 𝒱 by the name "V", 𝒲 by "W", and biases where there are.
 
-    Each is a function s -> 𝒵(s) on 0 <= s <= 1, [q, m] for 𝒱 and [m, q] for 𝒲, differentiable in the block's
-    parameters. ``initializers.Fields(found["V"], found["W"])`` starts a block of any depth from them; it can
-    be pickled and copied with that block, and holds these two parameters as long as that block lives.
+    Each is a function s -> 𝒵(s) on 0 <= s <= 1, [q, m] for 𝒱 and [m, q] for 𝒲 (of maps kernels; and
+    parameters of a normalisation by their names), differentiable in the block's parameters.
+    ``initializers.Fields(found["V"], found["W"])`` starts a block of any depth from them; it can be pickled
+    and copied with that block, and holds these two parameters as long as that block lives.
 
     Arguments:
         block: a ``DeepResBlock`` or ``DeepConvResBlock``.
