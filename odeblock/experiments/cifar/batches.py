@@ -6,6 +6,7 @@ epoch is drawn at its start, so that a run can stop after any step and go on wit
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -21,10 +22,16 @@ MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 def normalise(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Bytes [B, 3, 32, 32] as numbers with mean 0 and variance 1, by channel, over CIFAR-10."""
-    mean, deviation = (
-        torch.tensor(values, dtype=dtype, device=pixels.device).view(3, 1, 1) for values in (MEAN, DEVIATION)
-    )
+    mean, deviation = _scale(dtype, pixels.device)
     return (pixels.to(dtype) / 255 - mean) / deviation
+
+
+@functools.cache
+def _scale(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """Mean and deviation, [3, 1, 1] each. Made once: a copy to a GPU waits for all that it has to do."""
+    return tuple(
+        torch.tensor(values, dtype=dtype, device=device).view(3, 1, 1) for values in (MEAN, DEVIATION)
+    )
 
 
 def crop_and_flip(pixels: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:

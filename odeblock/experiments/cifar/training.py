@@ -18,6 +18,7 @@ from ..config import CifarConfig, Refusal
 from .batches import Batches, normalise, on_device
 from .data import Cifar10
 from .files import Images
+from .graph import GraphedStep, Step
 from .network import build_network, network_arguments
 from .processes import Processes
 
@@ -46,6 +47,8 @@ class Training:
     processes all have the same weights and the same log. A training that goes on from a ``state_dict`` ends
     with the bits of one that never stopped, on a GPU as far as PyTorch's kernels give the same each time.
 
+    One GPU replays a CUDA graph of forward and backward, unless ``backward`` is "adjoint".
+
     Raises:
         Refusal: the batch cannot be shared by the processes, or there are too few images for one.
     """
@@ -65,6 +68,10 @@ class Training:
         self.network = build_network(replace(self.config, device=device))
         self.model = self.processes.wrap(self.network)
         self.optimizer = torch.optim.SGD(self._groups(), momentum=MOMENTUM)
+        self._differentiate: Step = self._gradients
+        # An adjoint of maps asks the GPU at every step whether it has settled.
+        if torch.device(device).type == "cuda" and count == 1 and self.config.backward != "adjoint":
+            self._differentiate = GraphedStep(self._gradients, self.network)
         self.total_steps = self.config.epochs * self.batches.steps
         self.step = 0
         self.log: list[dict[str, Any]] = []
@@ -136,14 +143,18 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self._factor(self.step)
         self.network.train()
-        x, y = self.batches.next()
-        self.optimizer.zero_grad()
+        found = self._differentiate(*self.batches.next())
+        self.optimizer.step()
+        self.step += 1
+        return found
+
+    def _gradients(self, x: Tensor, y: Tensor) -> Tensor:
+        """Leaves those of a batch in the parameters; returns its loss and their norm, [2], float64."""
+        self.network.zero_grad(set_to_none=True)
         loss = F.cross_entropy(self._logits(self.model, x), y)
         loss.backward()
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        self.optimizer.step()
-        self.step += 1
         return torch.stack([loss.detach(), norm]).double()
 
     def _factor(self, step: int) -> float:
@@ -152,7 +163,8 @@ class Training:
 
     def _logits(self, model: torch.nn.Module, x: Tensor) -> Tensor:
         low = self.config.precision == "bfloat16"
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
+        # No cache: each weight is cast once, and a CUDA graph must cast it anew.
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=low, cache_enabled=False):
             y: Tensor = model(x)
         return y.to(self.dtype)
 
