@@ -116,7 +116,7 @@ class NormalisedSteps(Steps):
             found.extend((mean, var))
             return _by_given(x, weight, bias, mean, var)
 
-        return state + self.scale * self._branch(state, layer, by_found).to(state.dtype), found
+        return self.add(state, self._branch(state, layer, by_found)), found
 
     def _branch(
         self, state: Tensor, layer: Sequence[Tensor], normalise: Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -29,6 +29,9 @@ from .reconstruction import Reconstruction, check_every, probe, rounding_unit
 from .reference import state_dtype
 from .validation import check_options, check_scale, check_tensor
 
+GATHERED = 32
+"""Layers whose gradients are put in their places together."""
+
 SIGHT = 16
 """A feature counts in full as long as the adjoint sees it at least 1/16 as well as the best one."""
 
@@ -154,7 +157,11 @@ class Steps:
 
     def advance(self, state: Tensor, layer: Sequence[Tensor]) -> Tensor:
         """h_{k+1} from h_k."""
-        return state + self.scale * self.residual(state, layer).to(state.dtype)
+        return self.add(state, self.residual(state, layer))
+
+    def add(self, x: Tensor, f: Tensor) -> Tensor:
+        """x + scale f in the dtype of x, which is no coarser than that of f."""
+        return torch.add(x, f, alpha=self.scale)
 
     def measure(self, state: Tensor, layer: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
         """The same in the forward, and what it finds that the backward must not find anew."""
@@ -268,29 +275,42 @@ class ResidualScan(torch.autograd.Function):
 
 
 class Adjoint:
-    """a = dℓ/dh_{k+1} on its way down, and the gradients of the leaves, slice by slice."""
+    """a = dℓ/dh_{k+1} on its way down, in the layout of h, and the gradients of the leaves, layer by layer.
 
-    def __init__(self, steps: Steps, grad: Tensor, leaves: Sequence[Tensor], needed: Sequence[bool]) -> None:
+    senses: whether to keep how well a shows each feature.
+    """
+
+    def __init__(
+        self,
+        steps: Steps,
+        grad: Tensor,
+        h: Tensor,
+        leaves: Sequence[Tensor],
+        needed: Sequence[bool],
+        senses: bool,
+    ) -> None:
         self.steps, self.leaves, self.needed = steps, leaves, needed
-        self.a = grad.to(state_dtype(grad.dtype))
-        self.sensitivity = torch.zeros_like(_rows(self.a))  # largest |(∂f/∂h)ᵀ a| of each feature so far
+        self.a = torch.empty_like(h, dtype=state_dtype(grad.dtype)).copy_(grad)
+        # Largest |(∂f/∂h)ᵀ a| of each feature so far.
+        self.sensitivity = torch.zeros_like(_rows(self.a)) if senses else None
         self.gradients = [
             torch.empty_like(leaf) if need else None for leaf, need in zip(leaves, needed, strict=True)
         ]
+        self.products: list[Sequence[Tensor]] = []  # dZ_k / scale of the last layers, the lowest at the end
         self.graph: tuple[Tensor, list[Tensor], Tensor] | None = None  # h_k, Z_k, f(h_k, Z_k)
 
     def layer(self, k: int) -> list[Tensor]:
         return [leaf[k] for leaf in self.leaves]
 
     def evaluate(self, state: Tensor, k: int) -> Tensor:
-        """f(state, Z_k) detached, in the dtype of the state; its graph stays until ``descend``."""
+        """f(state, Z_k) detached, in its dtype; its graph stays until ``descend``."""
         self.graph = None  # that of an older evaluation goes before the new one comes
         point = state.detach().to(self.steps.dtype).requires_grad_()
         layer = [z.detach().requires_grad_(need) for z, need in zip(self.layer(k), self.needed, strict=True)]
         with torch.enable_grad():
             found = self.steps.residual(point, layer)
         self.graph = point, layer, found
-        return found.detach().to(state.dtype)
+        return found.detach()
 
     def descend(self, k: int) -> None:
         """dZ_k = scale (∂f/∂Z)ᵀ a;  a ← a + scale (∂f/∂h)ᵀ a, at the last evaluation.
@@ -300,20 +320,28 @@ class Adjoint:
         assert self.graph is not None
         point, layer, found = self.graph
         self.graph = None
-        wanted = [point, *(z for z, need in zip(layer, self.needed, strict=True) if need)]
-        products: Sequence[Tensor | None] = [None] * len(wanted)
+        wanted = [z for z, need in zip(layer, self.needed, strict=True) if need]
+        products: Sequence[Tensor | None] = [None] * (1 + len(wanted))
         if found.requires_grad:  # not so where f is constant
-            products = torch.autograd.grad(found, wanted, self.a.to(found.dtype), allow_unused=True)
+            products = torch.autograd.grad(found, [point, *wanted], self.a.to(found.dtype), allow_unused=True)
         da, *dZ = products
         if da is not None:
-            self.a = self.a + self.steps.scale * da.to(self.a.dtype)
-            self.sensitivity = torch.maximum(self.sensitivity, _rows(da.abs()).to(self.a.dtype))
+            self.a = self.steps.add(self.a, da)
+            if self.sensitivity is not None:
+                self.sensitivity = torch.maximum(self.sensitivity, _rows(da.abs()).to(self.a.dtype))
+        self.products.append(
+            [torch.zeros_like(z) if dz is None else dz for z, dz in zip(wanted, dZ, strict=True)]
+        )
+        if k % GATHERED == 0:
+            self._gather(k)
+
+    def _gather(self, k: int) -> None:
+        """The products into the gradients of layers k, k + 1, ...: one kernel for many."""
         stacked = (gradient for gradient in self.gradients if gradient is not None)
-        for gradient, product in zip(stacked, dZ, strict=True):
-            if product is None:
-                gradient[k].zero_()
-            else:
-                torch.mul(product, self.steps.scale, out=gradient[k])
+        for gradient, products in zip(stacked, zip(*reversed(self.products), strict=True), strict=True):
+            part = gradient[k : k + len(products)]
+            torch.stack(products, out=part).mul_(self.steps.scale)
+        self.products.clear()
 
 
 def _gradients(
@@ -328,7 +356,8 @@ def _gradients(
     plan: checkpointing.Plan = ctx.plan
     h, *leaves = tensors
     measured, (checks, *states) = kept[: steps.measures], kept[steps.measures :]
-    adjoint = Adjoint(steps, grad, [*leaves, *measured], [*needed[1:], *[False] * len(measured)])
+    wanted = [*needed[1:], *[False] * len(measured)]
+    adjoint = Adjoint(steps, grad, h, [*leaves, *measured], wanted, plan.reconstruct)
 
     def advance(state: Tensor, k: int) -> Tensor:
         return steps.advance(state, adjoint.layer(k))
@@ -359,12 +388,13 @@ def _reconstruct(
     sweep = Reconstruction(len(top), steps.depth, rounding_unit(steps.precision), floor, top)
 
     def evaluate(k: int, x: Tensor) -> tuple[Adjoint, Tensor]:
-        return adjoint, steps.scale * _rows(adjoint.evaluate(x.reshape(h.shape), k))
+        return adjoint, steps.scale * _rows(adjoint.evaluate(x.reshape(h.shape), k).to(x.dtype))
 
     def keep(_active: Tensor, new: Adjoint, _old: Adjoint) -> Adjoint:
         # A row that is settled keeps its x, so the last evaluation, whose graph alone is left, holds for all.
         return new
 
+    assert adjoint.sensitivity is not None
     for k in reversed(range(steps.depth)):
         if k < steps.depth - 1:  # f's Jacobian is not known; what a showed of it is
             seen = SIGHT * adjoint.sensitivity
