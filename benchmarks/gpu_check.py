@@ -48,7 +48,7 @@ STEPS: dict[str, list[str]] = {
     "build": [PYTHON, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-e", "."],
     "info": [PYTHON, "-m", "odeblock", "info"],
     "primitives": [PYTHON, "-m", "pytest", "-q", "tests/test_emulation.py", "-k", "primitives"],
-    "tests": [PYTHON, "-m", "pytest", "-q", "tests/test_cuda.py"],
+    "tests": [PYTHON, "-m", "pytest", "-q", "tests/test_cuda.py", "tests/test_cifar_graph.py"],
     "memcheck": [*SANITIZER, "memcheck", PYTHON, "-c", SMALL],
     "racecheck": [*SANITIZER, "racecheck", PYTHON, "-c", SMALL],
     "benchmark": [PYTHON, "benchmarks/gpu.py", "--only", "forward"],

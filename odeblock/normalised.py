@@ -39,6 +39,10 @@ AFFINE = ("hidden_norm_weight", "hidden_norm_bias", "output_norm_weight", "outpu
 STATISTICS = ("hidden_running_mean", "hidden_running_var", "output_running_mean", "output_running_var")
 """Running mean and variance, of the same shapes."""
 
+CHANNELS_LAST = frozenset({"cuda"})
+"""Devices on which maps have their channels last within the block: cuDNN's convolutions take them so, and
+would turn input, weights and output round each time."""
+
 _aten = torch.ops.aten
 
 
@@ -52,32 +56,49 @@ def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (x - mean[:, None, None]).square().mean((0, 2, 3))
 
 
+def measured(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and spread of each channel: the variance, or 1/√(var + ε) on a GPU, where one kernel finds it and
+    others take it."""
+    found: tuple[Tensor, Tensor] = _aten.batch_norm_stats(x, EPS) if x.is_cuda else batch_statistics(x)
+    return found
+
+
 class Normalise(torch.autograd.Function):
-    """BN(x) by given statistics, in x's dtype, with the derivative that it has where they are those of x:
-    equation (17) of docs/adjoint.md."""
+    """BN(x) by mean and spread that are given, in x's dtype, with the derivative that it has where they are
+    those of x: equation (17) of docs/adjoint.md."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=EPS)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
+        if not x.is_cuda:
+            return F.batch_norm(x, mean, spread, weight, bias, training=False, eps=EPS)
+        y: Tensor = _aten.batch_norm_elemt(x, weight, bias, mean, spread, EPS)
+        return y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        x, weight, _, mean, var = inputs
-        ctx.save_for_backward(x, weight, mean, var)
+        x, weight, _, mean, spread = inputs
+        ctx.save_for_backward(x, weight, mean, spread)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, var = ctx.saved_tensors
+        x, weight, mean, spread = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
-        invstd = (var + EPS).rsqrt()
+        invstd = spread if x.is_cuda else (spread + EPS).rsqrt()
+        like_x = torch.channels_last if channels_last(x) else torch.contiguous_format
         gradients = _aten.native_batch_norm_backward(
-            grad.contiguous(), x, weight, None, None, mean, invstd, True, EPS, wanted
+            grad.contiguous(memory_format=like_x),
+            *(x, weight, None, None, mean, invstd, True, EPS, wanted),
         )
         return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), None, None
 
 
-def _by_given(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-    y: Tensor = Normalise.apply(x, weight, bias, mean, var)  # type: ignore[no-untyped-call]
+def channels_last(x: Tensor) -> bool:
+    """Whether the channels of a pixel lie side by side, and not the pixels of a channel."""
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _by_given(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
+    y: Tensor = Normalise.apply(x, weight, bias, mean, spread)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -91,10 +112,12 @@ def _by_its_own(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class NormalisedSteps(Steps):
     """Those of a normalised branch. names: of the tensors of a layer, V, W, biases where there are, and
-    ``AFFINE``; mean and variance after each convolution may follow them."""
+    ``AFFINE``; mean and spread after each convolution may follow them. last: whether kernels come with their
+    channels last, [M, k, k, C]."""
 
     activation: str
     names: tuple[str, ...]
+    last: bool
 
     roundings: ClassVar[int] = 4  # of the state, two products and σ, magnified where a variance is small
     measures: ClassVar[int] = len(STATISTICS)
@@ -112,9 +135,8 @@ class NormalisedSteps(Steps):
         found: list[Tensor] = []
 
         def by_found(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-            mean, var = batch_statistics(x)
-            found.extend((mean, var))
-            return _by_given(x, weight, bias, mean, var)
+            found.extend(measured(x))
+            return _by_given(x, weight, bias, *found[-2:])
 
         return self.add(state, self._branch(state, layer, by_found)), found
 
@@ -123,10 +145,11 @@ class NormalisedSteps(Steps):
     ) -> Tensor:
         Z = dict(zip(self.names, layer, strict=False))
         hidden, hidden_shift, output, output_shift = (Z[name].to(state_dtype(self.dtype)) for name in AFFINE)
+        W, V = (Z[name].permute(0, 3, 1, 2) if self.last else Z[name] for name in "WV")
         with self.in_autocast():
-            z = CONVOLUTION.apply(state.to(self.dtype), Z["W"], Z.get("hidden_bias"))
+            z = CONVOLUTION.apply(state.to(self.dtype), W, Z.get("hidden_bias"))
             s = get_activation(self.activation).function(normalise(z, hidden, hidden_shift))
-            return normalise(CONVOLUTION.apply(s, Z["V"], Z.get("output_bias")), output, output_shift)
+            return normalise(CONVOLUTION.apply(s, V, Z.get("output_bias")), output, output_shift)
 
 
 def normalised_residual(
@@ -154,17 +177,23 @@ def normalised_residual(
             "h: expected more than one value of each channel, as batch normalisation in training takes their "
             f"variance; got {list(h.shape)}. In evaluation, after .eval(), one is enough"
         )
-    maps = (h if h.dim() == 4 else h[None]).contiguous()
+    depth, last = len(V), h.device.type in CHANNELS_LAST
+    layout = torch.channels_last if last else torch.contiguous_format
+    maps = (h if h.dim() == 4 else h[None]).contiguous(memory_format=layout)
+    if last:
+        V, W = (kernel.movedim(2, -1).contiguous() for kernel in (V, W))
     tensors = zip((*PARAMETERS, *AFFINE), (V, W, hidden_bias, output_bias, *norm), strict=True)
     layer = {name: tensor for name, tensor in tensors if tensor is not None}
     leaves = tuple(layer.values())
-    depth = len(V)
-    steps = NormalisedSteps(depth, scale, h.dtype, h.device.type, None, activation, tuple(layer))
+    steps = NormalisedSteps(depth, scale, h.dtype, h.device.type, None, activation, tuple(layer), last)
     plan = NOTHING
     if torch.is_grad_enabled() and any(t.requires_grad for t in (h, *leaves)):
         plan = plan_for(maps, depth, backward, anchors, memory_budget)
     y, *rest = ResidualScan.apply(steps, plan, strict, record, maps, *leaves)  # type: ignore[no-untyped-call]
-    return y.view(h.shape), rest[: steps.measures]
+    found = rest[: steps.measures]
+    if h.is_cuda:
+        found[1::2] = [(invstd.pow(-2) - EPS).clamp_min(0) for invstd in found[1::2]]
+    return y.contiguous().view(h.shape), found
 
 
 def folded(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -197,6 +198,25 @@ def test_a_block_on_a_gpu_that_is_not_the_current_one() -> None:
     with torch.inference_mode():
         torch.testing.assert_close(block(x).cpu(), block.cpu()(x.cpu()))
     assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("strategy", ["auto", "store", "adjoint"])
+def test_a_normalised_block_on_a_gpu(strategy: str) -> None:
+    """In training: its statistics, which GPUs keep in another form, as well."""
+    block = DeepConvResBlock(
+        16, 20, 8, norm="batch", activation="tanh", backward=strategy, dtype=torch.float64
+    )
+    x = torch.randn(5, 16, 10, 9, dtype=torch.float64) + 1
+    found = []
+    for device in ("cpu", "cuda"):
+        copied = copy.deepcopy(block).to(device)
+        h = x.to(device).requires_grad_()
+        y = copied(h)
+        (y * y).sum().backward()
+        found.append([y, h.grad, *(p.grad for p in copied.parameters()), *copied.buffers()])
+    for cpu, cuda in zip(*found, strict=True):
+        assert cuda.is_cuda
+        torch.testing.assert_close(cpu, cuda.cpu(), rtol=1e-9, atol=1e-9)
 
 
 def test_what_one_does_with_depth_on_a_gpu() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from odeblock import DeepConvResBlock, DriftError, limit
+from odeblock import DeepConvResBlock, DriftError, limit, normalised
 from odeblock.normalised import AFFINE, STATISTICS
 
 STRATEGIES = ("auto", "store", "checkpoint", "adjoint")
@@ -112,6 +112,20 @@ def test_many_steps(strategy: str) -> None:
     if strategy == "adjoint":
         assert block.last_drift["drift"] < 1e-5
         assert block.last_drift["evaluations"] < 4
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_channels_last(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU has them: any layout of h gives and takes contiguous maps and gradients."""
+    monkeypatch.setattr(normalised, "CHANNELS_LAST", {"cpu"})
+    block = make_block(40, backward=strategy, dtype=torch.float64)
+    x = torch.randn(4, 3, 7, 6, dtype=torch.float64)
+    check(block, Loop(block), x, 1e-12)
+    assert block.V.grad.is_contiguous()
+    y = block(x.to(memory_format=torch.channels_last))
+    assert y.is_contiguous()
+    torch.testing.assert_close(y, block(x), rtol=1e-12, atol=1e-12)
+    assert block(x[0]).shape == (3, 7, 6)
 
 
 def test_strategies_agree_to_the_bit() -> None:
