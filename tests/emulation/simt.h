@@ -17,6 +17,7 @@
 #include <functional>
 
 #include "machine.h"
+#include "tensor_core.h"
 
 #define ODEBLOCK_DEVICE inline
 #define ODEBLOCK_KERNEL(...) static void
@@ -25,16 +26,6 @@
 namespace odeblock {
 namespace emulation {
 
-inline float from_bits(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-inline uint32_t to_bits(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
 inline float from_bfloat16(uint16_t bits) { return from_bits(static_cast<uint32_t>(bits) << 16); }
 inline float from_float16(uint16_t bits) {
   _Float16 x;
@@ -53,24 +44,6 @@ inline uint16_t to_float16(float x) {
   return bits;
 }
 
-// D += A B of a warp, A [M, K], B [K, 8]. Lane l has row l / 4 and column 2 (l % 4) of D, and 8 rows below it.
-template <class T, int M, int K>
-struct Product {
-  T A[M][K], B[K][8];
-
-  template <class Lane>
-  void add_to(Lane** lanes) const {
-    for (int l = 0; l < kLanes; l++)
-      for (int i = 0; i < M / 4; i++) {
-        const int row = l / 4 + 8 * (i / 2), col = 2 * (l % 4) + i % 2;
-        T sum = lanes[l]->d[i];
-        for (int k = 0; k < K; k++) sum += A[row][k] * B[k][col];
-        lanes[l]->d[i] = sum;
-      }
-    Machine::current().counts.products++;
-  }
-};
-
 struct MmaLane {
   float* d;           // [4]
   const uint32_t* a;  // [4]
@@ -81,19 +54,36 @@ struct MmaLane64 {
   double a, b;
 };
 
+// D += A B of a warp, A [16, K], B [K, 8]. Lane l has row l / 4 and columns 2 (l % 4) and the next of D, and the same 8
+// rows below.
+template <int K>
+struct Product {
+  Factors<K> rows[16], columns[8];
+
+  void add_to(MmaLane** lanes) const {
+    for (int l = 0; l < kLanes; l++)
+      for (int i = 0; i < 4; i++) {
+        float& sum = lanes[l]->d[i];
+        sum = add_products(capability(), sum, rows[l / 4 + 8 * (i / 2)], columns[2 * (l % 4) + i % 2]);
+      }
+    Machine::current().counts.products++;
+  }
+};
+
 // m16n8k16 of 16-bit operands. A pair of neighbours a register, the lower one in its lower half: a[0] row l / 4,
 // columns 2 (l % 4) and the next; a[1] 8 rows below; a[2], a[3] the same 8 columns on. b[0] rows 2 (l % 4) and the next
 // of column l / 4; b[1] 8 rows below.
 template <float (*widen)(uint16_t)>
 void mma_16816(MmaLane** lanes) {
-  Product<float, 16, 16> product;
+  Product<16> product;
   for (int l = 0; l < kLanes; l++)
     for (int half = 0; half < 2; half++) {
       const int pair = 2 * (l % 4) + half, shift = 16 * half;
       for (int i = 0; i < 4; i++)
-        product.A[l / 4 + 8 * (i % 2)][pair + 8 * (i / 2)] = widen(static_cast<uint16_t>(lanes[l]->a[i] >> shift));
+        product.rows[l / 4 + 8 * (i % 2)].set(pair + 8 * (i / 2),
+                                              widen(static_cast<uint16_t>(lanes[l]->a[i] >> shift)));
       for (int i = 0; i < 2; i++)
-        product.B[pair + 8 * i][l / 4] = widen(static_cast<uint16_t>(lanes[l]->b[i] >> shift));
+        product.columns[l / 4].set(pair + 8 * i, widen(static_cast<uint16_t>(lanes[l]->b[i] >> shift)));
     }
   product.add_to(lanes);
 }
@@ -101,23 +91,24 @@ void mma_16816(MmaLane** lanes) {
 // m16n8k8 of tf32, whose lower 13 bits do not count: a[0] row l / 4, column l % 4; a[1] 8 rows below; a[2], a[3] 4
 // columns on; b[0] row l % 4, column l / 4; b[1] 4 rows below.
 inline void mma_1688(MmaLane** lanes) {
-  Product<float, 16, 8> product;
+  Product<8> product;
   for (int l = 0; l < kLanes; l++) {
     for (int i = 0; i < 4; i++)
-      product.A[l / 4 + 8 * (i % 2)][l % 4 + 4 * (i / 2)] = from_bits(lanes[l]->a[i] & 0xffffe000u);
-    for (int i = 0; i < 2; i++) product.B[l % 4 + 4 * i][l / 4] = from_bits(lanes[l]->b[i] & 0xffffe000u);
+      product.rows[l / 4 + 8 * (i % 2)].set(l % 4 + 4 * (i / 2), from_bits(lanes[l]->a[i] & 0xffffe000u));
+    for (int i = 0; i < 2; i++) product.columns[l / 4].set(l % 4 + 4 * i, from_bits(lanes[l]->b[i] & 0xffffe000u));
   }
   product.add_to(lanes);
 }
 
-// m8n8k4 of float64: a row l / 4, column l % 4; b row l % 4, column l / 4.
+// m8n8k4 of float64, D += A B: a row l / 4, column l % 4; b row l % 4, column l / 4; d row l / 4, columns 2 (l % 4) and
+// the next.
 inline void mma_884(MmaLane64** lanes) {
-  Product<double, 8, 4> product;
-  for (int l = 0; l < kLanes; l++) {
-    product.A[l / 4][l % 4] = lanes[l]->a;
-    product.B[l % 4][l / 4] = lanes[l]->b;
-  }
-  product.add_to(lanes);
+  for (int l = 0; l < kLanes; l++)
+    for (int i = 0; i < 2; i++) {
+      double& sum = lanes[l]->d[i];
+      for (int k = 0; k < 4; k++) sum += lanes[l / 4 * 4 + k]->a * lanes[(2 * (l % 4) + i) * 4 + k]->b;
+    }
+  Machine::current().counts.products++;
 }
 
 struct MatrixRow {

@@ -13,11 +13,11 @@ namespace emulation {
 struct PendingProduct {
   float* d;  // [tiles, 4]
   int tiles;
-  float A[2][16];  // rows l / 4 and 8 below
+  Factors<16> rows[2];  // rows l / 4 and 8 below
   uint64_t matrix;
   bool transposed;
   float (*widen)(uint16_t);
-  std::vector<float> sums;  // what it found when it began
+  std::vector<uint16_t> entries;  // what it found in the matrix when it began
 };
 
 struct LaneProducts {
@@ -31,14 +31,16 @@ inline LaneProducts& lane_products() {
   return lanes[Machine::current().thread_of_cluster()];
 }
 
-inline std::vector<float> sums_of(const PendingProduct& product) {
+// Of the matrix the columns that a lane multiplies with: 2 (l % 4) and the next of every tile; [tiles, 2, 16].
+inline std::vector<uint16_t> entries_of(const PendingProduct& product) {
   Machine& machine = Machine::current();
   const int lane = machine.thread() % kLanes, row_bytes = product.matrix >> 62 == 1 ? 128 : 64;
   const uint64_t first = (product.matrix & 0x3fff) << 4, eight_rows = (product.matrix >> 32 & 0x3fff) << 4;
   const uint64_t leading = (product.matrix >> 16 & 0x3fff) << 4;
-  std::vector<float> sums(4 * product.tiles);
-  for (int n = 0; n < 8 * product.tiles; n++) {
-    if (n % 8 / 2 != lane % 4) continue;
+  std::vector<uint16_t> entries;
+  entries.reserve(32 * product.tiles);
+  for (int i = 0; i < 2 * product.tiles; i++) {
+    const int n = i / 2 * 8 + lane % 4 * 2 + i % 2;
     for (int k = 0; k < 16; k++) {
       uint64_t byte = first;
       if (product.transposed)
@@ -52,18 +54,17 @@ inline std::vector<float> sums_of(const PendingProduct& product) {
         machine.check_shared(entry, 2, "wgmma");
         machine.check_fenced(entry);
       }
-      const float b = product.widen(*entry);
-      for (int half = 0; half < 2; half++) sums[n / 8 * 4 + half * 2 + n % 2] += product.A[half][k] * b;
+      entries.push_back(*entry);
     }
   }
-  return sums;
+  return entries;
 }
 
 template <float (*widen)(uint16_t)>
 void begin_product(float* d, int tiles, bool fresh, const uint32_t (&a)[4], uint64_t matrix, bool transposed) {
   struct Lane {
     const uint32_t* a;
-    float A[2][16];
+    Factors<16> rows[2];
   } lane = {a, {}};
   Machine& machine = Machine::current();
   {
@@ -74,12 +75,11 @@ void begin_product(float* d, int tiles, bool fresh, const uint32_t (&a)[4], uint
     for (int l = 0; l < kLanes; l++)
       for (int t = 0; t < 4; t++)
         for (int i = 0; i < 8; i++)  // a register and a half of it
-          lanes[l]->A[i / 2 % 2][2 * t + i % 2 + i / 4 * 8] =
-              widen(static_cast<uint16_t>(lanes[l / 4 * 4 + t]->a[i / 2] >> 16 * (i % 2)));
+          lanes[l]->rows[i / 2 % 2].set(2 * t + i % 2 + i / 4 * 8,
+                                        widen(static_cast<uint16_t>(lanes[l / 4 * 4 + t]->a[i / 2] >> 16 * (i % 2))));
   });
-  PendingProduct product = {d, tiles, {}, matrix, transposed, widen, {}};
-  std::memcpy(product.A, lane.A, sizeof lane.A);
-  product.sums = sums_of(product);
+  PendingProduct product = {d, tiles, {lane.rows[0], lane.rows[1]}, matrix, transposed, widen, {}};
+  product.entries = entries_of(product);
   const Unseen unseen;
   LaneProducts& mine = lane_products();
   if (!mine.ordered) machine.fail("wgmma: no wgmma.fence since what its registers held was waited for or written");
@@ -107,11 +107,14 @@ inline void finish_products() {
     mine.ordered = false;
   }
   for (const PendingProduct& product : due) {
-    const std::vector<float> sums = sums_of(product);
-    for (size_t i = 0; i < sums.size(); i++) {
-      if (to_bits(sums[i]) != to_bits(product.sums[i]))
-        machine.fail("wgmma: its matrix changed while it was under way");
-      product.d[i] += sums[i];
+    if (entries_of(product) != product.entries) machine.fail("wgmma: its matrix changed while it was under way");
+    for (int i = 0; i < 2 * product.tiles; i++) {
+      Factors<16> column;
+      for (int k = 0; k < 16; k++) column.set(k, product.widen(product.entries[16 * i + k]));
+      for (int half = 0; half < 2; half++) {
+        float& sum = product.d[i / 2 * 4 + half * 2 + i % 2];
+        sum = add_products(capability(), sum, product.rows[half], column);
+      }
     }
   }
 }
