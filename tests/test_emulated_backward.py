@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import NAMES, Case, check_results, make_case, rounded
-from test_emulated_kernels import PRODUCTS, shapes_of
+from test_emulated_kernels import PRODUCTS, SHAPES, shapes_of
 from test_emulation import TESTS, compile_emulated, link_emulated
 from torch import Tensor
 
@@ -136,6 +136,17 @@ def test_emulated_backward(
         results = run(case, products, monkeypatch)
         # tf32 has the 11 bits of float16.
         check_results(results, case, torch.float16 if products == "tf32" else KINDS[products])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_emulated_backward_of_float32_as_each_gpu_rounds(
+    capability: int, shape: tuple[int, ...], core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other bits of what tensor cores sum are cut off; the case of test_cuda.py."""
+    core.emulate(capability=capability)
+    case = rounded(make_case(*shape, activation="tanh"), torch.float32)
+    check_results(run(case, "float32", monkeypatch), case, torch.float32)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

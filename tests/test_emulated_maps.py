@@ -275,6 +275,17 @@ def test_emulated_backward_of_maps(
         check_results(results, case, torch.float16 if products == "tf32" else PRODUCTS[products][1])
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_emulated_backward_of_float32_maps_as_each_gpu_rounds(
+    capability: int, shape: tuple[int, ...], core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other bits of what tensor cores sum are cut off; the case of test_cuda.py."""
+    core.emulate(capability=capability)
+    case = rounded(make_map_case(*shape, activation="tanh"), torch.float32)
+    check_results(run_on_a_gpu(case, "float32", monkeypatch), case, torch.float32)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_emulated_backward_of_maps_of_every_activation(
     activation: str, core: Core, monkeypatch: pytest.MonkeyPatch

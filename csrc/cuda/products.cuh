@@ -142,8 +142,11 @@ struct OfFloat : FloatSums {
 };
 
 // float32: x = x_0 + x_1 + x_2, each bfloat16, exactly, for 3 x 8 bits are 24. Of the nine products six are taken;
-// those left out are 2^-24 of the whole, float32's own rounding. What sixteen terms give is added in float, since
-// tensor cores cut off what they sum. What float32 has as infinite, and what bfloat16 rounds to it, comes out as NaN.
+// those left out are 2^-24 of the whole, float32's own rounding. Tensor cores cut off what they sum, toward zero, so
+// that the product of x_0 and y_0 is no sum with others there: what sixteen terms give of it, and what the five small
+// ones give, is added in float, and rounded. (Kernels for more than 128 features have no registers for that: there only
+// what all six give is added in float, of errors in one direction up to 2^-23 of it.) What float32 has as infinite, and
+// what bfloat16 rounds to it, comes out as NaN.
 struct FloatProducts : OfFloat {
   static constexpr int kColumns = 16;
   static constexpr float kEpsilon = 0x1p-23f;
@@ -169,12 +172,18 @@ struct FloatProducts : OfFloat {
     for (int i = 0; i < 2; i++) split(pairs[i].x, pairs[i].y, b.x[0][i], b.x[1][i], b.x[2][i]);
     return b;
   }
+  template <bool kApart = true>
   ODEBLOCK_DEVICE static void step(Tile& d, const A& a, const B& b) {
     float sum[4] = {0, 0, 0, 0};
 #pragma unroll
-    for (int order = 2; order >= 0; order--)  // the small ones first
+    for (int order = 2; order > 0; order--)  // the small ones first
 #pragma unroll
       for (int i = 0; i <= order; i++) simt::mma_bfloat16(sum, a.x[i], b.x[order - i][0], b.x[order - i][1]);
+    if constexpr (kApart) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) d.x[i] += sum[i], sum[i] = 0;
+    }
+    simt::mma_bfloat16(sum, a.x[0], b.x[0][0], b.x[0][1]);
 #pragma unroll
     for (int i = 0; i < 4; i++) d.x[i] += sum[i];
   }
@@ -187,7 +196,8 @@ struct FloatProducts : OfFloat {
     for (int j = 0; j < K / 16; j++) {
       const A a = operand(j);
 #pragma unroll
-      for (int n = 0; n < N / 8; n++) step(d[n], a, second({pairs(8 * n, 16 * j), pairs(8 * n, 16 * j + 8)}));
+      for (int n = 0; n < N / 8; n++)
+        step<N <= 128 && K <= 128>(d[n], a, second({pairs(8 * n, 16 * j), pairs(8 * n, 16 * j + 8)}));
     }
   }
 
