@@ -47,7 +47,7 @@ STEPS: dict[str, list[str]] = {
     "device": ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv"],
     "build": [PYTHON, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-e", "."],
     "info": [PYTHON, "-m", "odeblock", "info"],
-    "primitives": [PYTHON, "-m", "pytest", "-q", "tests/test_emulation.py", "-k", "primitives"],
+    "primitives": [PYTHON, "-m", "pytest", "-q", "-rP", "tests/test_emulation.py", "-k", "primitives"],
     "tests": [PYTHON, "-m", "pytest", "-q", "tests/test_cuda.py", "tests/test_cifar_graph.py"],
     "memcheck": [*SANITIZER, "memcheck", PYTHON, "-c", SMALL],
     "racecheck": [*SANITIZER, "racecheck", PYTHON, "-c", SMALL],

@@ -221,9 +221,33 @@ int digit() {  // -8 .. 7
   return static_cast<int>(state >> 28) - 8;
 }
 
+// What shows how sums are rounded: A [16, K], B [K, 8], D [16, 8]. Row r of D begins as a number, to which `count`
+// products of a sign are added; in column c they are 2^-(22 + c), but 3/2 2^-24 and 3 2^-22 in the last two.
+void fill_rounding(float* A, float* B, float* D, int K) {
+  const float last = 2 - 0x1p-23f;
+  const struct {
+    float first, sign;
+    int count, apart;  // from one product to the next
+  } rows[16] = {{1, 1, 1, 1},  {1, 1, 2, 1},      {1, 1, 4, 1},    {1, 1, 8, 1},     {1, 1, 2, K / 2}, {1, 1, 3, 1},
+                {1, -1, 1, 1}, {1, -1, 4, 1},     {1, -1, 8, 1},   {-1, 1, 1, 1},    {-1, 1, 3, 1},    {-1, -1, 3, 1},
+                {0, 1, 8, 1},  {0, -1, 3, K / 4}, {last, 1, 4, 1}, {-last, -1, 3, 1}};
+  for (int r = 0; r < 16; r++)
+    for (int k = 0; k < K; k++)
+      A[r * K + k] = k % rows[r].apart == 0 && k / rows[r].apart < rows[r].count ? 0x1p-13f * rows[r].sign : 0.f;
+  for (int c = 0; c < 8; c++)
+    for (int k = 0; k < K; k++)
+      B[8 * k + c] = c < 6 ? 0x1p-9f / static_cast<float>(1 << c) : c == 6 ? 0x1.8p-11f : 0x1.8p-8f;
+  for (int i = 0; i < 128; i++) D[i] = rows[i / 8].first;
+}
+
 }  // namespace
 
-int main() {
+int main(int count, char** arguments) {
+#ifdef ODEBLOCK_EMULATED
+  if (count > 1) odeblock::emulation::capability() = std::atoi(arguments[1]);
+#else
+  static_cast<void>(count), static_cast<void>(arguments);
+#endif
   // Eighths are exact in every type, so that any order of summation gives the same.
   uint16_t* A16 = allocate<uint16_t>(256);
   uint16_t* B16 = allocate<uint16_t>(128);
@@ -231,6 +255,7 @@ int main() {
   double *A64 = allocate<double>(32), *B64 = allocate<double>(32), *D64 = allocate<double>(64);
   uint32_t *bits = allocate<uint32_t>(256), *words = allocate<uint32_t>(256);
   int* numbers = allocate<int>(64);
+  float *A_rounding = allocate<float>(256), *B_rounding = allocate<float>(128);
   const auto fill = [](auto* to, int count) {
     for (int i = 0; i < count; i++) to[i] = digit() / 8.f;
   };
@@ -251,7 +276,14 @@ int main() {
     for (int i = 0; i < 128; i++) D[i] = i;
     kind == 0 ? run(mma_16<true>, 32, 0, A16, B16, D) : run(mma_16<false>, 32, 0, A16, B16, D);
     print(kind == 0 ? "mma_bfloat16" : "mma_float16", D, 128);
+    fill_rounding(A_rounding, B_rounding, D, 16);
+    print("rounding_16_D", D, 128);
+    for (int i = 0; i < 256; i++) A16[i] = narrow(A_rounding[i]);
+    for (int i = 0; i < 128; i++) B16[i] = narrow(B_rounding[i]);
+    kind == 0 ? run(mma_16<true>, 32, 0, A16, B16, D) : run(mma_16<false>, 32, 0, A16, B16, D);
+    print(kind == 0 ? "rounding_bfloat16" : "rounding_float16", D, 128);
   }
+  print("rounding_16_A", A_rounding, 256), print("rounding_16_B", B_rounding, 128);
 #ifdef ODEBLOCK_EMULATED
   const bool warpgroups = true;
 #else
@@ -298,6 +330,10 @@ int main() {
   for (int i = 0; i < 128; i++) D[i] = i;
   run(mma_32, 32, 0, A, B, D);
   print("mma_tf32", D, 128);
+  fill_rounding(A_rounding, B_rounding, D, 8);
+  print("rounding_8_A", A_rounding, 128), print("rounding_8_B", B_rounding, 64), print("rounding_8_D", D, 128);
+  run(mma_32, 32, 0, A_rounding, B_rounding, D);
+  print("rounding_tf32", D, 128);
   for (int i = 0; i < 32; i++) A64[i] = A[i], B64[i] = B[i];
   for (int i = 0; i < 64; i++) D64[i] = i;
   run(mma_64, 32, 0, A64, B64, D64);

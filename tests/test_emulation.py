@@ -120,6 +120,34 @@ def check_primitives(output: str) -> None:
     np.testing.assert_allclose(found["tanh"], np.tanh(x.astype(float)), rtol=2.0**-10.9)
 
 
+def check_rounding(output: str) -> dict[str, tuple[int, bool]]:
+    """That tensor cores cut sums off toward zero, no worse than A100's (``emulation/tensor_core.h``).
+
+    By type: the bits of fraction that addends keep, up to 26, and whether all products are added at once.
+    """
+    found = {line.split()[0]: np.array(line.split()[1:], float) for line in output.splitlines()}
+    rounding = {}
+    for name, columns in (("bfloat16", 16), ("float16", 16), ("tf32", 8)):
+        A, B, D = (found[f"rounding_{columns}_{matrix}"] for matrix in "ABD")
+        A, B, D = A.reshape(16, columns), B.reshape(columns, 8), D.reshape(16, 8)
+        y = found[f"rounding_{name}"].reshape(16, 8)
+        products, size, exact = A @ B, np.abs(A).max() * np.abs(B).max(0), D + A @ B
+        # What 24 bits of fraction hold of every addend; of what they do not, all may be lost.
+        unit = 2.0 ** (np.floor(np.log2(np.maximum(np.abs(D), size))) - 24)
+        lost = np.where(size % unit == 0, 0, np.abs(products))
+        away = D * products < 0  # a product that is lost leaves the sum too large
+        assert (np.abs(y) <= np.abs(exact) + np.where(away, lost, 0)).all(), name
+        ulp = np.spacing(np.abs(exact).astype(np.float32)).astype(float)
+        assert (np.abs(y) > np.abs(exact) - np.where(away, 0, lost) - 2 * ulp).all(), name
+        apart = np.arange(16) == 4  # a product in each half
+        certain = (lost == 0) & ~apart[:, None]
+        cut = np.sign(exact) * np.floor(np.abs(exact) / ulp) * ulp
+        np.testing.assert_array_equal(y[certain], cut[certain], name)
+        kept = [y[j, j + 1] > 1 for j in (1, 2, 3)]  # 2^j products of 2^-(23 + j) and 1
+        rounding[name] = 23 + [*kept, False].index(False), bool(y[4, 2] > 1)
+    return rounding
+
+
 def bfloat16(x: np.ndarray) -> np.ndarray:
     """Bits, rounded to nearest even."""
     bits = x.view(np.uint32)
@@ -128,7 +156,10 @@ def bfloat16(x: np.ndarray) -> np.ndarray:
 
 def test_emulated_primitives(tmp_path: Path) -> None:
     program = build_emulated(TESTS / "primitives.cu", tmp_path / "primitives")
-    check_primitives(subprocess.check_output([program], text=True))
+    for capability, rounding in ((80, (24, False)), (90, (25, True))):
+        output = subprocess.check_output([program, str(capability)], text=True)
+        check_primitives(output)
+        assert check_rounding(output) == dict.fromkeys(("bfloat16", "float16", "tf32"), rounding)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
@@ -146,7 +177,10 @@ def test_the_primitives_on_a_gpu(tmp_path: Path) -> None:
     command = ["nvcc", "-std=c++17", f"-I{ROOT / 'csrc'}", f"-gencode=arch=compute_{name},code=sm_{name}"]
     command += ["-o", str(tmp_path / "primitives")]
     subprocess.run([*command, str(TESTS / "primitives.cu")], check=True)
-    check_primitives(subprocess.check_output([tmp_path / "primitives"], text=True))
+    output = subprocess.check_output([tmp_path / "primitives"], text=True)
+    check_primitives(output)
+    print("\n".join(line for line in output.splitlines() if line.startswith("rounding")))
+    print("bits of fraction kept, all products at once:", check_rounding(output))
 
 
 FAULTS = {
