@@ -43,6 +43,8 @@ const char* cuda_unsupported(int device);
 bool cuda_fuses(const Problem&, bool backward, bool tf32, int device);
 const char* cuda_forward(const ForwardProblem&, bool tf32, int device, void* stream);
 const char* cuda_sweep(const SweepProblem&, bool tf32, int device, void* stream);
+// Of a sweep of maps, each of which leaves its sums (SweepProblem).
+int cuda_map_blocks(const Problem&, bool tf32, int device);
 const char* cuda_reconstruct(const ReconstructionProblem&, bool tf32, int device, void* stream);
 #else
 inline CudaDevices cuda_devices() { return {0, nullptr}; }
@@ -50,6 +52,7 @@ inline const char* cuda_unsupported(int) { return "odeblock was built without CU
 inline bool cuda_fuses(const Problem&, bool, bool, int) { return false; }
 inline const char* cuda_forward(const ForwardProblem&, bool, int device, void*) { return cuda_unsupported(device); }
 inline const char* cuda_sweep(const SweepProblem&, bool, int device, void*) { return cuda_unsupported(device); }
+inline int cuda_map_blocks(const Problem&, bool, int) { return 0; }
 inline const char* cuda_reconstruct(const ReconstructionProblem&, bool, int device, void*) {
   return cuda_unsupported(device);
 }

@@ -205,6 +205,14 @@ bool cuda_fuses(int dtype, int activation, int64_t batch, int64_t dim, int64_t h
   return odeblock::cuda_fuses(p, backward, tf32, device);
 }
 
+int cuda_map_blocks(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth,
+                    int64_t height, int64_t width, int64_t kernel, bool tf32, int device) {
+  Problem p{};
+  set_sizes(p, dtype, activation, batch, dim, hidden, depth, 0);
+  set_maps(p, height, width, kernel);
+  return odeblock::cuda_map_blocks(p, tf32, device);
+}
+
 void cuda_forward(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth, int64_t height,
                   int64_t width, int64_t kernel, double scale, uintptr_t V, uintptr_t W, uintptr_t hidden_bias,
                   uintptr_t output_bias, uintptr_t h, uintptr_t start, uintptr_t y, uintptr_t end, uintptr_t states,
@@ -234,9 +242,8 @@ void cuda_forward(int dtype, int activation, int64_t batch, int64_t dim, int64_t
 
 void cuda_sweep(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth, int64_t height,
                 int64_t width, int64_t kernel, double scale, uintptr_t V, uintptr_t W, uintptr_t hidden_bias,
-                uintptr_t output_bias, uintptr_t states, uintptr_t a, uintptr_t layer_a, uintptr_t layer_h,
-                uintptr_t layer_s, uintptr_t layer_g, int64_t layer_positions, bool tf32, int device,
-                uintptr_t stream) {
+                uintptr_t output_bias, uintptr_t states, uintptr_t a, uintptr_t sums, uintptr_t layer_a,
+                uintptr_t layer_h, uintptr_t layer_s, uintptr_t layer_g, bool tf32, int device, uintptr_t stream) {
   odeblock::SweepProblem p{};
   set_sizes(p, dtype, activation, batch, dim, hidden, depth, 0);
   set_maps(p, height, width, kernel);
@@ -244,11 +251,11 @@ void cuda_sweep(int dtype, int activation, int64_t batch, int64_t dim, int64_t h
   p.scale = scale;
   p.states = pointer<const void>(states);
   p.a = pointer<void>(a);
+  p.sums = pointer<void>(sums);
   p.layer_a = pointer<void>(layer_a);
   p.layer_h = pointer<void>(layer_h);
   p.layer_s = pointer<void>(layer_s);
   p.layer_g = pointer<void>(layer_g);
-  p.layer_positions = layer_positions;
   const char* error;
   {
     py::gil_scoped_release release;
@@ -323,6 +330,7 @@ PYBIND11_MODULE(_core, module) {
   module.def("release_memory", &Memory::release);
   module.def("cuda_unsupported", &cuda_unsupported);
   module.def("cuda_fuses", &cuda_fuses);
+  module.def("cuda_map_blocks", &cuda_map_blocks);
   module.def("cuda_forward", &cuda_forward);
   module.def("cuda_sweep", &cuda_sweep);
   module.def("cuda_reconstruct", &cuda_reconstruct);

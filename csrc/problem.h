@@ -104,7 +104,7 @@ struct ReconstructionProblem : Problem {
 constexpr int64_t kSightWidth = 256;
 
 // On a GPU: the part of the backward that goes from row to row through the layers. What it leaves for each layer is
-// what matrix products over the rows make the gradients of the weights from,
+// what matrix products over the rows make the gradients of the weights from (of maps it sums them itself),
 //
 //   g = (Vᵀa) ⊙ sigma'(z):  dV = scale aᵀs,  dW = scale gᵀh,  dhidden_bias = scale Σ g,  doutput_bias = scale Σ a
 //
@@ -116,9 +116,9 @@ struct SweepProblem : Problem {
   void* layer_h;  // [L, B, q]  h_k; null for float32 and float64, which have it in `states`
   void* layer_s;  // [L, B, m]  sigma(z)
   void* layer_g;  // [L, B, m]
-  // Of maps they are [L, layer_positions, q or m], h too, and only positions of a map written
-  // (csrc/cuda/map_sweep.cuh).
-  int64_t layer_positions;
+  // Of maps, in the place of these four: [L, blocks of threads, numbers of a layer], as computed, what each block has
+  // summed of a layer's gradients (csrc/cuda/map_gradients.cuh).
+  void* sums;
 };
 
 struct BackwardProblem : Problem {

@@ -113,6 +113,20 @@ def cuda_fuses(
     device: int,
     /,
 ) -> bool: ...
+def cuda_map_blocks(
+    dtype: int,
+    activation: int,
+    batch: int,
+    dim: int,
+    hidden: int,
+    depth: int,
+    height: int,
+    width: int,
+    kernel: int,
+    tf32: bool,
+    device: int,
+    /,
+) -> int: ...
 def cuda_forward(
     dtype: int,
     activation: int,
@@ -159,11 +173,11 @@ def cuda_sweep(
     output_bias: int,
     states: int,
     a: int,
+    sums: int,
     layer_a: int,
     layer_h: int,
     layer_s: int,
     layer_g: int,
-    layer_positions: int,
     tf32: bool,
     device: int,
     stream: int,

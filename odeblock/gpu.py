@@ -22,7 +22,7 @@ from .reconstruction import REPORT_SIZE
 from .reference import state_dtype
 
 WORKSPACE, MOST_LAYERS = 512 << 20, 64
-"""Bytes of the factors that a sweep leaves for the products, and of the adjoint's states; layers at most.
+"""Bytes of what a sweep leaves for the gradients, and of the adjoint's states; layers at most.
 Neither grows with depth."""
 
 BATCHES = (40, 64, 70, 20_000)
@@ -222,7 +222,7 @@ def backward(
             if weight_gradients:
                 for gradient, found in zip(gradients, layers.gradients(factors, held, batch), strict=True):
                     if found is not None:
-                        gradient[low:top] = scale * found
+                        torch.mul(found, scale, out=gradient[low:top])
             top = low
 
     report = states.new_zeros(REPORT_SIZE, dtype=torch.float64)

@@ -1,7 +1,7 @@
 """The layers of a block as the CUDA kernels run them: of rows here, of maps in ``gpu_maps``.
 
-A sweep leaves for each layer the factors of the weights' gradients, which are matrix products over rows,
-PyTorch's. All runs on the current stream; nothing is waited for.
+A sweep of rows leaves for each layer the factors of the weights' gradients, which are matrix products over
+rows, PyTorch's. All runs on the current stream; nothing is waited for.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def tf32(dtype: torch.dtype, maps: bool = False) -> bool:
 
 
 Factors = list[Tensor]
-"""a, h, s, g of the layers of a sweep; empty where not asked for."""
+"""What a sweep leaves for the gradients of its weights, here a, h, s, g; empty where not asked for."""
 
 
 class Layers:
@@ -159,8 +159,8 @@ class Layers:
             0,  # the output bias, on which nothing here depends
             native.pointer(states),
             native.pointer(a),
-            *(native.pointer(t) for t in factors),
             0,  # of maps
+            *(native.pointer(t) for t in factors),
             *self._place(),
         )
 

@@ -1,7 +1,7 @@
 """The layers of a block of convolutions as the CUDA kernels run them: maps stay on chip through all layers.
 
-What kernels read and leave is numbered as ``csrc/cuda/map_kernels.h`` says: rows of W + r positions,
-r = k//2, and r rows below each map; what is of no map is zero, so that a tap is one step from any position.
+What they read of weights, and leave of their gradients, is laid out here (``csrc/cuda/maps.cuh`` and
+``map_gradients.cuh``).
 """
 
 from __future__ import annotations
@@ -12,16 +12,12 @@ import torch
 from torch import Tensor
 
 from . import native
-from .gpu_layers import Factors, Layers, addresses, products
+from .gpu_layers import Factors, Layers, addresses
+from .reference import state_dtype
 
 CHANNELS, GAP = 16, 8
 """Channels of a product on chip, which weights are padded to, and numbers that end a row of them
 (``csrc/cuda/maps.cuh``)."""
-
-
-POSITIONS = {2: 1024, 4: 128, 8: 64}
-"""That one product sums over, as ``gpu_layers.ROWS``; fewer, for a convolution of PyTorch's sums each sample
-apart."""
 
 
 def pack(weights: Tensor, bias: Tensor | None) -> Tensor:
@@ -52,8 +48,7 @@ def _round_up(channels: int) -> int:
 class MapLayers(Layers):
     """Those of a block of convolutions, of maps of ``size`` = (H, W). States are flattened, [B, C·H·W].
 
-    Factors are [margin + layers · positions + margin, channels]: a layer has those of B samples, and zeros up
-    to equal parts for the products over them.
+    The only factor is what each block of threads has summed of the gradients, [layers, blocks, numbers].
     """
 
     def __init__(
@@ -70,10 +65,6 @@ class MapLayers(Layers):
         self.channels, self.kernel = (self.dim, self.hidden), V.shape[-1]
         self.size, area = size, size[0] * size[1]
         self.dim, self.hidden = self.dim * area, self.hidden * area
-        radius = self.kernel // 2
-        self.pitch = size[1] + radius
-        self.sample_positions = (size[0] + radius) * self.pitch
-        self.margin = radius * (self.pitch + 1)
 
     @functools.cached_property
     def forward_weights(self) -> tuple[Tensor, Tensor]:
@@ -94,51 +85,49 @@ class MapLayers(Layers):
     def _weights(self, bottom: int) -> tuple[int, ...]:
         return addresses(bottom, *self.forward_weights, None, None)
 
-    def _parts(self, batch: int) -> tuple[int, int]:
-        """Of a layer's positions: their number, and the positions of one."""
-        positions = batch * self.sample_positions
-        parts = max(1, -(-positions // POSITIONS[self.V.dtype.itemsize]))
-        return parts, -(-positions // parts)
+    def _blocks(self, batch: int) -> int:
+        """Of threads, that a sweep of a batch has."""
+        sizes = self._sizes(batch, 0, self.depth)
+        return int(native.core.cuda_map_blocks(*sizes, self.tf32, self.device.index or 0))
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Of a block's sums for a layer: dV and dW, doutput_bias, dhidden_bias; channels are padded."""
+        dim, hidden = (_round_up(channels) for channels in self.channels)
+        weights = dim * hidden * self.kernel**2
+        return weights, weights, dim, hidden
 
     def factor_bytes(self, batch: int) -> int:
-        parts, rows = self._parts(batch)
-        return 2 * parts * rows * sum(self.channels) * self.V.dtype.itemsize
+        return self._blocks(batch) * sum(self.numbers) * state_dtype(self.V.dtype).itemsize
 
     def new_factors(self, batch: int, layers: int, wanted: bool) -> Factors:
-        parts, rows = self._parts(batch)
-        positions = layers * parts * rows + 2 * self.margin if wanted else 0
-        return [self.V.new_zeros((positions, self.channels[i])) for i in (0, 0, 1, 1)]
+        size = (layers, self._blocks(batch), sum(self.numbers)) if wanted else (0,)
+        return [self.V.new_empty(size, dtype=state_dtype(self.V.dtype))]
 
     def sweep(self, a: Tensor, states: Tensor, bottom: int, top: int, factors: Factors) -> None:
-        parts, rows = self._parts(len(a))
         native.core.cuda_sweep(
             *self._sizes(len(a), bottom, top),
             self.scale,
             *addresses(bottom, *self.backward_weights, None, None),
-            native.pointer(states),
-            native.pointer(a),
-            *(native.pointer(t[self.margin :]) for t in factors),
-            parts * rows,
+            *(native.pointer(t) for t in (states, a, *factors)),
+            *(0, 0, 0, 0),  # of rows
             *self._place(),
         )
 
     def gradients(self, factors: Factors, states: Tensor, batch: int) -> tuple[Tensor | None, ...]:
-        parts, rows = self._parts(batch)
-        layers, positions = len(states), parts * rows
+        sums = factors[0][: len(states)].sum(1)
+        dV, dW, doutput, dhidden = sums.split(self.numbers, 1)
+        dim, hidden = self.channels
+        return (
+            self._unpack(dV, dim, hidden),
+            self._unpack(dW, hidden, dim),
+            None if self.hidden_bias is None else dhidden[:, :hidden],
+            None if self.output_bias is None else doutput[:, :dim],
+        )
 
-        def at(t: Tensor, step: int) -> Tensor:
-            """What a factor has a step away from each position, in equal parts."""
-            first = self.margin + step
-            return t[first : first + layers * positions].view(layers * parts, rows, t.shape[1])
-
-        def taps(x: Tensor, y: Tensor) -> Tensor:
-            """Σ over positions of x there and y at each tap of it: [layers, p, r, k, k]."""
-            reach = range(-(self.kernel // 2), self.kernel // 2 + 1)
-            steps = [row * self.pitch + column for row in reach for column in reach]
-            # The parts of a layer are summed apart, as those of rows are (``gpu_layers.product``).
-            sums = [products(at(x, 0), at(y, step)).unflatten(0, (layers, parts)).sum(1) for step in steps]
-            return torch.stack(sums, 3).view(*sums[0].shape, self.kernel, self.kernel)
-
-        a, h, s, g = factors
-        sums = (at(t, 0).unflatten(0, (layers, parts)).flatten(1, 2) for t in (g, a))
-        return taps(a, s), taps(g, h), *self._bias_gradients(*sums)
+    def _unpack(self, sums: Tensor, out: int, into: int) -> Tensor:
+        """As blocks of threads leave them, [L, N'/16, K'/16, k, k, 16, 16] -> [L, N, K, k, k], a view."""
+        taps = (self.kernel, self.kernel)
+        blocks = sums.view(len(sums), -1, _round_up(into) // CHANNELS, *taps, CHANNELS, CHANNELS)
+        rows = blocks.permute(0, 1, 5, 2, 6, 3, 4)
+        return rows.flatten(3, 4).flatten(1, 2)[:, :out, :into]

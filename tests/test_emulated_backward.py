@@ -57,9 +57,12 @@ class Core:
         self._call("forward", arguments, arrays, ctypes.c_int64(save_every), *flags)
 
     def cuda_sweep(self, *arguments: Any) -> None:
-        *arrays, layer_positions, tf32, _, _ = arguments[SIZES + 5 :]
-        rest = ctypes.c_int64(layer_positions), ctypes.c_bool(tf32)
-        self._call("sweep", arguments, arrays, *rest)
+        *arrays, tf32, _, _ = arguments[SIZES + 5 :]
+        self._call("sweep", arguments, arrays, ctypes.c_bool(tf32))
+
+    def cuda_map_blocks(self, *arguments: Any) -> int:
+        *sizes, tf32, _ = arguments
+        return int(self.library.map_blocks((ctypes.c_int64 * SIZES)(*sizes), ctypes.c_bool(tf32)))
 
     def cuda_reconstruct(self, *arguments: Any) -> None:
         *arrays, ring, first, depth, limit, tf32, _, _ = arguments[SIZES + 5 :]

@@ -19,6 +19,7 @@ struct MapForward {
   // That registers allow, in one block or in two of half as many.
   static constexpr int kMostWarps = sizeof(typename P::Number) == 8 ? 8 : 16;
 
+  static int tasks(const Problem&) { return 0; }
   ODEBLOCK_INLINE static size_t stage_bytes(const Problem& p, int stages) {
     const int of_h = weight_row(p, p.dim), of_s = weight_row(p, p.hidden);
     return static_cast<size_t>(stages) * kChannels * (of_h > of_s ? of_h : of_s) * sizeof(Stored);

@@ -9,8 +9,8 @@ namespace odeblock {
 
 MapKernels ODEBLOCK_CUDA_MAP_KERNELS() {
   typedef ODEBLOCK_PRODUCTS P;
-  return {{MapForward<P>::kMostWarps, MapForward<P>::shared_bytes, map_forward_kernel<P>},
-          {MapSweep<P>::kMostWarps, MapSweep<P>::shared_bytes, map_sweep_kernel<P>}};
+  return {{MapForward<P>::kMostWarps, MapForward<P>::tasks, MapForward<P>::shared_bytes, map_forward_kernel<P>},
+          {MapSweep<P>::kMostWarps, MapSweep<P>::tasks, MapSweep<P>::shared_bytes, map_sweep_kernel<P>}};
 }
 
 }  // namespace odeblock

@@ -35,6 +35,12 @@ ODEBLOCK_INLINE int weight_row(const Problem& p, int64_t channels) {
   return static_cast<int>(p.kernel * p.kernel) * padded_channels(channels) + 8;
 }
 
+// Of what a block sums for a layer's gradients (map_gradients.cuh).
+ODEBLOCK_INLINE int numbers_of_sums(const Problem& p) {
+  const int dim = padded_channels(p.dim), hidden = padded_channels(p.hidden);
+  return 2 * static_cast<int>(p.kernel * p.kernel) * dim * hidden + dim + hidden;
+}
+
 struct MapPlan {
   int samples;  // of a block
   int stages;   // of weights, 2 or 4
@@ -48,7 +54,8 @@ struct MapArguments {
 
 template <class SomeProblem>
 struct MapKernel {
-  int most_warps;  // of a block
+  int most_warps;                // of a block
+  int (*tasks)(const Problem&);  // for which it has use for as many warps, beside its positions
   size_t (*shared_bytes)(const Problem&, const MapPlan&);
   void (*run)(MapArguments<SomeProblem>);
 };
@@ -69,5 +76,6 @@ MapKernels cuda_map_kernels_float16();
 bool cuda_fuses_maps(const Problem&, bool backward, bool tf32, int device);
 const char* cuda_forward_maps(const ForwardProblem&, bool tf32, int device, void* stream);
 const char* cuda_sweep_maps(const SweepProblem&, bool tf32, int device, void* stream);
+int cuda_map_blocks(const Problem&, bool tf32, int device);
 
 }  // namespace odeblock

@@ -38,9 +38,11 @@ Grid grid_of(const MapKernel<SomeProblem>& kernel, const Problem& p, int device)
       const MapPlan plan = {samples, way.stages};
       const size_t bytes = kernel.shared_bytes(p, plan);
       if (bytes > way.room) continue;
-      // As few warps as take as many turns.
+      // As few warps as take as many turns at the positions, or at other tasks in one.
       const int groups = MapShape(p, samples).groups, most = kernel.most_warps / way.blocks;
-      const int turns = (groups + most - 1) / most, warps = (groups + turns - 1) / turns;
+      const int turns = (groups + most - 1) / most, of_groups = (groups + turns - 1) / turns;
+      const int tasks = kernel.tasks(p), of_tasks = tasks < most ? tasks : most;
+      const int warps = of_groups > of_tasks ? of_groups : of_tasks;
       return {plan, static_cast<int>((p.batch + samples - 1) / samples), 32 * warps, bytes};
     }
   }
@@ -72,6 +74,10 @@ const char* cuda_forward_maps(const ForwardProblem& p, bool tf32, int device, vo
 
 const char* cuda_sweep_maps(const SweepProblem& p, bool tf32, int device, void* stream) {
   return launch(kernels_for(p, tf32).sweep, p, device, stream);
+}
+
+int cuda_map_blocks(const Problem& p, bool tf32, int device) {
+  return p.batch == 0 ? 0 : grid_of(kernels_for(p, tf32).sweep, p, device).blocks;
 }
 
 }  // namespace odeblock

@@ -5,14 +5,13 @@
 //
 // A transposed convolution is one with channels exchanged and taps turned round, which is how the host lays its weights
 // out: kChannels rows of W and as many of the transposed V by turns (p.W), then the transposed W (p.V). h comes from
-// the states, rounded to what products read; a stays on chip.
+// the states, rounded to what products read, and is asked for a convolution before it is needed; a stays on chip.
 //
-// h, a, s and g of each layer go to global memory, position by position as they are numbered on chip, with the
-// positions of no map, zero, between them: there too a tap is one step, and the gradients of its weights are a product
-// of matrices over all positions (odeblock/gpu_maps.py).
+// Between the two halves of a layer, while the block has its h, a, s and g in shared memory, it sums the gradients of
+// the weights (map_gradients.cuh): one meeting more a layer.
 #pragma once
 
-#include "maps.cuh"
+#include "map_gradients.cuh"
 
 namespace odeblock {
 namespace {
@@ -20,16 +19,20 @@ namespace {
 template <class P>
 struct MapSweep {
   typedef typename P::Stored Stored;
-  // As in the forward; two sums take more registers.
-  static constexpr int kMostWarps = sizeof(typename P::Number) == 8 ? 8 : 12;
+  // As in the forward; operands of float32 take more registers.
+  static constexpr int kMostWarps = P::kRounds ? 16 : sizeof(typename P::Number) == 8 ? 8 : 12;
 
+  static int tasks(const Problem& p) {
+    return tasks_of_gradients<P>(padded_channels(p.dim) / kChannels, padded_channels(p.hidden) / kChannels,
+                                 static_cast<int>(p.kernel * p.kernel));
+  }
   ODEBLOCK_INLINE static size_t stage_bytes(const Problem& p, int stages) {
     const int of_h = 2 * weight_row(p, p.dim), of_g = weight_row(p, p.hidden);
     return static_cast<size_t>(stages) * kChannels * (of_h > of_g ? of_h : of_g) * sizeof(Stored);
   }
   ODEBLOCK_INLINE static size_t bytes_of_maps(const Problem& p, const MapShape& shape) {
     const int channels = padded_channels(p.dim);
-    return 2 * map_bytes<Stored>(shape, channels) + map_bytes<Stored>(shape, padded_channels(p.hidden)) +
+    return 2 * (map_bytes<Stored>(shape, channels) + map_bytes<Stored>(shape, padded_channels(p.hidden))) +
            state_bytes<P>(shape, channels);
   }
   static size_t shared_bytes(const Problem& p, const MapPlan& plan) {
@@ -55,61 +58,63 @@ map_sweep_kernel(const ODEBLOCK_PARAMETER MapArguments<SweepProblem> arguments) 
                                      arguments.plan);
   MapBlock<P> block(p, shape, MapSweep<P>::stage_bytes(p, arguments.plan.stages), MapSweep<P>::bytes_of_maps(p, shape));
   const Map<Stored> h_map = block.take_map(blocks * kChannels), a_map = block.take_map(blocks * kChannels),
+                    s_map = block.take_map(hidden_blocks * kChannels),
                     g_map = block.take_map(hidden_blocks * kChannels);
   const Map<Number> a = block.take_state(a_map);
 
+  const int depth = static_cast<int>(p.depth);
+  const auto states = [&](int k) {
+    return static_cast<const Number*>(p.states) + k * padded_rows(p.batch) * dim * p.height * p.width;
+  };
   block.for_each_of_state(a, [&](Number* own, int position, int channel, int64_t place) {
     const Pair pair = block.read(static_cast<const Number*>(p.a), channel, place);
     store_pair(own, pair);
     if constexpr (P::kRounds) block.write_map(a_map, position, channel, pair);
+    block.write_map(h_map, position, channel, block.read(states(depth - 1), channel, place));
   });
   const int warps = simt::threads() / 32;
-  for (int k = static_cast<int>(p.depth) - 1; k >= 0; k--) {
-    const auto leave = [&](void* array, int channels, int position, int channel, Pair pair) {
-      if (array)
-        block.leave(static_cast<Stored*>(array) + k * p.layer_positions * channels, channels, position, channel, pair);
-    };
-    const Number* const states =
-        static_cast<const Number*>(p.states) + k * padded_rows(p.batch) * dim * p.height * p.width;
-    block.for_each_of_state(a, [&](const Number* own, int position, int channel, int64_t place) {
-      const Pair h = block.read(states, channel, place);
-      block.write_map(h_map, position, channel, h);
-      leave(p.layer_h, dim, position, channel, h);
-      leave(p.layer_a, dim, position, channel, simt::load_pair(own));
-    });
+  for (int k = depth - 1; k >= 0; k--) {
     for (int unit = 0; unit < hidden; unit += kChannels) {
       const Stored* const W = weights.next();
 #pragma unroll 1
       for (int group = simt::warp(); group < shape.groups; group += warps) {
         Sums<P> z, u;
         convolve(z, h_map, shape, group, W, row_of_h);
-        convolve(u, a_map, shape, group, W + kChannels * row_of_h, row_of_h);
+        // s to its map, sigma'(z) in the place of z.
         with_activation(p.activation, [&](auto sigma) {
-          for_each_pair_of_sums<P>([&](int m, int n, int i, int, int channel) {
+          for_each_pair_of_sums<P>([&](int m, int n, int i, int in_group, int channel) {
             const Pair bias = biases<P>(W, row_of_h, channel);
-            Number *const x = &z.x[m][n].x[i], *const g = &u.x[m][n].x[i];
+            Number* const x = &z.x[m][n].x[i];
             const activation::Value<Number> first = evaluate<P::kApproximate>(sigma, x[0] + bias.x),
                                             second = evaluate<P::kApproximate>(sigma, x[1] + bias.y);
-            x[0] = first.s, x[1] = second.s;
-            g[0] *= first.d, g[1] *= second.d;
+            x[0] = first.d, x[1] = second.d;
+            const int position = group * kGroup + in_group, left = hidden - unit - channel;
+            if (p.sums && block.place(position) >= 0 && left > 0)
+              block.write_map(s_map, position, unit + channel, {first.s, left > 1 ? second.s : Number(0)});
           });
         });
+        convolve(u, a_map, shape, group, W + kChannels * row_of_h, row_of_h);
         for_each_pair_of_sums<P>([&](int m, int n, int i, int in_group, int channel) {
           const int position = group * kGroup + in_group, left = hidden - unit - channel;
           if (block.place(position) < 0 || left <= 0) return;
-          const Number* const x = &u.x[m][n].x[i];
-          const Pair g = {x[0], left > 1 ? x[1] : Number(0)};
+          const Number *const x = &u.x[m][n].x[i], *const d = &z.x[m][n].x[i];
+          const Pair g = {x[0] * d[0], left > 1 ? x[1] * d[1] : Number(0)};
           block.write_map(g_map, position, unit + channel, g);
-          leave(p.layer_s, hidden, position, unit + channel, {z.x[m][n].x[i], z.x[m][n].x[i + 1]});
-          leave(p.layer_g, hidden, position, unit + channel, g);
         });
       }
+    }
+    if (p.sums) {
+      simt::sync_block();
+      const int64_t of_layer = (p.batch + shape.samples - 1) / shape.samples;
+      leave_gradients<P>(a_map, s_map, g_map, h_map, shape,
+                         static_cast<Number*>(p.sums) + (k * of_layer + simt::block()) * numbers_of_sums(p));
     }
     for (int first = 0; first < dim; first += kChannels) {
       const Stored* const W = weights.next();
 #pragma unroll 1
       for (int group = simt::warp(); group < shape.groups; group += warps) {
-        Sums<P> sums;
+        Sums<P> sums, below;
+        if (k > 0) block.read_sums(below, states(k - 1), group, first / kChannels);
         convolve(sums, g_map, shape, group, W, row_of_g);
         for_each_pair_of_sums<P>([&](int m, int n, int i, int in_group, int channel) {
           const int position = group * kGroup + in_group, left = dim - first - channel;
@@ -120,6 +125,8 @@ map_sweep_kernel(const ODEBLOCK_PARAMETER MapArguments<SweepProblem> arguments) 
           const Pair after = {before.x + scale * x[0], left > 1 ? before.y + scale * x[1] : Number(0)};
           store_pair(own, after);
           if constexpr (P::kRounds) block.write_map(a_map, position, first + channel, after);
+          const Number* const h = &below.x[m][n].x[i];
+          if (k > 0) block.write_map(h_map, position, first + channel, {h[0], h[1]});
         });
       }
     }

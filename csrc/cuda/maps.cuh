@@ -170,6 +170,7 @@ ODEBLOCK_DEVICE void convolve(Sums<P>& sums, Map<typename P::Stored> map, const 
 #pragma unroll
   for (int m = 0; m < Sums<P>::kTiles; m++) P::clear(sums.x[m]);
   const int lane = simt::lane(), width = map.width, kernel = 2 * shape.radius + 1;
+  const int channels = width - 8;
   const Stored* line = map.first + (group * kGroup - shape.margin()) * width;
   if constexpr (P::kRounds) {
     line += lane % 16 * width + lane / 16 * 8;
@@ -179,14 +180,12 @@ ODEBLOCK_DEVICE void convolve(Sums<P>& sums, Map<typename P::Stored> map, const 
     weights += lane / 4 * row + lane % 4 * 2;
   }
 #pragma unroll 1
-  for (int y = 0; y < kernel; y++, line += shape.pitch * width) {
-    const Stored* from = line;
-#pragma unroll(P::kRounds ? 3 : 1)
-    for (int x = 0; x < kernel; x++, from += width)
+  for (int y = 0; y < kernel; y++, line += shape.pitch * width, weights += kernel * channels)
 #pragma unroll 1
-      for (int channel = 0; channel < width - 8; channel += kChannels, weights += kChannels)
-        add_channels<P>(sums, from + channel, width, weights, row);
-  }
+    for (int channel = 0; channel < channels; channel += kChannels)
+#pragma unroll(P::kRounds ? 3 : 1)
+      for (int x = 0; x < kernel; x++)
+        add_channels<P>(sums, line + x * width + channel, width, weights + x * channels + channel, row);
 }
 
 // The biases of a pair of channels, which end their rows.
@@ -265,6 +264,19 @@ class MapBlock {
               first_sample() * channels_ * area_ + first + static_cast<int64_t>(channel) * area_);
         });
   }
+  // What an array [B, C, H, W] has of a group and a block of channels, where they are of a map: all is asked for before
+  // any of it is waited for.
+  template <class T>
+  ODEBLOCK_DEVICE void read_sums(Sums<P>& to, const T* from, int group, int block) const {
+    from += first_sample() * channels_ * area_;
+    for_each_pair_of_sums<P>([&](int m, int n, int i, int in_group, int in_block) {
+      const int first = place(group * kGroup + in_group), channel = block * kChannels + in_block;
+      if (first >= 0 && channel < channels_) {
+        const simt::Pair<Number> pair = read(from, channel, first + static_cast<int64_t>(channel) * area_);
+        to.x[m][n].x[i] = pair.x, to.x[m][n].x[i + 1] = pair.y;
+      }
+    });
+  }
   // Of an array [B, C, H, W] the pair of channels at a place.
   template <class T>
   ODEBLOCK_DEVICE simt::Pair<Number> read(const T* from, int channel, int64_t place) const {
@@ -279,14 +291,6 @@ class MapBlock {
   // To a map, rounded to what products read.
   ODEBLOCK_DEVICE static void write_map(Map<Stored> map, int position, int channel, simt::Pair<Number> pair) {
     store_pair(map.first + position * map.width + channel, narrowed<Stored>(pair));
-  }
-  // To an array [positions, channels] of all samples, numbered as on chip.
-  ODEBLOCK_DEVICE void leave(Stored* to, int channels, int position, int channel, simt::Pair<Number> pair) const {
-    const simt::Pair<Stored> narrow = narrowed<Stored>(pair);
-    to += (first_sample() * shape_.of_sample + position) * channels + channel;
-    if (channels % 2 == 0) return simt::write_pair(to, narrow);
-    to[0] = narrow.x;
-    if (channel + 1 < channels) to[1] = narrow.y;
   }
 
  private:

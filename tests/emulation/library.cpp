@@ -50,6 +50,12 @@ bool fuses(const int64_t* sizes, bool backward, bool reconstruct, bool tf32) {
   return cuda_fuses(p, backward, tf32, 0);
 }
 
+int map_blocks(const int64_t* sizes, bool tf32) {
+  Problem p{};
+  set(p, sizes, 0);
+  return cuda_map_blocks(p, tf32, 0);
+}
+
 const char* forward(const int64_t* sizes, double scale, void* const* weights, void* const* arrays, int64_t save_every,
                     bool reconstruct, bool tf32) {
   ForwardProblem p{};
@@ -60,13 +66,11 @@ const char* forward(const int64_t* sizes, double scale, void* const* weights, vo
   return tell([&] { return cuda_forward(p, tf32, 0, nullptr); });
 }
 
-const char* sweep(const int64_t* sizes, double scale, void* const* weights, void* const* arrays,
-                  int64_t layer_positions, bool tf32) {
+const char* sweep(const int64_t* sizes, double scale, void* const* weights, void* const* arrays, bool tf32) {
   SweepProblem p{};
   set(p, sizes, scale), set_weights(p, weights);
-  p.states = arrays[0], p.a = arrays[1];
-  p.layer_a = arrays[2], p.layer_h = arrays[3], p.layer_s = arrays[4], p.layer_g = arrays[5];
-  p.layer_positions = layer_positions;
+  p.states = arrays[0], p.a = arrays[1], p.sums = arrays[2];
+  p.layer_a = arrays[3], p.layer_h = arrays[4], p.layer_s = arrays[5], p.layer_g = arrays[6];
   return tell([&] { return cuda_sweep(p, tf32, 0, nullptr); });
 }
 

@@ -33,7 +33,8 @@ int main() {
   Header x;
   if (std::fread(&x, sizeof x, 1, stdin) != 1) return 2;
   const Bytes V = read(x.V_bytes), W = read(x.W_bytes), in = read(x.in_bytes);
-  const Bytes out = allocate(x.out_bytes), states = x.sweep ? read(x.states_bytes) : allocate(x.states_bytes);
+  Bytes out = allocate(x.out_bytes);
+  const Bytes states = x.sweep ? read(x.states_bytes) : allocate(x.states_bytes);
   emulation::seed() = x.seed;
   emulation::capability() = static_cast<int>(x.capability);
   emulation::multiprocessors() = static_cast<int>(x.multiprocessors);
@@ -42,13 +43,10 @@ int main() {
       SweepProblem p{};
       set(p, x);
       p.V = V.get(), p.W = W.get();
-      p.layer_positions = x.batch * MapShape(p, 1).of_sample;
-      const size_t stored = x.dtype == 1 ? 8 : x.dtype == 0 ? 4 : 2, positions = x.depth * p.layer_positions * stored;
-      const Bytes layer_a = allocate(positions * x.dim), layer_h = allocate(positions * x.dim),
-                  layer_s = allocate(positions * x.hidden), layer_g = allocate(positions * x.hidden);
-      p.states = states.get(), p.a = in.get();
-      p.layer_a = layer_a.get(), p.layer_h = layer_h.get(), p.layer_s = layer_s.get(), p.layer_g = layer_g.get();
       if (!cuda_fuses(p, true, x.tf32 != 0, 0)) throw std::runtime_error("the kernels do not take this problem");
+      x.out_bytes = x.depth * cuda_map_blocks(p, x.tf32 != 0, 0) * numbers_of_sums(p) * (x.dtype == 1 ? 8 : 4);
+      out = allocate(x.out_bytes);
+      p.states = states.get(), p.a = in.get(), p.sums = out.get();
       cuda_sweep(p, x.tf32 != 0, 0, nullptr);
     } else {
       ForwardProblem p{};
@@ -66,7 +64,9 @@ int main() {
     std::fprintf(stderr, "%s\n", error.what());
     return 1;
   }
-  x.sweep ? write(in, x.in_bytes) : (write(out, x.out_bytes), write(states, x.states_bytes));
+  if (x.sweep) write(in, x.in_bytes);
+  write(out, x.out_bytes);
+  if (!x.sweep) write(states, x.states_bytes);
   std::fprintf(stderr, "bank conflicts %lld\n", static_cast<long long>(emulation::counts().bank_conflicts));
   return 0;
 }
