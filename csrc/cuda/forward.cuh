@@ -27,7 +27,7 @@ struct ForwardShape {
   static constexpr bool kWait = Q > 128;
   static constexpr int kMostWarps = kWait && P::kWarps == 1 ? 4 : 8, kMostThreads = 32 * kMostWarps;
   // Blocks of a multiprocessor, for the compiler to leave registers to.
-  static constexpr int kBlocks = kSize == 2 && Q <= (P::kApproximate ? 64 : 32) ? 2 : 1;
+  static constexpr int kBlocks = kSize == 2 && Q <= (P::kBits <= 11 ? 64 : 32) ? 2 : 1;
   static constexpr int units() {
     if (P::kWarps == 4) return Q == 128 ? 64 : 32;
     if (kSize == 2) return Q == 64 || Q == 256 ? 16 : 32;
@@ -124,8 +124,7 @@ ODEBLOCK_DEVICE void forward_of_block(const ForwardArguments& arguments) {
       P::end(z);
       for_each_biased<P, kUnits>(chunks.hidden_bias(), [&](int n, int i, Number bias) { z[n].x[i] += bias; });
       with_activation(p.activation, [&](auto sigma) {
-        for_each_number<P, kUnits>(
-            [&](int n, int i, int) { z[n].x[i] = evaluate<P::kApproximate>(sigma, z[n].x[i]).s; });
+        for_each_number<P, kUnits>([&](int n, int i, int) { z[n].x[i] = evaluate<P::kBits>(sigma, z[n].x[i]).s; });
       });
       if (unit + kUnits > hidden)  // what is not there is 0, whatever sigma(0) is, or an infinite row makes of it
         for_each_number<P, kUnits>([&](int n, int i, int column) {

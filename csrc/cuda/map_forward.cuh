@@ -87,8 +87,8 @@ map_forward_kernel(const ODEBLOCK_PARAMETER MapArguments<ForwardProblem> argumen
           for_each_pair_of_sums<P>([&](int m, int n, int i, int, int channel) {
             const Pair bias = biases<P>(W, row_of_h, channel);
             Number* const x = &z.x[m][n].x[i];
-            x[0] = evaluate<P::kApproximate>(sigma, x[0] + bias.x).s;
-            x[1] = evaluate<P::kApproximate>(sigma, x[1] + bias.y).s;
+            x[0] = evaluate<P::kBits>(sigma, x[0] + bias.x).s;
+            x[1] = evaluate<P::kBits>(sigma, x[1] + bias.y).s;
           });
         });
         // Nothing where there is no map or channel: that stays 0, whatever sigma(0) is, or an infinite number makes of

@@ -85,8 +85,8 @@ map_sweep_kernel(const ODEBLOCK_PARAMETER MapArguments<SweepProblem> arguments) 
           for_each_pair_of_sums<P>([&](int m, int n, int i, int in_group, int channel) {
             const Pair bias = biases<P>(W, row_of_h, channel);
             Number* const x = &z.x[m][n].x[i];
-            const activation::Value<Number> first = evaluate<P::kApproximate>(sigma, x[0] + bias.x),
-                                            second = evaluate<P::kApproximate>(sigma, x[1] + bias.y);
+            const activation::Value<Number> first = evaluate<P::kBits>(sigma, x[0] + bias.x),
+                                            second = evaluate<P::kBits>(sigma, x[1] + bias.y);
             x[0] = first.d, x[1] = second.d;
             const int position = group * kGroup + in_group, left = hidden - unit - channel;
             if (p.sums && block.place(position) >= 0 && left > 0)

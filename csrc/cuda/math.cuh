@@ -20,12 +20,12 @@ ODEBLOCK_INLINE float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
 ODEBLOCK_INLINE double fma(double a, double b, double c) { return ::fma(a, b, c); }
 ODEBLOCK_INLINE float abs(float x) { return ::fabsf(x); }
 ODEBLOCK_INLINE double abs(double x) { return ::fabs(x); }
-ODEBLOCK_INLINE float exp(float x) { return ::expf(x); }
-ODEBLOCK_INLINE double exp(double x) { return ::exp(x); }
-ODEBLOCK_INLINE float exp2(float x) { return ::exp2f(x); }
-ODEBLOCK_INLINE double exp2(double x) { return ::exp2(x); }
 
-// Only tanh asks for expm1; beyond the clamp exp(x) - 1 and exp(x) + 1 agree, and e / (e + 2) stays finite.
+// Of what is larger, activations have products with 1 / (1 + exp(x)): finite, so that none is infinity times 0.
+ODEBLOCK_INLINE float exp(float x) { return ::expf(x > 88.f ? 88.f : x); }
+ODEBLOCK_INLINE double exp(double x) { return ::exp(x > 709. ? 709. : x); }
+ODEBLOCK_INLINE float exp2(float x) { return ::exp2f(x > 127.f ? 127.f : x); }
+ODEBLOCK_INLINE double exp2(double x) { return ::exp2(x > 1023. ? 1023. : x); }
 ODEBLOCK_INLINE float expm1(float x) { return ::expm1f(x > 88.f ? 88.f : x); }
 ODEBLOCK_INLINE double expm1(double x) { return ::expm1(x > 709. ? 709. : x); }
 

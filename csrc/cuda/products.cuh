@@ -78,9 +78,9 @@ struct FloatSums : OneWarp {
 template <bool kBfloat16>
 struct HalfProducts : FloatSums {
   typedef uint16_t Stored;
-  static constexpr int kColumns = 16;    // of A in one product
-  static constexpr bool kRounds = true;  // A is not what it is packed from
-  static constexpr bool kApproximate = kBfloat16;
+  static constexpr int kColumns = 16;                                // of A in one product
+  static constexpr bool kRounds = true;                              // A is not what it is packed from
+  static constexpr int kBits = kBfloat16 ? 8 : 11;                   // of what is multiplied
   static constexpr float kEpsilon = kBfloat16 ? 0x1p-7f : 0x1p-10f;  // of what is multiplied, from 1 to the next number
   struct A {
     uint32_t x[4];
@@ -136,7 +136,7 @@ struct HalfProducts : FloatSums {
 // float32 is stored as it is summed.
 struct OfFloat : FloatSums {
   typedef float Stored;
-  static constexpr bool kRounds = false, kApproximate = false;
+  static constexpr bool kRounds = false;
 
   ODEBLOCK_DEVICE static float widen(float x) { return x; }
 };
@@ -148,7 +148,7 @@ struct OfFloat : FloatSums {
 // what all six give is added in float, of errors in one direction up to 2^-23 of it.) What float32 has as infinite, and
 // what bfloat16 rounds to it, comes out as NaN.
 struct FloatProducts : OfFloat {
-  static constexpr int kColumns = 16;
+  static constexpr int kColumns = 16, kBits = 24;
   static constexpr float kEpsilon = 0x1p-23f;
   struct A {
     uint32_t x[3][4];
@@ -216,7 +216,7 @@ struct FloatProducts : OfFloat {
 
 // float32 rounded to the 11 bits of tf32.
 struct Tf32Products : OfFloat {
-  static constexpr int kColumns = 8;
+  static constexpr int kColumns = 8, kBits = 11;
   static constexpr float kEpsilon = 0x1p-10f;
   struct A {
     uint32_t x[4];
@@ -249,9 +249,9 @@ struct Tf32Products : OfFloat {
 struct DoubleProducts : OneWarp {
   typedef double Stored;
   typedef double Number;
-  static constexpr int kRows = 8, kNumbers = 2, kColumns = 8;
+  static constexpr int kRows = 8, kNumbers = 2, kColumns = 8, kBits = 53;
   static constexpr double kEpsilon = 0x1p-52;
-  static constexpr bool kRounds = false, kApproximate = false;
+  static constexpr bool kRounds = false;
   struct alignas(16) Tile {
     double x[kNumbers];
   };

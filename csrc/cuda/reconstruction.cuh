@@ -282,8 +282,7 @@ ODEBLOCK_DEVICE void reconstruct_of_block(const ReconstructionArguments& argumen
         P::end(z);
         for_each_biased<P, kUnits>(chunks.hidden_bias(), [&](int n, int i, Number bias) { z[n].x[i] += bias; });
         with_activation(p.activation, [&](auto sigma) {
-          for_each_number<P, kUnits>(
-              [&](int n, int i, int) { z[n].x[i] = evaluate<P::kApproximate>(sigma, z[n].x[i]).s; });
+          for_each_number<P, kUnits>([&](int n, int i, int) { z[n].x[i] = evaluate<P::kBits>(sigma, z[n].x[i]).s; });
         });
         if (unit + kUnits > hidden)  // as in forward.cuh
           for_each_number<P, kUnits>([&](int n, int i, int column) {

@@ -161,6 +161,17 @@ ODEBLOCK_DEVICE float tanh_approximate(float x) {
   asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// 2^x and 1/x to within 2^-22 of their size; what is smaller than 2^-126 is 0.
+ODEBLOCK_DEVICE float exp2_approximate(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+ODEBLOCK_DEVICE float reciprocal_approximate(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 // Two neighbours in one access, at a multiple of their size.
 template <class T>

@@ -131,7 +131,7 @@ ODEBLOCK_DEVICE void sweep_of_block(const SweepArguments& arguments) {
       for_each_biased<P, kUnits>(chunks.hidden_bias(), [&](int n, int i, Number bias) { s[n].x[i] += bias; });
       with_activation(p.activation, [&](auto sigma) {
         for_each_number<P, kUnits>([&](int n, int i, int) {
-          const activation::Value<Number> value = evaluate<P::kApproximate>(sigma, s[n].x[i]);
+          const activation::Value<Number> value = evaluate<P::kBits>(sigma, s[n].x[i]);
           s[n].x[i] = value.s;
           g[n].x[i] *= value.d;
         });

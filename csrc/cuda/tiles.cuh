@@ -3,36 +3,11 @@
 
 #include <type_traits>
 
-#include "math.cuh"
-// math.cuh before activations.h, which is written on its functions
-#include "../activations.h"
+#include "evaluate.cuh"
 #include "products.cuh"
 
 namespace odeblock {
 namespace {
-
-// sigma(z) and sigma'(z). Where they are rounded to 16 bits at once, bfloat16's 8 of them, with the tanh that the
-// hardware has (an error of 2^-11): an operation where exp and a division are two, and many more.
-template <bool kApproximate, class Sigma, class T>
-ODEBLOCK_DEVICE activation::Value<T> evaluate(Sigma, T z) {
-  using namespace activation;
-  if constexpr (kApproximate && std::is_same_v<Sigma, Tanh>) {
-    const float t = simt::tanh_approximate(z);
-    return {t, fma(-t, t, 1.f)};
-  } else if constexpr (kApproximate && std::is_same_v<Sigma, Sigmoid>) {
-    const float t = simt::tanh_approximate(0.5f * z);
-    return {fma(0.5f, t, 0.5f), 0.25f * fma(-t, t, 1.f)};
-  } else if constexpr (kApproximate && std::is_same_v<Sigma, Silu>) {
-    const float half = 0.5f * z, t = simt::tanh_approximate(half);
-    return {fma(half, t, half), fma(0.5f, t, 0.5f) + 0.5f * half * fma(-t, t, 1.f)};
-  } else if constexpr (kApproximate && std::is_same_v<Sigma, GeluTanh>) {
-    const float half = 0.5f * z, square = z * z;
-    const float t = simt::tanh_approximate(z * fma(0.035677408f, square, 0.79788456f));
-    return {fma(half, t, half), fma(0.5f, t, 0.5f) + half * fma(-t, t, 1.f) * fma(0.10703222f, square, 0.79788456f)};
-  } else {
-    return Sigma::at(z);
-  }
-}
 
 // f(tile, i, column) for each number that a lane has of tiles [kRows, N]. kRolled: where tiles are in memory.
 template <class P, int N, bool kRolled = false, class F>

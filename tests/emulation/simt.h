@@ -252,10 +252,21 @@ inline float from_float16(uint16_t bits) { return emulation::from_float16(bits);
 // To nearest, ties away from zero.
 inline uint32_t to_tf32(float x) { return (emulation::to_bits(x) + 0x1000u) & 0xffffe000u; }
 
-// As wrong as the hardware may be.
+// As wrong as the hardware may be, by all bits of x: the last ones of what tensor cores cut off are often zero.
+inline float with_error(float y, float x, float error) {
+  return y * (__builtin_parity(emulation::to_bits(x)) ? 1 + error : 1 - error);
+}
 inline float tanh_approximate(float x) {
   const float y = std::tanh(x);
-  return y + (emulation::to_bits(x) & 1 ? 0x1p-11f : -0x1p-11f) * y;
+  return std::fabs(x) > 9 ? y : with_error(y, x, 0x1p-11f);
+}
+inline float exp2_approximate(float x) {
+  const float y = with_error(std::exp2(x), x, 0x1p-22f);
+  return y < 0x1p-126f ? 0 : y;
+}
+inline float reciprocal_approximate(float x) {
+  const float y = with_error(1 / x, x, 0x1p-22f);
+  return std::fabs(y) < 0x1p-126f ? 0 : y;
 }
 
 template <class T>
