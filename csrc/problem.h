@@ -61,6 +61,12 @@ struct Problem {
   int threads;              // at most this many threads; the workspace was sized for them
 };
 
+// On a GPU V is [L, q', m'], W [L, m', q'] and biases likewise: rows fill pieces of 16 bytes, with zeros beyond q, m.
+ODEBLOCK_INLINE int64_t padded_size(const Problem& p, int64_t size) {
+  const int64_t piece = p.dtype == Dtype::float64 ? 2 : p.dtype == Dtype::float32 ? 4 : 8;
+  return (size + piece - 1) / piece * piece;
+}
+
 // Where all states are stored and hidden values with them, a saved state has q + m numbers a row.
 ODEBLOCK_INLINE bool saves_hidden(const Problem& p) { return p.keep_hidden && p.save_every == 1 && !p.reconstruct; }
 ODEBLOCK_INLINE int64_t saved_width(const Problem& p) { return p.dim + (saves_hidden(p) ? p.hidden : 0); }

@@ -16,18 +16,17 @@ import torch
 from torch import Tensor
 
 from . import checkpointing, gpu_adjoint, native, reference
-from .gpu_layers import Layers, tf32
+from .gpu_layers import WORKSPACE, Layers, tf32
 from .gpu_maps import MapLayers
 from .reconstruction import REPORT_SIZE
 from .reference import state_dtype
 
-WORKSPACE, MOST_LAYERS = 512 << 20, 64
-"""Bytes of what a sweep leaves for the gradients, and of the adjoint's states; layers at most.
-Neither grows with depth."""
+MOST_LAYERS = 64
+"""That a sweep takes."""
 
 BATCHES = (40, 64, 70, 20_000)
-"""Rows that kernels are compared with PyTorch on, for each way to launch: a warp a block, four, two blocks
-of four, as many as a block takes."""
+"""Rows that kernels are compared with PyTorch on, for each way to launch: warps without rows, which copy for
+the others; a warpgroup; two blocks of one; as many as a block takes."""
 MAP_BATCHES = (1, 300, 2000)
 """Likewise maps: blocks of one sample, of two, of as many as a block takes."""
 

@@ -10,6 +10,7 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import gpu_adjoint, native
@@ -29,6 +30,9 @@ def tf32(dtype: torch.dtype, maps: bool = False) -> bool:
         return bool(products.fp32_precision == "tf32")
     return bool(products.allow_tf32)
 
+
+WORKSPACE = 512 << 20
+"""Bytes of what a sweep leaves for the gradients, and of the adjoint's states, at any depth."""
 
 Factors = list[Tensor]
 """What a sweep leaves for the gradients of its weights, here a, h, s, g; empty where not asked for."""
@@ -57,8 +61,15 @@ class Layers:
         dtype = native.NATIVE_DTYPES[self.V.dtype]
         return dtype, self.activation, batch, self.dim, self.hidden, top - bottom, 0, 0, 0  # no maps
 
+    @functools.cached_property
+    def _padded(self) -> tuple[Tensor | None, ...]:
+        """V, W and biases as kernels read them."""
+        return tuple(
+            None if t is None else padded(t) for t in (self.V, self.W, self.hidden_bias, self.output_bias)
+        )
+
     def _weights(self, bottom: int) -> tuple[int, ...]:
-        return addresses(bottom, self.V, self.W, self.hidden_bias, self.output_bias)
+        return addresses(bottom, *self._padded)
 
     def _place(self) -> tuple[bool, int, int]:
         stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
@@ -186,6 +197,21 @@ class Layers:
             *(len(ring), bottom, self.depth, limit),
             *self._place(),
         )
+
+
+def _rounded(size: int, weights: Tensor) -> int:
+    """To numbers that fill pieces of 16 bytes."""
+    piece = 16 // weights.element_size()
+    return -(-size // piece) * piece
+
+
+def padded(weights: Tensor) -> Tensor:
+    """Weights [L, p, r] or biases [L, p], as kernels copy them: with zeros up to p and r that fill pieces of
+    16 bytes, at a multiple of which all begins."""
+    more = [_rounded(size, weights) - size for size in weights.shape[1:]]
+    if not any(more) and weights.data_ptr() % 16 == 0:
+        return weights
+    return F.pad(weights, [end for size in reversed(more) for end in (0, size)])
 
 
 def addresses(bottom: int, *tensors: Tensor | None) -> tuple[int, ...]:

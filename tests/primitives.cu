@@ -90,11 +90,9 @@ ODEBLOCK_KERNEL(32) matrices(uint32_t* out, bool transposed) {
 // second.
 ODEBLOCK_KERNEL(32) copies(const uint32_t* in, uint32_t* out) {
   uint32_t* memory = reinterpret_cast<uint32_t*>(shared());
-  copy_async<16>(memory + 4 * lane(), in + 4 * lane(), 16 - lane() % 17);
+  copy_async(memory + 4 * lane(), in + 4 * lane(), 16 - lane() % 17);
   commit_copies();
-  copy_async<8>(memory + 128 + 4 * lane(), in + 128 + 4 * lane(), 8);
-  copy_async<4>(memory + 130 + 4 * lane(), in + 130 + 4 * lane(), 4);
-  copy_async<4>(memory + 131 + 4 * lane(), in + 131 + 4 * lane(), 4);
+  copy_async(memory + 128 + 4 * lane(), in + 128 + 4 * lane(), 16);
   commit_copies();
   wait_copies<1>();
   sync_warp();
@@ -117,7 +115,12 @@ ODEBLOCK_KERNEL(64) barriers(int* out) {
   out[thread()] = shuffle_xor(x, 5) + 100 * warp();
 }
 
-ODEBLOCK_KERNEL(32) tanhs(const float* in, float* out) { out[lane()] = tanh_approximate(in[lane()]); }
+// out [3, 32].
+ODEBLOCK_KERNEL(32) approximations(const float* in, float* out) {
+  out[lane()] = tanh_approximate(in[lane()]);
+  out[32 + lane()] = exp2_approximate(in[lane()]);
+  out[64 + lane()] = reciprocal_approximate(in[lane()]);
+}
 
 ODEBLOCK_KERNEL(32) conversions(const float* in, uint32_t* out) {
   const float x = in[lane()], y = in[31 - lane()];
@@ -351,7 +354,9 @@ int main(int count, char** arguments) {
   print("numbers", A, 32);
   run(conversions, 32, 0, A, bits);
   print("conversions", bits, 128);
-  run(tanhs, 32, 0, A, D);
-  print("tanh", D, 32);
+  for (int i = 0; i < 8; i++) A[i] = (i % 2 ? 1 : -1) * (i < 2 ? 126.f : i < 4 ? 200.f : i < 6 ? 9.5f : 60.f);
+  print("approximated", A, 32);
+  run(approximations, 32, 0, A, D);
+  print("approximations", D, 96);
   return 0;
 }

@@ -198,6 +198,21 @@ def test_emulated_backward_of_the_input_alone(
     assert all(not factor for name, _, factor in core.calls if name == "sweep")
 
 
+@pytest.mark.parametrize("products", ["float32", "float64", "bfloat16"])
+def test_emulated_kernels_of_weights_that_begin_anywhere(products: str, core: Core) -> None:
+    """Kernels copy pieces of 16 bytes; weights may be a part of another array."""
+    case = make_case(20, 16, 8, 2)
+    h, *weights = (case.tensors[name].to(KINDS[products]) for name in NAMES)
+    parts = [torch.cat((t.new_zeros(1), t.flatten()))[1:].view_as(t) for t in weights]
+    results = [gpu.forward(h, *given, "tanh", 0.5, 1, False) for given in (weights, parts)]
+    (y, states, checks), (right, right_states, _) = results
+    assert torch.equal(y, right)
+    assert torch.equal(states[:, :20], right_states[:, :20])
+    options = (states, checks, "tanh", 0.5, 1, False, 1, True)
+    gradients = [gpu.backward(y, h, *given, *options) for given in (weights, parts)]
+    assert all(torch.equal(ours, right) for ours, right in zip(*gradients, strict=True))
+
+
 def test_emulated_kernels_with_little_shared_memory(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
     """99 KiB, as the smaller GPUs of a generation have: fewer warps a block, or the forward alone."""
     core.emulate(capability=86, multiprocessors=1)

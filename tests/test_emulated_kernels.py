@@ -21,6 +21,7 @@ from torch import Tensor
 from odeblock import reference
 from odeblock.activations import ACTIVATIONS
 from odeblock.gpu_adjoint import DOUBT, SIGHT_WIDTH, SPREAD
+from odeblock.gpu_layers import padded
 from odeblock.native import NATIVE_DTYPES
 from odeblock.reconstruction import rounding_unit
 
@@ -135,7 +136,7 @@ def launch(
         1 / depth if case.scale is None else case.scale,
         limit,
     )
-    weights = [t.to(dtype) for t in (V, W, b, c) if t is not None]
+    weights = [padded(t.to(dtype)) for t in (V, W, b, c) if t is not None]
     given = [t.contiguous().view(torch.uint8).numpy().tobytes() for t in (*weights, *arrays)]
     environment = {**os.environ, "TSAN_OPTIONS": "exitcode=66", "ASAN_OPTIONS": "detect_leaks=0"}
     data = header + b"".join(given)

@@ -117,7 +117,16 @@ def check_primitives(output: str) -> None:
     np.testing.assert_array_equal(results[:, 2], (x.view(np.uint32) + 0x1000) & 0xFFFFE000)
     widened = (bfloat16(x) << 16).view(np.float32) == x.astype(np.float16).astype(np.float32)
     np.testing.assert_array_equal(results[:, 3], widened)
-    np.testing.assert_allclose(found["tanh"], np.tanh(x.astype(float)), rtol=2.0**-10.9)
+
+    x = found["approximated"]
+    tanh, power, reciprocal = found["approximations"].reshape(3, 32)
+    np.testing.assert_allclose(tanh, np.tanh(x), rtol=2.0**-10.9)
+    np.testing.assert_array_equal(tanh[abs(x) > 9], np.sign(x[abs(x) > 9]))
+    with np.errstate(over="ignore"):
+        expected = np.exp2(x).astype(np.float32).astype(float)  # beyond 2^128 infinite
+    expected[x < -126] = 0
+    np.testing.assert_allclose(power, expected, rtol=2.0**-21)
+    np.testing.assert_allclose(reciprocal[x != 0], 1 / x[x != 0], rtol=2.0**-21)
 
 
 def check_rounding(output: str) -> dict[str, tuple[int, bool]]:

@@ -64,6 +64,12 @@ class Chunks {
   }
   ODEBLOCK_DEVICE int unit_of(int chunk) const { return (chunk - besides_) % in_layer() * Shape::kUnits; }
 
+  // Numbers of a row of weights or a bias (problem.h).
+  ODEBLOCK_DEVICE static int padded(int64_t size) {
+    constexpr int kPiece = 16 / sizeof(Stored);
+    return (static_cast<int>(size) + kPiece - 1) / kPiece * kPiece;
+  }
+
   ODEBLOCK_DEVICE static Stored* memory() { return reinterpret_cast<Stored*>(simt::shared()); }
   ODEBLOCK_DEVICE static Stored* matrices(int chunk) { return memory() + chunk % Stages * Shape::kMatrices; }
   ODEBLOCK_DEVICE static Stored* biases(int chunk) {
@@ -86,38 +92,20 @@ struct Row {
 };
 
 // To shared memory, laid out as Layout has it, M [kRows, kColumns], rows `first` and on of a matrix at `from` with rows
-// of `step` elements; zero beyond `rows_there` and `columns_there`. By all threads of the block, in pieces of kBytes.
-template <class Layout, int kRows, int kColumns, int kBytes>
-ODEBLOCK_DEVICE void fetch_pieces(const typename Layout::Stored* from, int64_t first, int step, int rows_there,
-                                  int columns_there, typename Layout::Stored* to) {
-  typedef typename Layout::Stored Stored;
-  constexpr int kSize = sizeof(Stored), kPiece = kBytes / kSize, kPieces = kColumns / kPiece;
-#pragma unroll 1  // while registers are full
-  for (int i = simt::thread(); i < kRows * kPieces; i += simt::threads()) {
-    const int row = i / kPieces, column = i % kPieces * kPiece;
-    const int left = row < rows_there ? columns_there - column : 0;
-    const int count = left >= kPiece ? kPiece : left > 0 ? left : 0;
-    const Stored* source = from + (first + (count > 0 ? row : 0)) * step + (count > 0 ? column : 0);
-    Stored* target = to + Layout::template offset<kRows, kColumns>(row, column);
-    if constexpr (kBytes >= 4)
-      simt::copy_async<kBytes>(target, source, count * kSize);
-    else
-      simt::store(target, count > 0 ? *source : Stored(0));
-  }
-}
-
-// In the largest pieces that every row begins at a multiple of.
+// of `step` elements; zero beyond `rows_there` and `columns_there`. By the threads of the block from `copier` on, in
+// pieces of 16 bytes, at multiples of which every row begins and ends.
 template <class Layout, int kRows, int kColumns>
-ODEBLOCK_DEVICE void fetch(const typename Layout::Stored* from, int64_t first, int step, int rows_there,
+ODEBLOCK_DEVICE void fetch(int copier, const typename Layout::Stored* from, int64_t first, int step, int rows_there,
                            int columns_there, typename Layout::Stored* to) {
-  constexpr int kSize = sizeof(typename Layout::Stored);
-  const uint64_t places = reinterpret_cast<uintptr_t>(from) | static_cast<uint64_t>(step) * kSize;
-  if (places % 16 == 0)
-    return fetch_pieces<Layout, kRows, kColumns, 16>(from, first, step, rows_there, columns_there, to);
-  if constexpr (kSize == 2)
-    if (places % 4 == 0)
-      return fetch_pieces<Layout, kRows, kColumns, 4>(from, first, step, rows_there, columns_there, to);
-  fetch_pieces<Layout, kRows, kColumns, kSize>(from, first, step, rows_there, columns_there, to);
+  typedef typename Layout::Stored Stored;
+  constexpr int kPiece = 16 / sizeof(Stored), kPieces = kColumns / kPiece;
+#pragma unroll 1  // while registers are full
+  for (int i = simt::thread() - copier; i < kRows * kPieces; i += simt::threads() - copier) {
+    const int row = i / kPieces, column = i % kPieces * kPiece;
+    const bool there = row < rows_there && column < columns_there;
+    const Stored* source = there ? from + (first + row) * step + column : from;
+    simt::copy_async(to + Layout::template offset<kRows, kColumns>(row, column), source, there ? 16 : 0);
+  }
 }
 
 template <class Shape, int Stages, bool kFromLast>
@@ -149,25 +137,34 @@ class CopiedChunks : public Chunks<Shape, Stages, kFromLast> {
 
  private:
   ODEBLOCK_DEVICE void fetch_chunk(int chunk) {
-    if (chunk < this->all()) {
+    const int copier = first_copier();
+    if (chunk < this->all() && simt::thread_again() >= copier) {
       const Problem& p = this->p_;
-      const int dim = static_cast<int>(p.dim), hidden = static_cast<int>(p.hidden), unit = this->unit_of(chunk);
+      const int dim = this->padded(p.dim), hidden = this->padded(p.hidden);
+      const int unit = this->unit_of(chunk);
       const int64_t k = this->layer_of(chunk);
       Stored *to = this->matrices(chunk), *biases = this->biases(chunk);
-      fetch<P, kUnits, Q>(of(p.W), k * hidden + unit, dim, hidden - unit, dim, to);
-      fetch<P, Q, kUnits>(of(p.V) + unit, k * dim, hidden, dim, hidden - unit, to + Shape::kV);
-      fetch_bias<kUnits>(p.hidden_bias, k, hidden, unit, biases);
-      fetch_bias<Q>(p.output_bias, k, dim, 0, biases + kUnits);
+      fetch<P, kUnits, Q>(copier, of(p.W), k * hidden + unit, dim, hidden - unit, dim, to);
+      fetch<P, Q, kUnits>(copier, of(p.V) + unit, k * dim, hidden, dim, hidden - unit, to + Shape::kV);
+      fetch_bias<kUnits>(copier, p.hidden_bias, k, hidden, unit, biases);
+      fetch_bias<Q>(copier, p.output_bias, k, dim, 0, biases + kUnits);
     }
     simt::commit_copies();  // also where there is nothing, for groups are counted
   }
+  // The first of the threads that copy: all, or those of warps without rows (while registers are not full).
+  ODEBLOCK_DEVICE int first_copier() const {
+    if constexpr (Q * Shape::kSize > 256) return 0;
+    const int rows = simt::threads() / 32 * P::kRows;
+    const int64_t left = this->p_.batch - static_cast<int64_t>(simt::block()) * rows;
+    return left > rows - P::kRows ? 0 : left > 0 ? (static_cast<int>(left) + P::kRows - 1) / P::kRows * 32 : 0;
+  }
   // Entries `from` and on of layer k's bias of `size` entries; zeros for null.
   template <int kCount>
-  ODEBLOCK_DEVICE void fetch_bias(const void* bias, int64_t k, int size, int from, Stored* to) {
+  ODEBLOCK_DEVICE void fetch_bias(int copier, const void* bias, int64_t k, int size, int from, Stored* to) {
     if (bias)
-      fetch<Row<P>, 1, kCount>(of(bias) + from, k, size, 1, size - from, to);
+      fetch<Row<P>, 1, kCount>(copier, of(bias) + from, k, size, 1, size - from, to);
     else
-      fetch<Row<P>, 1, kCount>(of(this->p_.W), 0, 0, 0, 0, to);
+      fetch<Row<P>, 1, kCount>(copier, of(this->p_.W), 0, 0, 0, 0, to);
   }
   ODEBLOCK_DEVICE static const Stored* of(const void* p) { return static_cast<const Stored*>(p); }
 };
@@ -252,9 +249,9 @@ class BulkChunks : public Chunks<Shape, Stages, kFromLast> {
     const int k = next()->x, unit = next()->y;
     *next() =
         unit + kUnits < p.hidden ? simt::Pair<int>{k, unit + kUnits} : simt::Pair<int>{k + (kFromLast ? -1 : 1), 0};
-    const int left = static_cast<int>(p.hidden) - unit, units = left < kUnits ? left : kUnits;
-    const int hidden_bytes = p.hidden_bias ? 2 * units : 0,
-              output_bytes = p.output_bias ? 2 * static_cast<int>(p.dim) : 0;
+    const int dim = this->padded(p.dim), hidden = this->padded(p.hidden);
+    const int units = hidden - unit < kUnits ? hidden - unit : kUnits;
+    const int hidden_bytes = p.hidden_bias ? 2 * units : 0, output_bytes = p.output_bias ? 2 * dim : 0;
     Stored *to = this->matrices(chunk), *biases = this->biases(chunk);
     simt::arrive_expecting(full(chunk), 2 * Shape::kMatrices + hidden_bytes + output_bytes);
     const bool shares = simt::cluster_blocks() > 1;  // with one other block
@@ -265,11 +262,11 @@ class BulkChunks : public Chunks<Shape, Stages, kFromLast> {
       copy(shares, to + column * kUnits + first_unit * 64, boxes_of_W_, column, unit + first_unit, k, full(chunk));
     copy(shares, to + Shape::kV + first * kUnits, boxes_of_V_, unit, first, k, full(chunk));
     if (hidden_bytes)
-      simt::copy_bulk(biases, static_cast<const Stored*>(p.hidden_bias) + k * p.hidden + unit, hidden_bytes,
-                      full(chunk));
+      simt::copy_bulk(biases, static_cast<const Stored*>(p.hidden_bias) + static_cast<int64_t>(k) * hidden + unit,
+                      hidden_bytes, full(chunk));
     if (output_bytes)
-      simt::copy_bulk(biases + kUnits, static_cast<const Stored*>(p.output_bias) + k * p.dim, output_bytes,
-                      full(chunk));
+      simt::copy_bulk(biases + kUnits, static_cast<const Stored*>(p.output_bias) + static_cast<int64_t>(k) * dim,
+                      output_bytes, full(chunk));
   }
   ODEBLOCK_DEVICE static void copy(bool shares, Stored* to, const simt::Boxes& from, int column, int row, int layer,
                                    uint64_t* barrier) {

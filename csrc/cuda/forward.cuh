@@ -119,6 +119,7 @@ ODEBLOCK_DEVICE void forward_of_block(const ForwardArguments& arguments) {
     P::clear(sums);
     for (int unit = 0; unit < hidden; unit += kUnits) {
       chunks.wait();
+      if (idle<P>(p.batch)) continue;
       Tile z[kUnits / 8];
       multiply<P, kUnits, Q>(z, operand, chunks.W());
       P::end(z);

@@ -9,7 +9,6 @@ namespace odeblock {
 namespace {
 
 // A warpgroup's products are for wide layers and many rows: it takes 64 rows at once, and on chip rows of 64 numbers.
-// Their weights come in bulk, in pieces of 16 bytes at multiples of 16.
 // (ODEBLOCK_SM90A: their kernels are in this build; one for sm_90 as such has no instructions for them.)
 #if defined(ODEBLOCK_SM90A) || defined(ODEBLOCK_EMULATED)
 constexpr bool kHasWarpgroupKernels = true;
@@ -17,16 +16,9 @@ constexpr bool kHasWarpgroupKernels = true;
 constexpr bool kHasWarpgroupKernels = false;
 #endif
 
-bool comes_in_bulk(const Problem& p) {
-  const auto aligned = [](const void* array) { return reinterpret_cast<uintptr_t>(array) % 16 == 0; };
-  return p.dim % 8 == 0 && p.hidden % 8 == 0 && aligned(p.V) && aligned(p.W) && aligned(p.hidden_bias) &&
-         aligned(p.output_bias);
-}
-
 // Those that products of warpgroups are chosen for, where there are some.
 CudaKernels kernels_for(const Problem& p, bool tf32, int device) {
-  const bool warpgroup =
-      kHasWarpgroupKernels && simt::capability(device) == 90 && p.dim > 32 && p.batch >= 64 && comes_in_bulk(p);
+  const bool warpgroup = kHasWarpgroupKernels && simt::capability(device) == 90 && p.dim > 32 && p.batch >= 64;
   const auto either = [&](CudaKernels (*of_warpgroups)(int64_t), CudaKernels (*of_warps)(int64_t)) -> CudaKernels {
     if (!warpgroup) return of_warps(p.dim);
     if (p.dim <= kMostFeaturesOfWarpgroupSweeps) return of_warpgroups(p.dim);
@@ -46,8 +38,9 @@ struct Grid {
   size_t shared_bytes, most_shared_bytes;
 };
 
-// The warps of a block share what they read of the weights, as two blocks of a cluster do what comes in bulk: as many
-// as fit, but for those that would leave multiprocessors with less to do than others.
+// The warps of a block share the copying of weights and what they read of them, as two blocks of a cluster do what
+// comes in bulk: as many as fit, but for those that would leave multiprocessors with less to do than others. Four warps
+// with rows a multiprocessor computes side by side; warps without rows only copy.
 template <class SomeProblem>
 Grid grid_of(const CudaKernel<SomeProblem>& kernel, int64_t batch, int device) {
   const int64_t tiles = (batch + kernel.warp_rows - 1) / kernel.warp_rows, all = simt::multiprocessors(device);
@@ -55,7 +48,9 @@ Grid grid_of(const CudaKernel<SomeProblem>& kernel, int64_t batch, int device) {
   int warps = kernel.least_warps;
   int64_t fewest = INT64_MAX;
   for (int w = kernel.least_warps; w <= kernel.most_warps && kernel.shared_bytes(w) <= there; w += kernel.least_warps) {
-    const int64_t steps = ((tiles + w - 1) / w + all - 1) / all * w;  // of the multiprocessor with the most
+    const int64_t with_rows = w < tiles ? w : tiles;
+    // Of the multiprocessor with the most.
+    const int64_t steps = ((tiles + w - 1) / w + all - 1) / all * ((with_rows + 3) / 4);
     if (steps <= fewest) fewest = steps, warps = w;
   }
   const int blocks = static_cast<int>((tiles + warps - 1) / warps), cluster = blocks > 1 ? kernel.cluster : 1;
@@ -70,9 +65,9 @@ const char* launch(const CudaKernel<SomeProblem>& kernel, const SomeProblem& p, 
   const char* error = simt::prepare(kernel.run, grid.most_shared_bytes);
   if (error) return error;
   if (const int units = kernel.bulk_units) {
-    error = simt::describe(arguments.W, p.W, p.depth, p.hidden, p.dim, units / grid.cluster, 64);
-    if (!error)
-      error = simt::describe(arguments.V, p.V, p.depth, p.dim, p.hidden, kernel.features / grid.cluster, units);
+    const int64_t dim = padded_size(p, p.dim), hidden = padded_size(p, p.hidden);
+    error = simt::describe(arguments.W, p.W, p.depth, hidden, dim, units / grid.cluster, 64);
+    if (!error) error = simt::describe(arguments.V, p.V, p.depth, dim, hidden, kernel.features / grid.cluster, units);
     if (error) return error;
   }
   return simt::launch(kernel.run, grid.blocks, grid.cluster, grid.threads, grid.shared_bytes, stream, arguments);

@@ -61,7 +61,7 @@ class WeightStream {
       const T* const from = (of_first ? first_.first : second_.first) + before * elements;
       constexpr int kPiece = 16 / sizeof(T);
       for (int i = kPiece * simt::thread(); i < elements; i += kPiece * simt::threads())
-        simt::copy_async<16>(stage(filled_) + i, from + i, 16);
+        simt::copy_async(stage(filled_) + i, from + i, 16);
       if (++chunk_ == first_.chunks + second_.chunks) chunk_ = 0, layer_++;
     }
     simt::commit_copies();  // also where there is nothing, for groups are counted

@@ -20,8 +20,8 @@ constexpr int kMeasureEvery = 4;                // steps between two measurement
 constexpr int kProbeEvery = 64;                 // steps of which one is evaluated twice, to measure the rate (7)
 constexpr int kSlowEvaluations = 8, kMostEvaluations = 64;
 
-// What a row remembers from layer to layer and from launch to launch: numbers [.., B] in global memory. odeblock/gpu.py
-// has the same.
+// What a row remembers from layer to layer and from launch to launch: numbers [.., B] in global memory.
+// odeblock/gpu_adjoint.py has the same.
 enum RowNumber { kSeen, kDoubt, kOrder, kSquares, kUnsettled, kPeak, kEvaluations, kOrders, kDrift, kSpread };
 
 template <class P>
@@ -277,6 +277,7 @@ ODEBLOCK_DEVICE void reconstruct_of_block(const ReconstructionArguments& argumen
       P::clear(sums);
       for (int unit = 0; unit < hidden; unit += kUnits) {
         chunks.wait();
+        if (Q <= 128 && idle<P>(p.batch)) continue;  // while registers are not full
         Tile z[kUnits / 8];
         multiply<P, kUnits, Q>(z, operand, chunks.W());
         P::end(z);

@@ -58,18 +58,12 @@ ODEBLOCK_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
-// kSize bytes (4, 8 or 16) to shared memory, of which the first `bytes` come from global memory and the others are
-// zero, both at multiples of kSize. Copies between two commits are a group; wait_copies<N> returns when all groups but
+// 16 bytes to shared memory, of which the first `bytes` come from global memory and the others are zero, both at
+// multiples of 16. Copies between two commits are a group; wait_copies<N> returns when all groups but
 // the latest N are there, for the thread that asked.
-template <int kSize>
-ODEBLOCK_DEVICE void copy_async(void* to, const void* from, int bytes) {
-  if constexpr (kSize == 16)  // past the L1 cache
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
-                 : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes),
-                 "n"(kSize)
-                 : "memory");
+ODEBLOCK_DEVICE void copy_async(void* to, const void* from, int bytes) {  // past the L1 cache
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+               : "memory");
 }
 // To shared memory.
 template <class T>

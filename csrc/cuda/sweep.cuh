@@ -123,6 +123,7 @@ ODEBLOCK_DEVICE void sweep_of_block(const SweepArguments& arguments) {
     P::clear(sums);
     for (int unit = 0; unit < hidden; unit += kUnits) {
       chunks.wait();
+      if (idle<P>(p.batch)) continue;
       Tile s[kUnits / 8], g[kUnits / 8];
       multiply<P, kUnits, Q>(s, operand(packed_h, h), chunks.W());
       multiply_transposed<P, kUnits, Q>(g, operand(packed_a, a), chunks.V());

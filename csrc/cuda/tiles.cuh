@@ -75,6 +75,13 @@ ODEBLOCK_DEVICE int64_t row_of(int i) {
   return static_cast<int64_t>(warp * P::kRows + thread % 32 / 4 + i / 2 * 8);
 }
 
+// Whether a warp has no rows, and only copies what others read.
+template <class P>
+ODEBLOCK_DEVICE bool idle(int64_t batch) {
+  const int warp = simt::block() * (simt::threads() / 32) + simt::thread_again() / 32;
+  return P::kWarps == 1 && static_cast<int64_t>(warp) * P::kRows >= batch;
+}
+
 // x[k] of lane kCount l + t becomes what x[t] of lane kCount l + k was, kCount 2 or 4.
 template <int kCount>
 ODEBLOCK_DEVICE void transpose(uint32_t (&x)[kCount]) {

@@ -40,24 +40,24 @@ void divergence() {
 }
 void a_write_beyond() { memory()[64 + thread()] = 1; }
 void a_copy_beyond() {
-  copy_async<16>(shared() + 256, source, 16);
+  copy_async(shared() + 256, source, 16);
   commit_copies();
   wait_copies<0>();
 }
 void an_unaligned_copy() {
-  copy_async<16>(shared() + 8, source, 16);
+  copy_async(shared() + 8, source, 16);
   commit_copies();
   wait_copies<0>();
 }
 void a_copy_not_waited_for() {
   if (thread() < 16) {
-    copy_async<16>(shared() + 16 * thread(), source, 16);
+    copy_async(shared() + 16 * thread(), source, 16);
     commit_copies();
   }
 }
 void a_group_too_early() {
   if (thread() < 16) {
-    copy_async<16>(shared() + 16 * thread(), source, 16);
+    copy_async(shared() + 16 * thread(), source, 16);
     commit_copies();
     wait_copies<1>();  // allows the one that matters to be under way
   }

@@ -30,9 +30,12 @@ int main() {
   Header x;
   if (std::fread(&x, sizeof x, 1, stdin) != 1) return 2;
   const size_t stored = x.dtype == 1 ? 8 : x.dtype == 0 ? 4 : 2, computed = stored < 4 ? 4 : stored;
-  const size_t numbers = x.batch * x.dim, weights = x.depth * x.dim * x.hidden * stored;
+  Problem sizes{};
+  set(sizes, x);
+  const int64_t dim = padded_size(sizes, x.dim), hidden = padded_size(sizes, x.hidden);
+  const size_t numbers = x.batch * x.dim, weights = x.depth * dim * hidden * stored;
   const Bytes V = read(weights), W = read(weights);
-  const Bytes b = read(x.biases ? x.depth * x.hidden * stored : 0), c = read(x.biases ? x.depth * x.dim * stored : 0);
+  const Bytes b = read(x.biases ? x.depth * hidden * stored : 0), c = read(x.biases ? x.depth * dim * stored : 0);
   const auto set_weights = [&](Problem& p) {
     p.V = V.get(), p.W = W.get();
     if (x.biases) p.hidden_bias = b.get(), p.output_bias = c.get();

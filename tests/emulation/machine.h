@@ -228,10 +228,10 @@ class Machine {
       fail("%s: without a barrier of the warp since one lane went apart", name);
   }
 
-  // Asynchronous copies of `size` bytes, of which the last may be zeros: they are done when they are waited for.
-  void copy_later(void* to, int size, const void* from, int bytes) {
+  // Asynchronous copies of 16 bytes, of which the last may be zeros: they are done when they are waited for.
+  void copy_later(void* to, const void* from, int bytes) {
     const Unseen unseen;
-    thread_->copies.push_back({to, from, size, bytes});
+    thread_->copies.push_back({to, from, bytes});
   }
   void end_group() {
     const Unseen unseen;
@@ -252,8 +252,8 @@ class Machine {
     for (const Copy& copy : due) {  // plain loads and stores, which the sanitizers see
       uint32_t words[4] = {0, 0, 0, 0};
       std::memcpy(words, copy.from, copy.bytes);
-      for (int i = 0; i < copy.size / 4; i++) static_cast<uint32_t*>(copy.to)[i] = words[i];
-      wrote(copy.to, copy.size);
+      for (int i = 0; i < 4; i++) static_cast<uint32_t*>(copy.to)[i] = words[i];
+      wrote(copy.to, 16);
     }
   }
 
@@ -361,7 +361,7 @@ class Machine {
   struct Copy {
     void* to;
     const void* from;
-    int size, bytes;
+    int bytes;
   };
   struct Thread {
     int index;

@@ -193,18 +193,16 @@ T shuffle_xor(T value, int mask) {
   return emulation::exchange(value, lane() ^ mask, "__shfl_xor_sync");
 }
 
-template <int kSize>
-void copy_async(void* to, const void* from, int bytes) {
-  static_assert(kSize == 4 || kSize == 8 || kSize == 16);
+inline void copy_async(void* to, const void* from, int bytes) {
   Machine& machine = Machine::current();
   {
     const emulation::Unseen unseen;
-    machine.check_shared(to, kSize, "cp.async");
-    if (bytes < 0 || bytes > kSize) machine.fail("cp.async: %d of %d bytes", bytes, kSize);
-    if (bytes > 0 && reinterpret_cast<uintptr_t>(from) % kSize) machine.fail("cp.async: the source is not aligned");
-    machine.copy_later(to, kSize, from, bytes);
+    machine.check_shared(to, 16, "cp.async");
+    if (bytes < 0 || bytes > 16) machine.fail("cp.async: %d of 16 bytes", bytes);
+    if (bytes > 0 && reinterpret_cast<uintptr_t>(from) % 16) machine.fail("cp.async: the source is not aligned");
+    machine.copy_later(to, from, bytes);
   }
-  for (int i = 0; i < kSize / 4; i++) static_cast<uint32_t*>(to)[i] = ~0u;  // NaN until it is waited for
+  for (int i = 0; i < 4; i++) static_cast<uint32_t*>(to)[i] = ~0u;  // NaN until it is waited for
 }
 template <class T>
 void store(T* to, T value) {
