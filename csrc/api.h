@@ -43,7 +43,7 @@ const char* cuda_unsupported(int device);
 bool cuda_fuses(const Problem&, bool backward, bool tf32, int device);
 const char* cuda_forward(const ForwardProblem&, bool tf32, int device, void* stream);
 const char* cuda_sweep(const SweepProblem&, bool tf32, int device, void* stream);
-// Of a sweep of maps, each of which leaves its sums (SweepProblem).
+// Blocks of threads of a sweep of maps; each leaves its sums (SweepProblem).
 int cuda_map_blocks(const Problem&, bool tf32, int device);
 const char* cuda_reconstruct(const ReconstructionProblem&, bool tf32, int device, void* stream);
 #else

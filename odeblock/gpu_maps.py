@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .gpu_layers import Factors, Layers, addresses
+from .gpu_layers import WORKSPACE, Factors, Layers, addresses
 from .reference import state_dtype
 
 CHANNELS, GAP = 16, 8
@@ -97,6 +97,12 @@ class MapLayers(Layers):
         weights = dim * hidden * self.kernel**2
         return weights, weights, dim, hidden
 
+    def fuse(self, batch: int, backward: bool = False, reconstruct: bool = False) -> bool:
+        """Whether the kernels take a batch: not where what a sweep leaves of one layer has no room, which is
+        so for many samples of wide layers."""
+        fits = super().fuse(batch, backward, reconstruct)
+        return fits and (not backward or self.factor_bytes(batch) <= WORKSPACE)
+
     def factor_bytes(self, batch: int) -> int:
         return self._blocks(batch) * sum(self.numbers) * state_dtype(self.V.dtype).itemsize
 
@@ -126,7 +132,7 @@ class MapLayers(Layers):
         )
 
     def _unpack(self, sums: Tensor, out: int, into: int) -> Tensor:
-        """As blocks of threads leave them, [L, N'/16, K'/16, k, k, 16, 16] -> [L, N, K, k, k], a view."""
+        """As blocks of threads leave them, [L, N'/16, K'/16, k, k, 16, 16] -> [L, N, K, k, k]."""
         taps = (self.kernel, self.kernel)
         blocks = sums.view(len(sums), -1, _round_up(into) // CHANNELS, *taps, CHANNELS, CHANNELS)
         rows = blocks.permute(0, 1, 5, 2, 6, 3, 4)

@@ -87,8 +87,14 @@ def test_the_backward_kernels(dtype: torch.dtype, shape: tuple[int, ...]) -> Non
     check_strategies(on_the_gpu, make_case(*shape, activation="tanh"), dtype, ("store", "checkpoint"))
 
 
-# And the paper's; blocks of several samples; maps that fill a block.
-MAPS = [*SHAPES_OF_MAPS, (64, 16, 16, 20, 10, 10, 3), (600, 8, 20, 3, 10, 10, 3), (2, 16, 16, 3, 32, 32, 3)]
+# And the paper's; blocks of several samples; maps that fill a block, and that a sweep has no room for.
+MAPS = [
+    *SHAPES_OF_MAPS,
+    (64, 16, 16, 20, 10, 10, 3),
+    (600, 8, 20, 3, 10, 10, 3),
+    (2, 16, 16, 3, 27, 27, 3),
+    (2, 16, 16, 3, 32, 32, 3),
+]
 
 
 @pytest.mark.parametrize("shape", MAPS, ids=str)
@@ -108,6 +114,9 @@ def test_the_kernels_of_maps(
 
     assert gpu.has_kernels_for(torch.empty(1, 1, 1, 1, dtype=dtype, device="cuda"))
     case = make_map_case(*shape, activation="tanh")
+    if dtype.itemsize == 2:
+        h, *parameters = (case.tensors[name].to("cuda", dtype) for name in NAMES)
+        assert gpu.layers_of(h, *parameters, "tanh", 1).fuse(len(h), True) == (h.shape[2] < 28)
     check_strategies(on_the_gpu, case, dtype, ("store", "checkpoint", "auto"))
 
 
@@ -222,7 +231,7 @@ def test_a_normalised_block_on_a_gpu(strategy: str) -> None:
     found = []
     for device in ("cpu", "cuda"):
         copied = copy.deepcopy(block).to(device)
-        h = x.to(device).requires_grad_()
+        h = x.to(device, copy=True).requires_grad_()
         y = copied(h)
         (y * y).sum().backward()
         found.append([y, h.grad, *(p.grad for p in copied.parameters()), *copied.buffers()])

@@ -71,7 +71,9 @@ def compile_rest(folder: Path, names: Iterable[str], *flags: str, of_maps: Itera
             "none<SweepProblem>(), none<ReconstructionProblem>()}; }\n"
             for name in missing
         )
-        + "".join(f"MapKernels cuda_map_kernels_{name}() {{ std::abort(); }}\n" for name in missing_of_maps)
+        + "".join(
+            f"MapKernels cuda_map_kernels_{name}(bool) {{ std::abort(); }}\n" for name in missing_of_maps
+        )
         + "}\n"
     )
     return [

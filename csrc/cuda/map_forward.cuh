@@ -35,7 +35,7 @@ struct MapForward {
   }
 };
 
-template <class P>
+template <class P, bool kUsual>
 ODEBLOCK_KERNEL(32 * MapForward<P>::kMostWarps, 1)
 map_forward_kernel(const ODEBLOCK_PARAMETER MapArguments<ForwardProblem> arguments) {
   typedef typename P::Stored Stored;
@@ -82,7 +82,7 @@ map_forward_kernel(const ODEBLOCK_PARAMETER MapArguments<ForwardProblem> argumen
 #pragma unroll 1
       for (int group = simt::warp(); group < shape.groups; group += warps) {
         Sums<P> z;
-        convolve(z, h_map, shape, group, W, row_of_h);
+        convolve<P, kUsual>(z, h_map, shape, group, W, row_of_h);
         with_activation(p.activation, [&](auto sigma) {
           for_each_pair_of_sums<P>([&](int m, int n, int i, int, int channel) {
             const Pair bias = biases<P>(W, row_of_h, channel);
@@ -106,7 +106,7 @@ map_forward_kernel(const ODEBLOCK_PARAMETER MapArguments<ForwardProblem> argumen
 #pragma unroll 1
       for (int group = simt::warp(); group < shape.groups; group += warps) {
         Sums<P> sums;
-        convolve(sums, s_map, shape, group, V, row_of_s);
+        convolve<P, kUsual>(sums, s_map, shape, group, V, row_of_s);
         for_each_pair_of_sums<P>([&](int m, int n, int i, int in_group, int channel) {
           const int position = group * kGroup + in_group, left = dim - first - channel;
           if (block.place(position) < 0 || left <= 0) return;

@@ -65,17 +65,16 @@ struct MapKernels {
   MapKernel<SweepProblem> sweep;
 };
 
-// By how products are taken.
-MapKernels cuda_map_kernels_float32();
-MapKernels cuda_map_kernels_tf32();
-MapKernels cuda_map_kernels_float64();
-MapKernels cuda_map_kernels_bfloat16();
-MapKernels cuda_map_kernels_float16();
+// By how products are taken; usual: of kernels 3 x 3 and at most kChannels channels.
+MapKernels cuda_map_kernels_float32(bool usual);
+MapKernels cuda_map_kernels_tf32(bool usual);
+MapKernels cuda_map_kernels_float64(bool usual);
+MapKernels cuda_map_kernels_bfloat16(bool usual);
+MapKernels cuda_map_kernels_float16(bool usual);
 
 // The entry points of api.h for convolutions, p.kernel > 0.
 bool cuda_fuses_maps(const Problem&, bool backward, bool tf32, int device);
 const char* cuda_forward_maps(const ForwardProblem&, bool tf32, int device, void* stream);
 const char* cuda_sweep_maps(const SweepProblem&, bool tf32, int device, void* stream);
-int cuda_map_blocks(const Problem&, bool tf32, int device);
 
 }  // namespace odeblock

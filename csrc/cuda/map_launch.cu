@@ -7,11 +7,12 @@ namespace odeblock {
 namespace {
 
 MapKernels kernels_for(const Problem& p, bool tf32) {
+  const bool usual = p.kernel == 3 && p.dim <= kChannels && p.hidden <= kChannels;
   switch (p.dtype) {
-    case Dtype::float64: return cuda_map_kernels_float64();
-    case Dtype::bfloat16: return cuda_map_kernels_bfloat16();
-    case Dtype::float16: return cuda_map_kernels_float16();
-    default: return tf32 ? cuda_map_kernels_tf32() : cuda_map_kernels_float32();
+    case Dtype::float64: return cuda_map_kernels_float64(usual);
+    case Dtype::bfloat16: return cuda_map_kernels_bfloat16(usual);
+    case Dtype::float16: return cuda_map_kernels_float16(usual);
+    default: return tf32 ? cuda_map_kernels_tf32(usual) : cuda_map_kernels_float32(usual);
   }
 }
 

@@ -41,7 +41,7 @@ struct MapSweep {
   }
 };
 
-template <class P>
+template <class P, bool kUsual>
 ODEBLOCK_KERNEL(32 * MapSweep<P>::kMostWarps, 1)
 map_sweep_kernel(const ODEBLOCK_PARAMETER MapArguments<SweepProblem> arguments) {
   typedef typename P::Stored Stored;
@@ -79,7 +79,7 @@ map_sweep_kernel(const ODEBLOCK_PARAMETER MapArguments<SweepProblem> arguments) 
 #pragma unroll 1
       for (int group = simt::warp(); group < shape.groups; group += warps) {
         Sums<P> z, u;
-        convolve(z, h_map, shape, group, W, row_of_h);
+        convolve<P, kUsual>(z, h_map, shape, group, W, row_of_h);
         // s to its map, sigma'(z) in the place of z.
         with_activation(p.activation, [&](auto sigma) {
           for_each_pair_of_sums<P>([&](int m, int n, int i, int in_group, int channel) {
@@ -93,7 +93,7 @@ map_sweep_kernel(const ODEBLOCK_PARAMETER MapArguments<SweepProblem> arguments) 
               block.write_map(s_map, position, unit + channel, {first.s, left > 1 ? second.s : Number(0)});
           });
         });
-        convolve(u, a_map, shape, group, W + kChannels * row_of_h, row_of_h);
+        convolve<P, kUsual>(u, a_map, shape, group, W + kChannels * row_of_h, row_of_h);
         for_each_pair_of_sums<P>([&](int m, int n, int i, int in_group, int channel) {
           const int position = group * kGroup + in_group, left = hidden - unit - channel;
           if (block.place(position) < 0 || left <= 0) return;
@@ -115,7 +115,7 @@ map_sweep_kernel(const ODEBLOCK_PARAMETER MapArguments<SweepProblem> arguments) 
       for (int group = simt::warp(); group < shape.groups; group += warps) {
         Sums<P> sums, below;
         if (k > 0) block.read_sums(below, states(k - 1), group, first / kChannels);
-        convolve(sums, g_map, shape, group, W, row_of_g);
+        convolve<P, kUsual>(sums, g_map, shape, group, W, row_of_g);
         for_each_pair_of_sums<P>([&](int m, int n, int i, int in_group, int channel) {
           const int position = group * kGroup + in_group, left = dim - first - channel;
           if (block.place(position) < 0 || left <= 0) return;

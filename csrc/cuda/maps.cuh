@@ -162,15 +162,16 @@ ODEBLOCK_DEVICE void add_channels(Sums<P>& sums, const typename P::Stored* map, 
   }
 }
 
-// The convolution at a group's positions, of the channels that `weights` is for, without its bias.
-template <class P>
+// The convolution at a group's positions, of the channels that `weights` is for, without its bias. kUsual: of 3 x 3
+// taps and kChannels channels, where taps are constants apart.
+template <class P, bool kUsual>
 ODEBLOCK_DEVICE void convolve(Sums<P>& sums, Map<typename P::Stored> map, const MapShape& shape, int group,
-                              const typename P::Stored* weights, int row) {
+                              const typename P::Stored* weights, int row_of_weights) {
   typedef typename P::Stored Stored;
 #pragma unroll
   for (int m = 0; m < Sums<P>::kTiles; m++) P::clear(sums.x[m]);
-  const int lane = simt::lane(), width = map.width, kernel = 2 * shape.radius + 1;
-  const int channels = width - 8;
+  const int width = kUsual ? kChannels + 8 : map.width, kernel = kUsual ? 3 : 2 * shape.radius + 1;
+  const int channels = width - 8, row = kUsual ? 9 * kChannels + 8 : row_of_weights, lane = simt::lane();
   const Stored* line = map.first + (group * kGroup - shape.margin()) * width;
   if constexpr (P::kRounds) {
     line += lane % 16 * width + lane / 16 * 8;
@@ -179,11 +180,11 @@ ODEBLOCK_DEVICE void convolve(Sums<P>& sums, Map<typename P::Stored> map, const 
     line += lane / 4 * width + lane % 4 * 2;
     weights += lane / 4 * row + lane % 4 * 2;
   }
-#pragma unroll 1
+#pragma unroll(kUsual&& P::kRounds ? 3 : 1)
   for (int y = 0; y < kernel; y++, line += shape.pitch * width, weights += kernel * channels)
 #pragma unroll 1
     for (int channel = 0; channel < channels; channel += kChannels)
-#pragma unroll(P::kRounds ? 3 : 1)
+#pragma unroll(kUsual || P::kRounds ? 3 : 1)
       for (int x = 0; x < kernel; x++)
         add_channels<P>(sums, line + x * width + channel, width, weights + x * channels + channel, row);
 }
