@@ -29,8 +29,8 @@ from .reconstruction import Reconstruction, check_every, probe, rounding_unit
 from .reference import state_dtype
 from .validation import check_options, check_scale, check_tensor
 
-GATHERED = 32
-"""Layers whose gradients are put in their places together."""
+GATHERED, GATHERED_BYTES = 32, 1 << 20
+"""Layers whose gradients are put in their places together, fewer where they have that many bytes."""
 
 SIGHT = 16
 """A feature counts in full as long as the adjoint sees it at least 1/16 as well as the best one."""
@@ -76,10 +76,7 @@ def residual_scan(
               Each index of the first dimension is a row that settles by itself; a vector is one row. Where f
               mixes rows of very different size, ``h[None]`` makes them one.
             - ``"auto"``: ``store`` where its states fit O(√L) or the ``memory_budget``, else ``checkpoint``.
-        strict: whether an adjoint backward that cannot be trusted raises ``DriftError``, not only warns.
-        anchors: states that ``"adjoint"`` keeps besides, evenly in depth; the reconstruction starts afresh at
-            each, and is compared with it.
-        memory_budget: bytes of states that ``"auto"`` and ``"checkpoint"`` may hold.
+        strict, anchors, memory_budget: see ``functional.deep_residual``.
 
     Returns:
         h_L, with the shape, dtype and device of ``h``. Forward mode takes one pass and keeps nothing;
@@ -332,7 +329,8 @@ class Adjoint:
         self.products.append(
             [torch.zeros_like(z) if dz is None else dz for z, dz in zip(wanted, dZ, strict=True)]
         )
-        if k % GATHERED == 0:
+        count = len(self.products)
+        if k == 0 or count == GATHERED or count * sum(z.nbytes for z in wanted) >= GATHERED_BYTES:
             self._gather(k)
 
     def _gather(self, k: int) -> None:

@@ -46,6 +46,8 @@ class GraphedStep:
         self._x.copy_(x)
         self._y.copy_(y)
         self._graph.replay()
+        for parameter, gradient in zip(self.network.parameters(), self._gradients, strict=True):
+            parameter.grad = gradient  # whatever became of it, for that is what is written
         return self._found.clone()  # the next replay writes it again
 
     def _capture(self, x: Tensor, y: Tensor) -> torch.cuda.CUDAGraph:
@@ -62,4 +64,5 @@ class GraphedStep:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             self._found = self.step(self._x, self._y)
+        self._gradients = [parameter.grad for parameter in self.network.parameters()]
         return graph
