@@ -11,7 +11,7 @@ from .base import ResBlock
 from .functional import recorded
 from .initializers import Initializer
 from .layers import LINEAR
-from .validation import check_size
+from .validation import check_rows, check_size
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -101,5 +101,4 @@ class DeepResBlock(ResBlock):
         return sizes + [("hidden_dim", self.hidden_dim)] * (self.hidden_dim != self.dim)
 
     def _check_shape(self, h: Tensor) -> None:
-        if h.dim() < 1 or h.shape[-1] != self.dim:
-            raise ValueError(f"h: expected shape [..., {self.dim}], got {list(h.shape)}")
+        check_rows(h, self.dim)

@@ -13,7 +13,7 @@ from .base import PARAMETERS, ResBlock
 from .functional import conv_recorded
 from .initializers import Initializer
 from .layers import CONVOLUTION
-from .validation import check_size
+from .validation import check_maps, check_size
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -198,9 +198,7 @@ class DeepConvResBlock(ResBlock):
         return {**super()._options(), "norm": self.norm}
 
     def _check_shape(self, h: Tensor) -> None:
-        if h.dim() not in (3, 4) or h.shape[-3] != self.channels:
-            expected = f"[B, {self.channels}, H, W] or [{self.channels}, H, W]"
-            raise ValueError(f"h: expected shape {expected}, got {list(h.shape)}")
+        check_maps(h, self.channels)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As every module's. ``.to(memory_format=torch.channels_last)`` takes tensors of four or five

@@ -16,7 +16,7 @@ from .autocast import autocasted
 from .autograd import DriftRecord, choose_function
 from .products import flat_sizes
 from .scan import residual_scan
-from .validation import check_arguments, check_conv_arguments
+from .validation import check_arguments
 
 __all__ = ["deep_conv_residual", "deep_residual", "residual_scan"]
 
@@ -144,7 +144,7 @@ def recorded(record: DriftRecord, *arguments: Any) -> Tensor:
 def conv_recorded(record: DriftRecord, *arguments: Any) -> Tensor:
     """The same of ``deep_conv_residual``."""
     arguments = autocasted(*arguments)
-    scale = check_conv_arguments(*arguments)
+    scale = check_arguments(*arguments, maps=True)
     h, *others = arguments
     return _apply(record, scale, h if h.dim() == 4 else h[None], *others).view(h.shape)
 

@@ -27,7 +27,7 @@ from .checkpointing import NOTHING
 from .products import CONVOLUTION
 from .reference import state_dtype
 from .scan import ResidualScan, Steps, plan_for
-from .validation import check_conv_arguments
+from .validation import check_arguments
 
 EPS = 1e-5
 MOMENTUM = 0.1
@@ -171,7 +171,7 @@ def normalised_residual(
     """
     h, V, W, hidden_bias, output_bias = autocasted(h, *weights)
     options = (backward, strict, anchors, memory_budget)
-    scale = check_conv_arguments(h, V, W, hidden_bias, output_bias, activation, scale, *options)
+    scale = check_arguments(h, V, W, hidden_bias, output_bias, activation, scale, *options, maps=True)
     if h.numel() == h.shape[-3]:
         raise ValueError(
             "h: expected more than one value of each channel, as batch normalisation in training takes their "

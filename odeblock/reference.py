@@ -22,7 +22,7 @@ from . import checkpointing
 from .activations import Activation, get_activation
 from .products import Products, flat_sizes, products
 from .reconstruction import REPORT_SIZE, Reconstruction, check_count, check_every, probe, rounding_unit
-from .validation import check_arguments, check_conv_arguments
+from .validation import check_arguments
 
 ROW_PADDING = 16
 """Saved states hold B rounded up to this many rows, so that vectors of any instruction set fit; 4 of 3, and
@@ -49,9 +49,8 @@ def deep_residual(
     after it are checked and otherwise without effect: the gradients of a stored loop are those that every
     strategy must give.
     """
-    scale = check_arguments(
-        h, V, W, hidden_bias, output_bias, activation, scale, backward, strict, anchors, memory_budget
-    )
+    options = (backward, strict, anchors, memory_budget)
+    scale = check_arguments(h, V, W, hidden_bias, output_bias, activation, scale, *options)
     return loop(h, V, W, hidden_bias, output_bias, activation=activation, scale=scale)
 
 
@@ -70,9 +69,8 @@ def deep_conv_residual(
     memory_budget: int | None = None,
 ) -> Tensor:
     """The same for maps: arguments, result and errors of ``odeblock.functional.deep_conv_residual``."""
-    scale = check_conv_arguments(
-        h, V, W, hidden_bias, output_bias, activation, scale, backward, strict, anchors, memory_budget
-    )
+    options = (backward, strict, anchors, memory_budget)
+    scale = check_arguments(h, V, W, hidden_bias, output_bias, activation, scale, *options, maps=True)
     maps = h if h.dim() == 4 else h[None]
     return loop(maps, V, W, hidden_bias, output_bias, activation=activation, scale=scale).view(h.shape)
 

@@ -29,86 +29,65 @@ def check_arguments(
     strict: bool,
     anchors: int,
     memory_budget: int | None,
+    *,
+    maps: bool = False,
 ) -> float:
-    """Refuse what cannot be computed of rows; return the scale, 1/L unless given."""
+    """Refuse what cannot be computed of rows, or of ``maps``; return the scale, 1/L unless given."""
     check_tensor("h", h)
     check_tensor("V", V)
     check_tensor("W", W)
-    if V.dim() != 3 or V.shape[0] < 1:
-        raise ValueError(f"V: expected shape [L, q, m] with L >= 1, got {list(V.shape)}")
-    depth, dim, hidden = V.shape
-    if dim < 1 or hidden < 1:
-        raise ValueError(f"V: expected shape [L, q, m] with q, m >= 1, got {list(V.shape)}")
-    _check_shape("W", W, (depth, hidden, dim), "[L, m, q]", V)
-    if h.dim() < 1 or h.shape[-1] != dim:
-        raise ValueError(f"h: expected shape [..., {dim}] (q of V {list(V.shape)}), got {list(h.shape)}")
-    options = (backward, strict, anchors, memory_budget)
-    return _check_rest(h, V, W, hidden_bias, output_bias, ("[L, m]", "[L, q]"), activation, scale, options)
-
-
-def check_conv_arguments(
-    h: Tensor,
-    V: Tensor,
-    W: Tensor,
-    hidden_bias: Tensor | None,
-    output_bias: Tensor | None,
-    activation: str,
-    scale: float | None,
-    backward: str,
-    strict: bool,
-    anchors: int,
-    memory_budget: int | None,
-) -> float:
-    """Refuse what cannot be computed of maps; return the scale, 1/L unless given."""
-    check_tensor("h", h)
-    check_tensor("V", V)
-    check_tensor("W", W)
-    if V.dim() != 5 or min(V.shape[:3]) < 1:
-        raise ValueError(f"V: expected shape [L, C, M, k, k] with L, C, M >= 1, got {list(V.shape)}")
-    depth, channels, hidden, *kernel = V.shape
-    if kernel[0] != kernel[1] or kernel[0] % 2 == 0:
-        raise ValueError(
-            "V: expected shape [L, C, M, k, k] with one odd k, so that zeros around a map keep its size; got "
-            f"{list(V.shape)}"
-        )
-    _check_shape("W", W, (depth, hidden, channels, *kernel), "[L, M, C, k, k]", V)
-    if h.dim() not in (3, 4) or h.shape[-3] != channels:
-        expected = f"[B, {channels}, H, W] or [{channels}, H, W] (C of V {list(V.shape)})"
-        raise ValueError(f"h: expected shape {expected}, got {list(h.shape)}")
-    if h.shape[-1] < 1 or h.shape[-2] < 1:
+    (_check_kernels if maps else _check_matrices)(V)
+    q, m, taps = ("C", "M", ", k, k") if maps else ("q", "m", "")
+    depth, dim, hidden, *kernel = V.shape
+    _check_shape("W", W, (depth, hidden, dim, *kernel), f"[L, {m}, {q}{taps}]", V)
+    (check_maps if maps else check_rows)(h, dim, f" ({q} of V {list(V.shape)})")
+    if maps and (h.shape[-1] < 1 or h.shape[-2] < 1):
         raise ValueError(f"h: expected maps of at least one pixel, H, W >= 1; got {list(h.shape)}")
-    options = (backward, strict, anchors, memory_budget)
-    return _check_rest(h, V, W, hidden_bias, output_bias, ("[L, M]", "[L, C]"), activation, scale, options)
-
-
-def _check_rest(
-    h: Tensor,
-    V: Tensor,
-    W: Tensor,
-    hidden_bias: Tensor | None,
-    output_bias: Tensor | None,
-    letters: tuple[str, str],
-    activation: str,
-    scale: float | None,
-    options: tuple[Any, ...],
-) -> float:
-    """What rows and maps have in common, once V is good; ``letters``: the shapes of the biases."""
-    if hidden_bias is not None:
-        check_tensor("hidden_bias", hidden_bias)
-        _check_shape("hidden_bias", hidden_bias, (V.shape[0], V.shape[2]), letters[0], V)
-    if output_bias is not None:
-        check_tensor("output_bias", output_bias)
-        _check_shape("output_bias", output_bias, (V.shape[0], V.shape[1]), letters[1], V)
-    for name, tensor in (("V", V), ("W", W), ("hidden_bias", hidden_bias), ("output_bias", output_bias)):
-        if tensor is None:
-            continue
+    weights = {"V": V, "W": W}
+    biases = {"hidden_bias": (hidden_bias, hidden, m), "output_bias": (output_bias, dim, q)}
+    for name, (bias, size, letter) in biases.items():
+        if bias is not None:
+            check_tensor(name, bias)
+            _check_shape(name, bias, (depth, size), f"[L, {letter}]", V)
+            weights[name] = bias
+    for name, tensor in weights.items():
         if tensor.dtype != h.dtype:
             raise TypeError(f"{name}: expected the dtype of h, {h.dtype}; got {tensor.dtype}")
         if tensor.device != h.device:
             raise ValueError(f"{name}: expected the device of h, {h.device}; got {tensor.device}")
     get_activation(activation)
-    check_options(*options)
-    return 1.0 / V.shape[0] if scale is None else check_scale(scale)
+    check_options(backward, strict, anchors, memory_budget)
+    return 1.0 / depth if scale is None else check_scale(scale)
+
+
+def _check_matrices(V: Tensor) -> None:
+    if V.dim() != 3 or V.shape[0] < 1:
+        raise ValueError(f"V: expected shape [L, q, m] with L >= 1, got {list(V.shape)}")
+    if min(V.shape[1:]) < 1:
+        raise ValueError(f"V: expected shape [L, q, m] with q, m >= 1, got {list(V.shape)}")
+
+
+def _check_kernels(V: Tensor) -> None:
+    if V.dim() != 5 or min(V.shape[:3]) < 1:
+        raise ValueError(f"V: expected shape [L, C, M, k, k] with L, C, M >= 1, got {list(V.shape)}")
+    if V.shape[3] != V.shape[4] or V.shape[3] % 2 == 0:
+        raise ValueError(
+            "V: expected shape [L, C, M, k, k] with one odd k, so that zeros around a map keep its size; got "
+            f"{list(V.shape)}"
+        )
+
+
+def check_rows(h: Tensor, dim: int, source: str = "") -> None:
+    """Rows of ``dim`` features; ``source``: what errors say of where that comes from."""
+    if h.dim() < 1 or h.shape[-1] != dim:
+        raise ValueError(f"h: expected shape [..., {dim}]{source}, got {list(h.shape)}")
+
+
+def check_maps(h: Tensor, channels: int, source: str = "") -> None:
+    """One map, or a batch of maps, of ``channels``; ``source`` as of ``check_rows``."""
+    if h.dim() not in (3, 4) or h.shape[-3] != channels:
+        expected = f"[B, {channels}, H, W] or [{channels}, H, W]{source}"
+        raise ValueError(f"h: expected shape {expected}, got {list(h.shape)}")
 
 
 def check_scale(scale: Any) -> float:
