@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -115,8 +116,12 @@ def plan(
     backward holds (of the rows that it takes through all layers together, at most the batch). hidden_bytes:
     of the hidden values that can be kept with either, or None.
 
+    In a graph with symbolic sizes the depth and the plan become constants, and sizes only as far as the plan
+    depends on them.
+
     Raises ValueError where the budget holds less than two states.
     """
+    depth = operator.index(depth)
     if backward == "adjoint":
         return Plan(-(-depth // (anchors + 1)) if anchors else 0, True, 0)
     if memory_budget is None:
@@ -156,7 +161,7 @@ def _cheapest(depth: int, budget: int, state_bytes: int, slot_bytes: int) -> tup
         slots = max(0, budget - stored * state_bytes) // max(1, slot_bytes)
         if stored * state_bytes > budget or (every > 1 and slots < 1):
             break
-        slots = min(slots, every - 1)
+        slots = operator.index(min(slots, every - 1))
         last = depth - (stored - 1) * every
         steps = (stored - 1) * steps_again(every, slots) + steps_again(last, min(slots, last - 1))
         if steps < fewest:

@@ -94,7 +94,7 @@ def check_scale(scale: Any) -> float:
     """A finite number, as a float."""
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
         raise TypeError(f"scale: expected a number or None (1/L), got {type(scale).__name__}")
-    if not math.isfinite(scale):
+    if not abs(scale) < math.inf:  # which a compiler can ask of a symbol, unlike isfinite
         raise ValueError(f"scale: expected a finite number, got {scale!r}")
     return float(scale)
 

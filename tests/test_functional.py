@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from oracle import NAMES, make_case
 from torch import Tensor, nn
 
-from odeblock import checkpointing, functional, ops, reference
+from odeblock import DeepConvResBlock, DeepResBlock, checkpointing, functional, ops, reference
 from odeblock.activations import ACTIVATIONS
 
 STRATEGIES = ("auto", "store", "checkpoint", "adjoint")
@@ -218,3 +219,24 @@ def test_the_graph_compiler_sees_one_graph() -> None:
     expected, found = (torch.autograd.grad(f(*inputs), inputs) for f in (loss, compiled))
     for a, b in zip(expected, found, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("options", [{}, {"memory_budget": 2048, "backward": "checkpoint"}], ids=str)
+@pytest.mark.parametrize("maps", [False, True], ids=["rows", "maps"])
+def test_one_graph_serves_every_batch(maps: bool, options: dict[str, Any]) -> None:
+    """All sizes are symbols to the compiler, and the scale of a block; the depth, 9, has to be a number."""
+    pixels, kernel, block_type = ((2, 2), (1, 1), DeepConvResBlock) if maps else ((), (), DeepResBlock)
+    function = functional.deep_conv_residual if maps else functional.deep_residual
+    weights = [torch.randn(9, *shape, *kernel, requires_grad=True) for shape in ((4, 5), (5, 4))]
+    block = block_type(4, 9, 5, *kernel[:1], **options)
+    for run, inputs in ((lambda *tensors: function(*tensors, **options), weights), (block, [])):
+        torch._dynamo.reset()
+        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(run, fullgraph=True, backend=counter, dynamic=True)
+        graphs = []
+        for batch in (7, 11):  # sizes that are no others, which would be taken for the same
+            h = torch.randn(batch, 4, *pixels, requires_grad=True)
+            expected, found = (torch.autograd.grad(f(h, *inputs).sum(), h)[0] for f in (run, compiled))
+            assert torch.equal(found, expected)
+            graphs.append(counter.frame_count)
+        assert graphs[1] == graphs[0]
