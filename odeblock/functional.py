@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checkpointing, native, reference
+from . import checkpointing, native, ops, reference
 from .autocast import autocasted
 from .autograd import DriftRecord, choose_function
 from .products import flat_sizes
@@ -155,21 +155,26 @@ def _apply(record: DriftRecord, step: float, *arguments: Any) -> Tensor:
     tensors = (h, V, W, hidden_bias, output_bias)
     plan = checkpointing.NOTHING
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        plan = checkpointing.plan(backward, V.shape[0], anchors, memory_budget, *_sizes(h, V))
+        sizes = _sizes(h, V, activation, memory_budget)
+        plan = checkpointing.plan(backward, V.shape[0], anchors, memory_budget, *sizes)
     y, *_ = choose_function().apply(*tensors, activation, step, *plan, strict, record)
     result: Tensor = y
     return result
 
 
-def _sizes(h: Tensor, V: Tensor) -> tuple[int, int, tuple[int, int] | None]:
-    """Bytes of a state of the whole batch, and of the rows that the CPU's kernels take through all layers
-    at a time (at most: a tile of ``backward_tiles`` in ``csrc/cpu/backward.h`` for each thread); then of the
-    hidden values of either. (None on a GPU, where another product takes less time than its memory.)"""
+def _sizes(
+    h: Tensor, V: Tensor, activation: str, memory_budget: int | None
+) -> tuple[int, int, tuple[int, int] | None]:
+    """Bytes of a state of the whole batch, and (where there is a budget) of what the CPU's kernels hold of
+    one at a time, a tile of rows or a group of maps for each thread; then of the hidden values of either.
+    (None on a GPU, where another product takes less time than its memory.)"""
     number = torch.finfo(reference.state_dtype(h.dtype)).bits // 8
     rows, dim, hidden = flat_sizes(h, V)
-    row, z = dim * number, hidden * number
-    held = batch = reference.padded_rows(rows)
-    if native.runs_natively(h) and not torch.compiler.is_compiling():  # which cannot ask for the threads
-        tile = max(64, min(batch // 8, max(128, (128 << 10) // row))) + reference.ROW_PADDING
-        held = min(batch, torch.get_num_threads() * tile)
-    return batch * row, held * row, None if h.is_cuda else (batch * z, held * z)
+    batch = reference.padded_rows(rows) * number
+    state, both = batch * dim, batch * (dim + hidden)
+    held, held_both = state, both
+    if memory_budget is not None and native.runs_natively(h) and not torch.compiler.is_compiling():
+        # A compiler cannot ask for the threads. What fills the vectors of few samples is not counted.
+        held = min(state, ops.slot_bytes(h, V, activation, keep_hidden=False))
+        held_both = min(both, ops.slot_bytes(h, V, activation, keep_hidden=True))
+    return state, held, None if h.is_cuda else (both - state, held_both - held)

@@ -55,6 +55,15 @@ def _sizes(h: Tensor, V: Tensor, activation: str) -> tuple[int, ...]:
     return (*kind, h.shape[0], dim, hidden, depth, height, width, size)
 
 
+def slot_bytes(h: Tensor, V: Tensor, activation: str, keep_hidden: bool) -> int:
+    """What one slot of the backward (``checkpointing.Plan``) takes on the native core, of all threads."""
+    sizes, threads = _sizes(h, V, activation), torch.get_num_threads()
+    none, one = (
+        native.core.backward_workspace(*sizes, 2, False, slots, keep_hidden, threads) for slots in (0, 1)
+    )
+    return int(one - none)
+
+
 def _forward(
     h: Tensor,
     V: Tensor,

@@ -11,7 +11,7 @@ from oracle import NAMES, make_case
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from odeblock import DeepResBlock, checkpointing, native, reference
+from odeblock import DeepResBlock, checkpointing, functional, native, ops, reference
 from odeblock.functional import deep_residual
 
 
@@ -117,6 +117,31 @@ def test_no_budget_changes_a_bit(dtype: torch.dtype, natively: bool, monkeypatch
             found = results(backward=strategy, memory_budget=states * state)
             for a, b in zip(expected, found, strict=True):
                 assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(native.core is None, reason="the sizes of its slots")
+@pytest.mark.parametrize("shape", [(1000, 8), (64, 4, 7, 9), (100, 4, 2, 2)], ids=str)
+def test_the_native_core_uses_all_of_a_budget(shape: tuple[int, ...]) -> None:
+    """States, and the workspace of slots as the core lays it out: another slot would be too much."""
+    h = torch.randn(shape)
+    V = torch.randn(50, 4 if h.dim() > 2 else 8, 5, *[3] * (2 * (h.dim() > 2)))
+    threads = torch.get_num_threads()
+
+    def held(plan: checkpointing.Plan, slots: int) -> int:
+        workspaces = [
+            native.core.backward_workspace(
+                *ops._sizes(h, V, "gelu"), plan.save_every, False, n, False, threads
+            )
+            for n in (0, slots)
+        ]
+        states = -(-50 // plan.save_every) * reference.padded_rows(shape[0]) * h[0].numel() * 4
+        return states + workspaces[1] - workspaces[0]
+
+    for states in (3, 5, 9):
+        budget = states * h.numel() * 4
+        plan = checkpointing.plan("checkpoint", 50, 0, budget, *functional._sizes(h, V, "gelu", budget)[:2])
+        assert held(plan, plan.slots) <= budget
+        assert plan.slots == plan.save_every - 1 or held(plan, plan.slots + 1) > budget
 
 
 def test_a_block_takes_a_budget() -> None:

@@ -81,6 +81,13 @@ def test_a_step_keeps_its_memory_budget() -> None:
         assert (states - 1.5) * STATE < spent < (states + 0.5) * STATE
 
 
+def test_a_step_with_maps_keeps_its_memory_budget() -> None:
+    besides = step_bytes(2, "store", 0, "maps") - 4 * STATE
+    for states in (4, 20):
+        spent = step_bytes(256, "checkpoint", states * STATE, "maps") - besides
+        assert (states - 1.5) * STATE < spent < (states + 0.5) * STATE
+
+
 def test_kept_memory_is_given_back() -> None:
     program = (
         PROGRAM
