@@ -49,7 +49,6 @@ class ResBlock(nn.Module):
     def __init__(
         self,
         depth: int,
-        *,
         activation: str,
         init: str | Initializer,
         scale: float | None,
@@ -65,20 +64,28 @@ class ResBlock(nn.Module):
         self.init = init
         self.scale = 1.0 / self.depth if scale is None else check_scale(scale)
         check_options(backward, strict, anchors, memory_budget)
-        self.backward, self.strict, self.anchors, self.memory_budget = (
-            backward,
-            strict,
-            anchors,
-            memory_budget,
-        )
+        self.backward, self.strict = backward, strict
+        self.anchors, self.memory_budget = anchors, memory_budget
         self._drift = DriftRecord()
 
-    # ---- what a kind of block adds -----------------------------------------------------------------------
+    def _make_weights(
+        self,
+        dim: int,
+        hidden: int,
+        *kernel: int,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """Empty V [L, dim, hidden, *kernel], W [L, hidden, dim, *kernel] and biases."""
 
-    @classmethod
-    def _sized_like(cls, V: Tensor, **options: Any) -> Self:
-        """A block of the depth and the sizes of V."""
-        raise NotImplementedError
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(self.depth, *shape, device=device, dtype=dtype))
+
+        self.V, self.W = empty(dim, hidden, *kernel), empty(hidden, dim, *kernel)
+        self.hidden_bias, self.output_bias = (empty(n) if bias else None for n in (hidden, dim))
+
+    # ---- what a kind of block adds -----------------------------------------------------------------------
 
     def _shown_sizes(self) -> list[tuple[str, Any]]:
         """Name and value of the arguments before the settings, for ``repr``."""
@@ -250,6 +257,12 @@ class ResBlock(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in parts)
 
     # ---- inside ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _sized_like(cls, V: Tensor, **options: Any) -> Self:
+        """A block of the depth and the sizes of V [L, q, m] or [L, C, M, k, k]."""
+        make: Callable[..., Self] = cls
+        return make(V.shape[1], V.shape[0], *V.shape[2:4], **options)
 
     def _stacks(self) -> tuple[Tensor | None, ...]:
         return attrgetter(*self.stacks)(self)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .base import ResBlock
 from .functional import recorded
 from .initializers import Initializer
 from .layers import LINEAR
 from .validation import check_rows, check_size
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class DeepResBlock(ResBlock):
@@ -70,31 +67,11 @@ class DeepResBlock(ResBlock):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            depth,
-            activation=activation,
-            init=init,
-            scale=scale,
-            backward=backward,
-            strict=strict,
-            anchors=anchors,
-            memory_budget=memory_budget,
-        )
+        super().__init__(depth, activation, init, scale, backward, strict, anchors, memory_budget)
         self.dim = check_size("dim", dim)
         self.hidden_dim = self.dim if hidden_dim is None else check_size("hidden_dim", hidden_dim)
-
-        def empty(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(self.depth, *shape, device=device, dtype=dtype))
-
-        self.V = empty(self.dim, self.hidden_dim)
-        self.W = empty(self.hidden_dim, self.dim)
-        self.hidden_bias = empty(self.hidden_dim) if bias else None
-        self.output_bias = empty(self.dim) if bias else None
+        self._make_weights(self.dim, self.hidden_dim, bias=bias, device=device, dtype=dtype)
         self.reset_parameters()
-
-    @classmethod
-    def _sized_like(cls, V: Tensor, **options: Any) -> Self:
-        return cls(V.shape[1], V.shape[0], V.shape[2], **options)
 
     def _shown_sizes(self) -> list[tuple[str, Any]]:
         sizes = [("dim", self.dim), ("depth", self.depth)]

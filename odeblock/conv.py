@@ -92,16 +92,7 @@ class DeepConvResBlock(ResBlock):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            depth,
-            activation=activation,
-            init=init,
-            scale=scale,
-            backward=backward,
-            strict=strict,
-            anchors=anchors,
-            memory_budget=memory_budget,
-        )
+        super().__init__(depth, activation, init, scale, backward, strict, anchors, memory_budget)
         self.channels = check_size("channels", channels)
         self.hidden_channels = (
             self.channels if hidden_channels is None else check_size("hidden_channels", hidden_channels)
@@ -116,15 +107,12 @@ class DeepConvResBlock(ResBlock):
             raise ValueError(f'norm: expected None or "batch", got {norm!r}')
         self.norm = norm
 
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(self.depth, *shape, device=device, dtype=dtype)
-
-        C, M, kernel = self.channels, self.hidden_channels, (self.kernel_size, self.kernel_size)
-        self.V, self.W = nn.Parameter(empty(C, M, *kernel)), nn.Parameter(empty(M, C, *kernel))
-        self.hidden_bias, self.output_bias = (nn.Parameter(empty(n)) if bias else None for n in (M, C))
+        C, M, k = self.channels, self.hidden_channels, self.kernel_size
+        self._make_weights(C, M, k, k, bias=bias, device=device, dtype=dtype)
         for i, n in enumerate((M, M, C, C)):
-            self.register_parameter(normalised.AFFINE[i], nn.Parameter(empty(n)) if norm else None)
-            self.register_buffer(normalised.STATISTICS[i], empty(n) if norm else None)
+            affine, statistic = (torch.empty(self.depth, n, device=device, dtype=dtype) for _ in range(2))
+            self.register_parameter(normalised.AFFINE[i], nn.Parameter(affine) if norm else None)
+            self.register_buffer(normalised.STATISTICS[i], statistic if norm else None)
         tracked = torch.zeros((), dtype=torch.long, device=device) if norm else None
         self.register_buffer("num_batches_tracked", tracked)
         self.reset_parameters()
@@ -149,10 +137,6 @@ class DeepConvResBlock(ResBlock):
         y, statistics = self._measured(h, *self._stacks())
         self._remember(statistics, h.numel() // self.channels)
         return y
-
-    @classmethod
-    def _sized_like(cls, V: Tensor, **options: Any) -> Self:
-        return cls(V.shape[1], V.shape[0], V.shape[2], V.shape[3], **options)
 
     def _shown_sizes(self) -> list[tuple[str, Any]]:
         sizes = [("channels", self.channels), ("depth", self.depth)]
