@@ -217,7 +217,8 @@ class ResBlock(nn.Module):
             layers: one ``nn.Sequential``, tuple or list of three modules for each step, all alike:
                 (nn.Linear(q, m), activation module, nn.Linear(m, q)), or for maps (nn.Conv2d(C, M, k,
                 padding=k//2), activation module, nn.Conv2d(M, C, k, padding=k//2)) with k odd, perhaps with
-                an nn.BatchNorm2d after each nn.Conv2d. Parameters and running statistics are copied.
+                an nn.BatchNorm2d after each nn.Conv2d. Parameters and running statistics are copied, and
+                the number of batches that the first nn.BatchNorm2d has seen.
             scale: step size of ``h + scale · branch(h)``; 1/L by default. A plain residual network has 1.
             backward: see ``odeblock.functional.deep_residual``.
 
@@ -227,12 +228,14 @@ class ResBlock(nn.Module):
                 bias or a normalisation on some layers only; a convolution with a stride, dilation, groups, or
                 another padding; a normalisation with settings other than the default ones.
         """
-        activation, stacks = stack_layers(cls.branch, layers)
+        activation, stacks, tracked = stack_layers(cls.branch, layers)
         options: dict[str, Any] = {"activation": activation, "scale": scale, "backward": backward}
-        if len(stacks) > len(PARAMETERS):
+        if tracked is not None:
             options["norm"] = "batch"
         block = cls._sized_like(stacks[0], **options, device="meta")
         block._set_stacks([*stacks, *[None] * (len(cls.stacks) - len(stacks))])
+        if tracked is not None:
+            block.num_batches_tracked = tracked
         return block
 
     def to_layers(self) -> list[nn.Sequential]:
@@ -240,8 +243,8 @@ class ResBlock(nn.Module):
 
         A ``scale`` other than 1/L has to be given to ``from_layers`` again.
         """
-        pieces = self._cut(lambda p: p.unbind())
-        return [make_layer(self.branch, self.activation, *piece).train(self.training) for piece in pieces]
+        start = (self.branch, self.activation, getattr(self, "num_batches_tracked", None))
+        return [make_layer(*start, *piece).train(self.training) for piece in self._cut(lambda p: p.unbind())]
 
     def extra_repr(self) -> str:
         parts = [*self._shown_sizes(), ("activation", self.activation)]

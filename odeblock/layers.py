@@ -38,10 +38,11 @@ PLACES = {3: (0, 1, 2), 5: (0, 2, 3, 1, 4)}
 weights, and the normalisations."""
 
 
-def stack_layers(branch: Branch, layers: Iterable[Any]) -> tuple[str, list[Any]]:
+def stack_layers(branch: Branch, layers: Iterable[Any]) -> tuple[str, list[Any], Tensor | None]:
     """The name of the activation, and copies of what is stacked along depth: V, W, hidden and output bias
     (None where there is none); then, where there are normalisations, weight and bias of the first and of the
-    second, mean and variance of the first and of the second.
+    second, mean and variance of the first and of the second. Last the number of batches that the first
+    normalisation of all has seen, as all of them have.
 
     Raises:
         TypeError, ValueError: as ``from_layers`` of a block says; the text names the layer.
@@ -84,12 +85,14 @@ def stack_layers(branch: Branch, layers: Iterable[Any]) -> tuple[str, list[Any]]
     places = [(output, "weight"), (hidden, "weight"), (hidden, "bias"), (output, "bias")]
     for names in (("weight", "bias"), ("running_mean", "running_var")):
         places += [(i, name) for i in norms for name in names]
-    return name, [stack(*place) for place in places]
+    tracked = model[norms[0]].num_batches_tracked.clone() if norms else None
+    return name, [stack(*place) for place in places], tracked
 
 
 def make_layer(
     branch: Branch,
     activation: str,
+    tracked: Any,
     V: Tensor,
     W: Tensor,
     hidden_bias: Tensor | None,
@@ -109,10 +112,11 @@ def make_layer(
         made = nn.BatchNorm2d(len(weight), device=weight.device)
         made.weight, made.bias = (nn.Parameter(t.detach().clone()) for t in (weight, bias))
         made.running_mean, made.running_var = mean.clone(), var.clone()
+        made.num_batches_tracked = tracked.clone()
         return made
 
     hidden, output = [module(W, hidden_bias)], [module(V, output_bias)]
-    if norm and norm[0] is not None:
+    if tracked is not None:
         hidden.append(normalisation(*norm[0:2], *norm[4:6]))
         output.append(normalisation(*norm[2:4], *norm[6:8]))
     return nn.Sequential(*hidden, get_activation(activation).module(), *output)

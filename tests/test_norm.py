@@ -249,6 +249,7 @@ def test_copies_and_state_dicts() -> None:
     for again in (other, pickle.loads(pickle.dumps(block)), DeepConvResBlock.from_layers(block.to_layers())):
         assert torch.equal(again.eval()(x), expected)
         assert again.norm == "batch"
+        assert again.num_batches_tracked.item() == 1
     with pytest.raises(RuntimeError, match=r"hidden_norm_weight.*this block has depth 30.*depth 24"):
         make_block(30).load_state_dict(block.state_dict())
     with pytest.raises(RuntimeError, match="Missing key"):
