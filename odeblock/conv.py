@@ -30,18 +30,13 @@ class DeepConvResBlock(ResBlock):
         depth: L, number of residual steps.
         hidden_channels: M, between the two convolutions of a step; ``channels`` by default.
         kernel_size: k, of all kernels, odd; maps are continued by k//2 zeros on every side.
-        activation: σ, see ``odeblock.functional.deep_residual``.
-        bias: whether to learn ``hidden_bias`` and ``output_bias``; they start at zero.
         norm: None, or ``"batch"``: batch normalisation after each convolution, z = BN(W_k * h + b_k) and
             h ← h + scale · BN'(V_k * σ(z) + c_k), as by ``nn.BatchNorm2d`` with ε = 1e-5 and momentum 0.1.
             In training mode by mean and variance of the batch (float32 at least), in evaluation by running
             ones, which are then folded into weights and biases.
         init: as of ``DeepResBlock``; entries of W start with variance 1/(C k²), of V with 1/(M k²).
-        scale: step size, 1/L by default.
-        backward: ``"auto"``, ``"adjoint"``, ``"checkpoint"`` or ``"store"``, see
-            ``odeblock.functional.deep_residual``.
-        strict, anchors, memory_budget: options of the strategies, see there.
-        device, dtype: of the parameters, as in ``nn.Conv2d``.
+        activation, bias, scale, backward, strict, anchors, memory_budget, device, dtype: as of
+            ``DeepResBlock``.
 
     Parameters:
         V [L, C, M, k, k], W [L, M, C, k, k], hidden_bias [L, M] and output_bias [L, C] (None without
