@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUTPUT ?= outputs/digits
+# Workers of the tests; those that share what takes minutes to compile stay together.
+PARALLEL ?= -n 2 --dist loadgroup --benchmark-disable
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CXX_SOURCES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
@@ -15,10 +17,10 @@ demo: $(VENV)/.built  ## the main job: train on real digits, smooth against i.i.
 	$(BIN)/python -m odeblock train --output $(OUTPUT)
 
 test: check $(VENV)/.built  ## lint, types and tests; minutes
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 test-long: $(VENV)/.built  ## what is too long for every push
-	$(BIN)/pytest -m "long or not long"
+	$(BIN)/pytest $(PARALLEL) -m "long or not long"
 
 check: lint $(VENV)/.built  ## lint and types, seconds
 	$(BIN)/mypy

@@ -18,6 +18,30 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch  # noqa: E402
 
+# Fixtures that take long: made by one worker (pytest-xdist) for all tests of a file that ask for them, the
+# emulated kernels for those of all files.
+SHARED = {
+    "watched",
+    "parts",
+    "rest",
+    "faults",
+    "folder",
+    "uninterrupted",
+    "finished",
+    "quick",
+    "emulated_parts",
+}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        shared = SHARED & set(getattr(item, "fixturenames", ()))
+        if shared:
+            group = "emulated kernels" if "emulated_parts" in shared else f"{item.path.name}: {min(shared)}"
+            item.add_marker(pytest.mark.xdist_group(group))
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

@@ -26,9 +26,14 @@ from odeblock.initializers import (
 
 # ---- initializers ----------------------------------------------------------------------------------------
 
+
+def cosine(r: torch.Tensor) -> torch.Tensor:
+    return torch.cos(math.pi * r / 2)
+
+
 SETTINGS: list[Initializer] = [
     *(GaussianProcess(kernel, 0.2) for kernel in KERNELS),
-    GaussianProcess(lambda r: torch.cos(math.pi * r / 2), 0.5),
+    GaussianProcess(cosine, 0.5),
     Fourier(),
     Fourier(modes=0),
     Fourier(modes=5, decay=2.0),
@@ -38,7 +43,7 @@ SETTINGS: list[Initializer] = [
 
 
 @pytest.mark.parametrize("depth", [1, 2, 60])
-@pytest.mark.parametrize("init", SETTINGS, ids=str)
+@pytest.mark.parametrize("init", SETTINGS, ids=lambda init: str(init).split(" at 0x")[0])
 def test_variance(init: Initializer, depth: int) -> None:
     block = DeepResBlock(60, depth, 90, init=init)
     if isinstance(init, Polynomial) and init.degree:  # on average over many layers only
