@@ -1,10 +1,10 @@
 """Forward and training step on a GPU against the eager loop (plain, under CUDA graphs, checkpointed) and a
 compiled step.
 
-``python benchmarks/gpu.py [--quick] [--only forward,step,depth] [--output FILE]`` prints tables and writes
-JSON: times of interleaved rounds, errors against float64, peak memory, rows times layers a second, and the
-share of the measured rate of a large matrix product of the same type (4BqmL operations a forward, 16BqmL a
-step).
+``python benchmarks/gpu.py [--quick] [--only forward,step,depth] [--rounds N] [--seconds S] [--output FILE]``
+prints tables and writes JSON: times of interleaved rounds, errors against float64, peak memory, rows times
+layers a second, and the share of the measured rate of a large matrix product of the same type (4BqmL
+operations a forward, 16BqmL a step).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import shutil
 import statistics
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,11 @@ Shape = tuple[int, int, int, int]  # B, q, m, L
 LARGE = [(65536, 64, 64, 256), (65536, 128, 128, 256)]
 SMALL = [(32, 64, 64, 1024)]
 OTHERS = [
-    (65536, 32, 64, 256),
-    (65536, 256, 256, 128),
     (4096, 64, 64, 256),
-    (1, 64, 64, 1024),
+    (65536, 256, 256, 128),
     (65536, 99, 101, 64),
+    (65536, 32, 64, 256),
+    (1, 64, 64, 1024),
 ]
 # Types of products, with the shapes and activations that they are measured at.
 CASES: dict[str, tuple[torch.dtype, list[Shape], list[str]]] = {
@@ -193,26 +194,38 @@ def training_case(
     }
 
 
+def provenance(rounds: int) -> dict[str, Any]:
+    """For the head of a JSON: what was measured, on what, how often."""
+    commit = ""
+    if shutil.which("git"):
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "commit": commit,
+        "rounds": rounds,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="three rounds, the first shape of each type")
     parser.add_argument("--only", default="forward,step,depth", help="which parts, by commas; default: all")
+    parser.add_argument("--rounds", type=int, help="of a measurement; default: 15, with --quick 3")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no case begins")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<gpu>.json")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error(f"PyTorch {torch.__version__} sees no GPU here")
     name = torch.cuda.get_device_name()
     output = arguments.output or Path(__file__).parent / "results" / f"{name.replace(' ', '_')}.json"
-    rounds = 3 if arguments.quick else 15
-    commit = ""
-    if shutil.which("git"):
-        command = ["git", "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    rounds = arguments.rounds or (3 if arguments.quick else 15)
+    end = time.monotonic() + arguments.seconds
     results: dict[str, Any] = {
-        "gpu": name,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "commit": commit.strip(),
+        **provenance(rounds),
+        "complete": True,  # not ended by --seconds
         "matrix_product": {},
         "cases": [],
         "steps": [],
@@ -223,19 +236,26 @@ def main() -> None:
             torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
             results["matrix_product"][kind] = matrix_rate(dtype, rounds)
     if "forward" in parts:
-        forwards(results, rounds, arguments.quick, output)
+        forwards(results, rounds, arguments.quick, end, output)
     torch.backends.cuda.matmul.allow_tf32 = False
     if "step" in parts:
         print_head("products, B, q, m, L", "of matrix product: ours, eager")
         for kind, (dtype, shapes) in STEPS.items():
             for shape in shapes[:1] if arguments.quick else shapes:
+                if time.monotonic() > end:
+                    results["complete"] = False
+                    break
                 found = training_case(kind, dtype, shape, rounds, STRATEGIES)
                 report_step(results, found, output)
     if "depth" in parts:
         print_head("B, q, m, L", "of matrix product: ours, eager")
         for depth in DEPTHS[:2] if arguments.quick else DEPTHS:
+            if time.monotonic() > end:
+                results["complete"] = False
+                break
             found = training_case("bfloat16", torch.bfloat16, (4096, 64, 64, depth), 3, STRATEGIES)
             report_step(results, found, output)
+    output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def print_head(first: str, last: str) -> None:
@@ -268,7 +288,7 @@ def report_step(results: dict[str, Any], found: dict[str, Any], output: Path) ->
             print(f"| {head} | {' | '.join(ratios)} | {memory} | {share} | {faults} |", flush=True)
 
 
-def forwards(results: dict[str, Any], rounds: int, quick: bool, output: Path) -> None:
+def forwards(results: dict[str, Any], rounds: int, quick: bool, end: float, output: Path) -> None:
     head = ["products, B, q, m, L, activation", "x eager", "x graphed", "x compiled", "of matrix product"]
     print(f"| {' | '.join([*head, 'error: ours, eager'])} |\n|{' --- |' * 6}")
     with torch.inference_mode():
@@ -277,6 +297,9 @@ def forwards(results: dict[str, Any], rounds: int, quick: bool, output: Path) ->
             rate = results["matrix_product"][kind]
             for shape in shapes[:1] if quick else shapes:
                 for activation in activations:
+                    if time.monotonic() > end:
+                        results["complete"] = False
+                        return
                     found = case(kind, dtype, shape, activation, rounds)
                     results["cases"].append(found)
                     times = found["seconds"]

@@ -1,8 +1,8 @@
 """Blocks of convolutions on a GPU against the eager loop, plain and under CUDA graphs, at the paper's size.
 
-``python benchmarks/gpu_maps.py [--quick] [--output FILE]`` prints a table and writes JSON: times of
-interleaved rounds of a forward and of training steps, errors against float64, and operations a second
-(4BHWCMk²L a forward).
+``python benchmarks/gpu_maps.py [--quick] [--rounds N] [--output FILE]`` prints a table and writes JSON:
+times of interleaved rounds of a forward and of training steps, errors against float64, and operations a
+second (4BHWCMk²L a forward).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu import graphed, measure
+from gpu import graphed, measure, provenance
 from torch import Tensor
 
 from odeblock import initializers
@@ -79,21 +79,23 @@ def case(kind: str, batch: int, rounds: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="three rounds, the first batch of each type")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<gpu>_maps.json")
+    parser.add_argument("--rounds", type=int, help="of a measurement; default: 15, with --quick 3")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<gpu>-maps.json")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error(f"PyTorch {torch.__version__} sees no GPU here")
     name = torch.cuda.get_device_name()
-    output = arguments.output or Path(__file__).parent / "results" / f"{name.replace(' ', '_')}_maps.json"
+    output = arguments.output or Path(__file__).parent / "results" / f"{name.replace(' ', '_')}-maps.json"
+    rounds = arguments.rounds or (3 if arguments.quick else 15)
     cases: list[dict[str, Any]] = []
     heads = ["products, B", "forward: ms", "x eager", "x graphed", "TFLOP/s", "step store, auto: x eager"]
     print(f"| {' | '.join([*heads, 'error: ours, eager'])} |\n|{' --- |' * 7}")
     for kind in KINDS:
         allow_tf32(kind == "tf32")
         for batch in BATCHES[:1] if arguments.quick else BATCHES:
-            found = case(kind, batch, 3 if arguments.quick else 15)
+            found = case(kind, batch, rounds)
             cases.append(found)
-            output.write_text(json.dumps({"gpu": name, "cases": cases}, indent=1) + "\n")
+            output.write_text(json.dumps({**provenance(rounds), "cases": cases}, indent=1) + "\n")
             times, errors = found["seconds"], found["errors"]
             row = [
                 f"{kind}, {batch}",
