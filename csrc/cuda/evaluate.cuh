@@ -14,14 +14,15 @@
 namespace odeblock {
 namespace {
 
+// Whether there are approximations of an activation.
+template <class Sigma>
+constexpr bool kApproximated = std::is_same_v<Sigma, activation::Tanh> || std::is_same_v<Sigma, activation::Sigmoid> ||
+                               std::is_same_v<Sigma, activation::Silu> || std::is_same_v<Sigma, activation::Gelu> ||
+                               std::is_same_v<Sigma, activation::GeluTanh>;
+
 // On tanh, to within 2^-11.
 struct To8Bits {
   typedef activation::Value<float> Value;
-
-  template <class Sigma>
-  static constexpr bool kHas = std::is_same_v<Sigma, activation::Tanh> || std::is_same_v<Sigma, activation::Sigmoid> ||
-                               std::is_same_v<Sigma, activation::Silu> || std::is_same_v<Sigma, activation::Gelu> ||
-                               std::is_same_v<Sigma, activation::GeluTanh>;
 
   ODEBLOCK_DEVICE static Value at(activation::Tanh, float z) {
     const float t = simt::tanh_approximate(z);
@@ -53,9 +54,6 @@ struct To8Bits {
 // On 2^x and 1/x, to within some 2^-22.
 struct To11Bits {
   typedef activation::Value<float> Value;
-
-  template <class Sigma>
-  static constexpr bool kHas = To8Bits::kHas<Sigma>;
 
   ODEBLOCK_DEVICE static Value at(activation::Tanh, float z) {
     const float square = z * z;
@@ -101,7 +99,7 @@ struct To11Bits {
 template <int kBits, class Sigma, class T>
 ODEBLOCK_DEVICE activation::Value<T> evaluate(Sigma sigma, T z) {
   typedef std::conditional_t<kBits <= 8, To8Bits, To11Bits> Approximation;
-  if constexpr (kBits <= 11 && Approximation::template kHas<Sigma>)
+  if constexpr (kBits <= 11 && kApproximated<Sigma>)
     return Approximation::at(sigma, z);
   else
     return Sigma::at(z);
