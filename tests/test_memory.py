@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import statistics
 import subprocess
 import sys
 
@@ -19,7 +18,9 @@ def status(key):
 
 depth, strategy, budget, block_type = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]) or None, sys.argv[4]
 block_type, channels, shape = {
-    "rows": (DeepResBlock, 32, (8192, 32)), "maps": (DeepConvResBlock, 4, (64, 4, 32, 32))
+    "rows": (DeepResBlock, 32, (8192, 32)),
+    "narrow rows": (DeepResBlock, 4, (65536, 4)),
+    "maps": (DeepConvResBlock, 4, (64, 4, 32, 32)),
 }[block_type]
 torch.manual_seed(0)
 block_type(channels, 8)(torch.randn(shape)[:64]).sum().backward()
@@ -44,18 +45,16 @@ STATE = 8192 * 32 * 4  # one state of the batch, of rows or of maps: 1 MiB
 
 
 def test_the_adjoint_is_flat_in_depth() -> None:
-    # The kernel counts resident pages in batches: a single reading is off by half a megabyte at times.
-    shallow, deep = (statistics.median(step_bytes(L, "adjoint") for _ in range(3)) for L in (64, 4096))
+    # Few weights, for the peak need not lie where their gradients are complete.
+    shallow, deep = (step_bytes(L, "adjoint", 0, "narrow rows") for L in (64, 4096))
     assert shallow > 2 * STATE  # the measurement sees the step
-    assert abs(deep - shallow) < STATE / 2
+    assert 0.95 * shallow < deep < 1.05 * shallow
 
 
 def test_the_adjoint_of_maps_is_flat_in_depth() -> None:
-    shallow, deep = (
-        statistics.median(step_bytes(L, "adjoint", 0, "maps") for _ in range(3)) for L in (32, 512)
-    )
+    shallow, deep = (step_bytes(L, "adjoint", 0, "maps") for L in (32, 512))
     assert shallow > 2 * STATE
-    assert abs(deep - shallow) < STATE
+    assert abs(deep - shallow) < STATE  # the kernel counts resident pages in batches, up to half a megabyte
     assert step_bytes(512, "checkpoint", 0, "maps") - step_bytes(32, "checkpoint", 0, "maps") > 10 * STATE
 
 
