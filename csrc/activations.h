@@ -74,14 +74,15 @@ struct Sigmoid {
   }
 };
 
-// log(1 + exp z) = max(z, 0) + log(1 + exp(-|z|)).
+// log(1 + exp z) = max(z, 0) + log(1 + exp(-|z|)); as in PyTorch z above 20, which in double is another function.
 struct Softplus {
   template <class V>
   static ODEBLOCK_INLINE Value<V> at(V z) {
     const V zero = constant(z, 0.0), one = constant(z, 1.0);
     const V e = exp(-abs(z));  // in (0, 1]
-    const V r = one / (one + e);
-    return {select(z < zero, zero, z) + log1p_unit(e), select(z < zero, e * r, r)};
+    const V r = one / (one + e), linear = constant(z, 20.0);
+    const V s = select(z < zero, zero, z) + log1p_unit(e), d = select(z < zero, e * r, r);
+    return {select(z > linear, z, s), select(z > linear, one, d)};
   }
 };
 

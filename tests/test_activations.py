@@ -9,6 +9,7 @@ from pathlib import Path
 import mpmath
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from odeblock.activations import ACTIVATIONS
@@ -42,7 +43,7 @@ def exact(name: str, z: float) -> tuple[float, float]:
         elif name == "sigmoid":
             value, slope = logistic, logistic / (1 + mpmath.exp(x))
         elif name == "softplus":
-            value, slope = mpmath.log1p(mpmath.exp(x)), logistic
+            value, slope = (x, one) if z > 20 else (mpmath.log1p(mpmath.exp(x)), logistic)
         elif name == "silu":
             value, slope = x * logistic, logistic + x * logistic / (1 + mpmath.exp(x))
         elif name == "gelu":
@@ -84,6 +85,15 @@ def test_nan_in_nan_out(name: str) -> None:
     s, d = through_a_block(name, z)
     assert s.isnan().tolist() == [True, False]
     assert not d[1].isnan()
+
+
+def test_softplus_is_linear_where_pytorch_has_it_so() -> None:
+    z = torch.tensor([19.5, 20.0, 20.0 + 1e-12, 20.5, 40.0], dtype=torch.float64)
+    s, d = through_a_block("softplus", z)
+    x = z.clone().requires_grad_()
+    torch.testing.assert_close(s, F.softplus(z), rtol=1e-15, atol=0)
+    (slope,) = torch.autograd.grad(F.softplus(x).sum(), x)
+    torch.testing.assert_close(d, slope, rtol=1e-15, atol=0)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
