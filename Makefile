@@ -20,7 +20,7 @@ test: check $(VENV)/.built  ## lint, types and tests; minutes
 	$(BIN)/pytest $(PARALLEL)
 
 test-long: $(VENV)/.built  ## what is too long for every push
-	$(BIN)/pytest $(PARALLEL) -m "long or not long"
+	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest $(PARALLEL) -m "long or not long"
 
 check: lint $(VENV)/.built  ## lint and types, seconds
 	$(BIN)/mypy

@@ -14,7 +14,7 @@ from .autograd import Drift, DriftRecord
 from .initializers import Initializer, get_initializer
 from .layers import Branch, make_layer, stack_layers
 from .limit import VectorField, interpolate
-from .validation import check_options, check_scale, check_size, check_tensor
+from .validation import check_flag, check_options, check_scale, check_size, check_tensor
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -82,6 +82,7 @@ class ResBlock(nn.Module):
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(self.depth, *shape, device=device, dtype=dtype))
 
+        check_flag("bias", bias)
         self.V, self.W = empty(dim, hidden, *kernel), empty(hidden, dim, *kernel)
         self.hidden_bias, self.output_bias = (empty(n) if bias else None for n in (hidden, dim))
 

@@ -98,7 +98,7 @@ class DeepConvResBlock(ResBlock):
                 "kernel_size: expected an odd int, so that zeros around a map keep its size; got "
                 f"{self.kernel_size}"
             )
-        if norm not in (None, "batch"):
+        if norm is not None and not (isinstance(norm, str) and norm == "batch"):
             raise ValueError(f'norm: expected None or "batch", got {norm!r}')
         self.norm = norm
 

@@ -1,0 +1,216 @@
+"""Calls of the entry points with arguments that were meddled with: a right answer, or an error that says why.
+
+``python tests/fuzz.py --calls 1000000 --seed 0`` says how many of each there were. An answer is right if it
+is near the reference's in float64. Anything but a TypeError or ValueError that begins with an argument's name
+is a defect, and so is the end of the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import random
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from odeblock import DeepConvResBlock, DeepResBlock, DriftError, DriftWarning, reference
+from odeblock.activations import ACTIVATIONS
+from odeblock.functional import deep_conv_residual, deep_residual
+
+Arguments = dict[str, Any]
+TENSORS = ("h", "V", "W", "hidden_bias", "output_bias")
+NAMES = (*TENSORS, "activation", "scale", "backward", "strict", "anchors", "memory_budget")
+BLOCK_NAMES = (
+    "dim",
+    "channels",
+    "depth",
+    "hidden_dim",
+    "hidden_channels",
+    "kernel_size",
+    "bias",
+    "init",
+    "norm",
+)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+NEAR = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 0.1, torch.float16: 0.02}
+STRANGE: list[Any] = [
+    *(None, True, False, 0, 1, 2, 3, -1, 7, 2**31, 2**63, -(2**40), 1.0, -0.5, 0.0, 1e-3, 1e300),
+    *(
+        float("nan"),
+        float("inf"),
+        "",
+        "gelu",
+        "relu",
+        "store",
+        "adjoint",
+        "checkpoint",
+        "auto",
+        "GELU",
+        b"tanh",
+    ),
+    *((), [], [1.0], {}, object(), torch.relu, torch.float32, 1j, np.float32(0.5), np.int64(2), np.ones(3)),
+    *(torch.tensor(2), torch.tensor(0.5), torch.ones(3), torch.ones(2, 3, dtype=torch.int64)),
+    *(torch.ones(2, 2, dtype=torch.complex64), torch.ones(2, 3).to_sparse(), torch.ones(2, 3, device="meta")),
+    *(torch.empty(0), torch.empty(0, 3), torch.empty(3, 0, 2), torch.empty(1, 1, 1, 1, 1), "x" * 1000),
+]
+
+
+def valid(draw: random.Random) -> tuple[Callable[..., Tensor], Arguments]:
+    """A function and arguments that fit."""
+    maps = draw.random() < 0.4
+    L, q, m, batch = draw.randint(1, 4), draw.randint(1, 6), draw.randint(1, 6), draw.randint(0, 7)
+    dtype = draw.choice(DTYPES)
+    kernel = (draw.choice((1, 3)),) * 2 if maps else ()
+    pixels = (draw.randint(1, 4), draw.randint(1, 4)) if maps else ()
+    shapes = [(batch, q, *pixels), (L, q, m, *kernel), (L, m, q, *kernel), (L, m), (L, q)]
+    arguments: Arguments = {name: torch.randn(s).to(dtype) for name, s in zip(TENSORS, shapes, strict=True)}
+    for bias in TENSORS[3:]:
+        if draw.random() < 0.5:
+            arguments[bias] = None
+    backward = draw.choice(("store", "checkpoint", "adjoint", "auto"))
+    arguments |= {
+        "activation": draw.choice(list(ACTIVATIONS)),
+        "scale": draw.choice((None, 0.1, -0.2, 0, 1)),
+        "backward": backward,
+        "strict": draw.random() < 0.5,
+        "anchors": draw.randint(0, 3) if backward == "adjoint" else 0,
+        "memory_budget": 10**6 if backward == "checkpoint" and draw.random() < 0.3 else None,
+    }
+    return (deep_conv_residual if maps else deep_residual), arguments
+
+
+def meddled(draw: random.Random, x: Any) -> Any:
+    """Another value in the place of one: something strange, or nearly the same."""
+    plain = isinstance(x, Tensor) and x.layout is torch.strided and x.device.type == "cpu"
+    if not plain or draw.random() < 0.3:
+        return draw.choice(STRANGE)
+    kind = draw.randrange(9)
+    if kind == 0:
+        return x.to(draw.choice((*DTYPES, torch.int32, torch.bool, torch.complex64)))
+    if kind == 1 and x.dim():
+        return x.transpose(draw.randrange(x.dim()), draw.randrange(x.dim()))
+    if kind == 2 and x.dim():
+        return x[..., : x.shape[-1] - 1]
+    if kind == 3 and x.dim():
+        return x[:0]
+    if kind == 4:
+        return x[None]
+    if kind == 5 and x.dim():
+        return x[0] if len(x) else x.sum()
+    if kind == 6 and x.dim():
+        return x[:1].expand(x.shape) if len(x) else x
+    if kind == 7:
+        return x.to("meta")
+    return torch.cat([x, x])[:: draw.choice((1, 2))] if x.dim() else x.new_ones(2)
+
+
+def compare(function: Callable[..., Tensor], given: Arguments, found: dict[str, Tensor]) -> None:
+    """y and gradients with those of the reference."""
+    wide = {name: None if given[name] is None else given[name].double().requires_grad_() for name in TENSORS}
+    loop = reference.deep_residual if function is deep_residual else reference.deep_conv_residual
+    y = loop(**wide, activation=given["activation"], scale=given["scale"])
+    inputs = {name: x for name, x in wide.items() if x is not None}
+    truth = [y, *torch.autograd.grad(y, list(inputs.values()), torch.ones_like(y))]
+    for name, expected in zip(("y", *inputs), truth, strict=True):
+        assert found[name].shape == expected.shape, name
+        assert found[name].dtype == given["h"].dtype, name
+        size = float(expected.detach().abs().max()) if expected.numel() else 0.0
+        if size < 1e4:  # which float16 can hold
+            near = NEAR[given["h"].dtype] * max(1.0, size)
+            torch.testing.assert_close(found[name].double(), expected, rtol=0, atol=near)
+
+
+def refused(call: Callable[[], Any], names: tuple[str, ...]) -> str | None:
+    """The kind of error, if there is one, which has to begin with one of the names."""
+    try:
+        call()
+    except (TypeError, ValueError) as error:
+        if not str(error).startswith(tuple(f"{name}:" for name in names)):
+            raise AssertionError(f"an error that names no argument: {error}") from error
+        return type(error).__name__
+    return None
+
+
+def call_function(draw: random.Random) -> str:
+    """One call; what became of it."""
+    function, given = valid(draw)
+    for _ in range(draw.choice((0, 1, 1, 1, 2, 3))):
+        name = draw.choice(NAMES)
+        given[name] = meddled(draw, given[name])
+    found: dict[str, Tensor] = {}
+
+    def run() -> None:
+        function(**given)
+        inputs = {name: given[name].detach().requires_grad_() for name in TENSORS if given[name] is not None}
+        y = function(**given | inputs)
+        gradients = torch.autograd.grad(y, list(inputs.values()), torch.ones_like(y))
+        found.update(y=y, **dict(zip(inputs, gradients, strict=True)))
+
+    try:
+        refusal = refused(run, NAMES)
+    except (DriftError, DriftWarning) as drift:
+        return type(drift).__name__
+    if not refusal:
+        compare(function, given, found)
+    return refusal or "right"
+
+
+def call_block(draw: random.Random) -> str:
+    """A block is made and called."""
+    maps = draw.random() < 0.5
+    given: Arguments = {"channels" if maps else "dim": draw.randint(1, 5), "depth": draw.randint(1, 4)}
+    given |= {"hidden_channels": 3, "kernel_size": 3} if maps else {"hidden_dim": 3}
+    given |= {
+        "activation": "tanh",
+        "bias": draw.random() < 0.5,
+        "init": draw.choice(("smooth", "iid", "tied")),
+    }
+    h: Any = torch.randn(3, next(iter(given.values())), *((4, 2) if maps else ()))
+    options = ["scale", "backward", "strict", "anchors", "memory_budget"]
+    for _ in range(draw.choice((0, 1, 1, 2))):
+        name = draw.choice((*given, *options, *(["norm"] if maps else [])))
+        value = draw.choice(STRANGE)
+        if isinstance(value, int) and value > 1000 and name not in NAMES:
+            continue  # no size is wrong, only large
+        if not (name == "init" and callable(value)):  # which is for the user to answer for
+            given[name] = value
+    if draw.random() < 0.3:
+        h = meddled(draw, h)
+
+    def run() -> None:
+        y = (DeepConvResBlock if maps else DeepResBlock)(**given)(h)
+        assert (y.shape, y.dtype) == (h.shape, h.dtype)
+
+    return refused(run, (*NAMES, *BLOCK_NAMES)) or "right"
+
+
+def fuzz(calls: int, seed: int) -> collections.Counter[str]:
+    """How many calls ended in which way. Call i is the same whatever the number of calls."""
+    outcomes: collections.Counter[str] = collections.Counter()
+    warnings.simplefilter("error", DriftWarning)
+    for i in range(calls):
+        draw = random.Random(f"{seed} {i}")
+        torch.manual_seed(i)
+        call = call_block if draw.random() < 0.15 else call_function
+        try:
+            outcomes[call(draw)] += 1
+        except Exception as error:
+            raise AssertionError(f"call {i} of seed {seed}") from error
+    return outcomes
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--calls", type=int, default=1_000_000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for outcome, count in sorted(fuzz(options.calls, options.seed).items()):
+        print(f"{count:9,} {outcome}")
