@@ -28,6 +28,13 @@ SHOWN = (
     "benchmarks/results/*.json*",
 )
 
+IN_TEXT = re.compile(
+    r"<(?P<kind>pre|code|math)\b.*?</(?P=kind)>|<[^>]+>"
+    r"|(?<=[^\W\d_]|\|)_(?:\{(?P<index>[^{}<]+)\}|(?P<letter>[A-Za-z0-9])\b)"
+    r"|(?<=\S)\^(?:\{(?P<power>[^{}<]+)\}|(?P<exponent>-?\w+(?:[./]\d+)?|\(\w\)))",
+    re.DOTALL,
+)
+
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     for pattern in SHOWN:
@@ -40,14 +47,16 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """A link to a script leads to its page."""
+    """A link to a script leads to its page; what is folded is Markdown, too."""
+    markdown = markdown.replace("<details>", "<details markdown>")
     return re.sub(r"(\]\([\w./-]*examples/\w+)\.py\)", r"\1.md)", markdown)
 
 
 def on_page_content(html: str, page: Page, **_: object) -> str:
     """Mathematics that arithmatex has marked becomes MathML, which browsers show without a script.
 
-    Names of the package lead to the reference, where it has them: mkdocs-autorefs resolves them.
+    Indices and exponents of formulas in running text, h_{k+1} and 2^-8, are set as such. Names of the package
+    lead to the reference, where it has them: mkdocs-autorefs resolves them.
     """
     html = re.sub(
         r'<(span|div) class="arithmatex">\s*\\[(\[](.*?)\\[)\]]\s*</\1>',
@@ -55,11 +64,20 @@ def on_page_content(html: str, page: Page, **_: object) -> str:
         html,
         flags=re.DOTALL,
     )
+    html = IN_TEXT.sub(set_formula, html)
     return re.sub(
         r"<code>((?:odeblock\.)?([A-Za-z_][\w.]*))</code>",
         r'<autoref optional identifier="odeblock.\2"><code>\1</code></autoref>',
         html,
     )
+
+
+def set_formula(found: re.Match[str]) -> str:
+    if index := found["index"] or found["letter"]:
+        return f"<sub>{index}</sub>"
+    if exponent := found["power"] or found["exponent"]:
+        return f"<sup>{exponent}</sup>"
+    return found[0]  # no text
 
 
 def mathml(tex: str, displayed: bool, where: str) -> str:
