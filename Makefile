@@ -54,7 +54,7 @@ package-check: $(VENV)/.dependencies  ## an isolated `pip install .` where there
 	$(BIN)/python tests/check_package.py
 
 docs: $(VENV)/.dependencies  ## the documentation's site, to outputs/site; a warning is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 docs-serve: $(VENV)/.dependencies  ## the same in a browser, as one writes
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
