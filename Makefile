@@ -11,7 +11,7 @@ CXX_SOURCES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.c' -o 
 # The build finds the pinned cmake and ninja of the environment first.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-long check lint format bench bench-quick gpu-check accuracy package-check clean
+.PHONY: demo test test-long check lint format bench bench-quick gpu-check accuracy package-check docs docs-serve clean
 
 demo: $(VENV)/.built  ## the main job: train on real digits, smooth against i.i.d. initialisation
 	$(BIN)/python -m odeblock train --output $(OUTPUT)
@@ -52,6 +52,12 @@ accuracy: $(VENV)/.built  ## errors of gradients against float64, table and figu
 
 package-check: $(VENV)/.dependencies  ## an isolated `pip install .` where there is no torch
 	$(BIN)/python tests/check_package.py
+
+docs: $(VENV)/.dependencies  ## the documentation's site, to outputs/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: $(VENV)/.dependencies  ## the same in a browser, as one writes
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 clean:
 	rm -rf $(VENV) build dist outputs odeblock/_core*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -35,13 +35,16 @@ class DeepResBlock(ResBlock):
         strict, anchors, memory_budget: options of the strategies, see there.
         device, dtype: of the parameters, as in ``nn.Linear``.
 
-    Parameters:
-        V [L, q, m], W [L, m, q], hidden_bias [L, m] and output_bias [L, q] (None without ``bias``).
+    Attributes:
+        V: [L, q, m], a parameter, as all here.
+        W: [L, m, q].
+        hidden_bias: [L, m]; None without ``bias``.
+        output_bias: [L, q]; None without ``bias``.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
 
-    Example:
+    Examples:
         >>> block = DeepResBlock(dim=64, depth=256)
         >>> block(torch.randn(32, 64)).shape
         torch.Size([32, 64])

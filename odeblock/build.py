@@ -24,16 +24,20 @@ _NO_CORE: dict[str, Any] = {
 def build_info() -> dict[str, Any]:
     """The build of the native core, and what this machine makes of it.
 
-    Returns a dict with the keys
-        version: of odeblock.
-        native: whether the native core is present.
-        compiler, openmp, cuda_version, cuda_architectures: how it was built; ``cuda_version``
-            is None and ``cuda_architectures`` empty for a build without CUDA.
-        cpu_builds: the instruction sets that are in the binary and that this processor runs.
-        cpu_features: the one of them that is used: the last, or what ``ODEBLOCK_CPU`` (environment) names.
-        cuda_devices: number of GPUs that the core's CUDA runtime sees; ``cuda_error``: its message, if any.
-        torch, threads: PyTorch's version, and the number of threads a call uses now.
-        paths: which code serves a block, by device and dtype.
+    Returns:
+        a dict with the keys
+
+        - ``version``, of odeblock.
+        - ``native``, whether the native core is present.
+        - ``compiler``, ``openmp``, ``cuda_version``, ``cuda_architectures``, how it was built;
+          ``cuda_version`` is None and ``cuda_architectures`` empty for a build without CUDA.
+        - ``cpu_builds``, the instruction sets that are in the binary and that this processor runs.
+        - ``cpu_features``, the one of them that is used, the last, or what ``ODEBLOCK_CPU`` (environment)
+          names.
+        - ``cuda_devices``, number of GPUs that the core's CUDA runtime sees, and ``cuda_error``, its
+          message, if any.
+        - ``torch``, ``threads``, PyTorch's version, and the number of threads a call uses now.
+        - ``paths``, which code serves a block, by device and dtype.
     """
     core = native.build_info()
     cpu = "native core" if core else "PyTorch reference (no native core in this build)"

@@ -38,11 +38,17 @@ class DeepConvResBlock(ResBlock):
         activation, bias, scale, backward, strict, anchors, memory_budget, device, dtype: as of
             ``DeepResBlock``.
 
-    Parameters:
-        V [L, C, M, k, k], W [L, M, C, k, k], hidden_bias [L, M] and output_bias [L, C] (None without
-        ``bias``). With ``norm``: hidden_norm_weight, hidden_norm_bias [L, M] and output_norm_weight,
-        output_norm_bias [L, C], which start at one and zero; and the buffers hidden_running_mean,
-        hidden_running_var [L, M], output_running_mean, output_running_var [L, C] and num_batches_tracked.
+    Attributes:
+        V: [L, C, M, k, k], a parameter, as the next three.
+        W: [L, M, C, k, k].
+        hidden_bias: [L, M]; None without ``bias``.
+        output_bias: [L, C]; None without ``bias``.
+        hidden_norm_weight, hidden_norm_bias: [L, M], parameters, which start at one and zero; None without
+            ``norm``, as all below.
+        output_norm_weight, output_norm_bias: [L, C], likewise.
+        hidden_running_mean, hidden_running_var: [L, M], buffers.
+        output_running_mean, output_running_var: [L, C], buffers.
+        num_batches_tracked: a buffer.
 
     A training step with ``norm`` runs on PyTorch operators, by any strategy: the batch's statistics are kept
     from the forward for where states are run again or reconstructed, the derivative goes through them, and
@@ -57,7 +63,7 @@ class DeepConvResBlock(ResBlock):
         TypeError, ValueError: naming the argument, what was expected and what came. In training with
             ``norm``: a batch of a single pixel, which has no variance.
 
-    Example:
+    Examples:
         >>> block = DeepConvResBlock(channels=16, depth=100)
         >>> block(torch.randn(8, 16, 32, 32)).shape
         torch.Size([8, 16, 32, 32])

@@ -29,9 +29,9 @@ def smoothness(weights: Tensor) -> dict[str, float]:
         weights: shape [L, ...], one layer after another.
 
     Returns:
-        ``"max"``: L · max_k ‖Z_{k+1} - Z_k‖, the Lipschitz constant of the piecewise linear interpolation;
-        ``"total_variation"``: Σ_k ‖Z_{k+1} - Z_k‖, its length. Both in the Frobenius norm, per root of the
-        number of entries of a layer, so that they read as the change of a typical coefficient. As L grows
+        ``"max"``, L · max_k ‖Z_{k+1} - Z_k‖, the Lipschitz constant of the piecewise linear interpolation,
+        and ``"total_variation"``, Σ_k ‖Z_{k+1} - Z_k‖, its length. Both in the Frobenius norm, per root of
+        the number of entries of a layer, so that they read as the change of a typical coefficient. As L grows
         they stay bounded for weights that are smooth in depth and grow like L for independent ones.
         Both 0 for L = 1.
     """

@@ -104,8 +104,9 @@ def integrate(
         R at each of ``times``.
 
     Raises:
-        ImportError: torchdiffeq is not installed. ValueError: ``times`` do not increase; nothing is
-            trainable. FloatingPointError: R is not finite; the parameters are then those where it was.
+        ImportError: torchdiffeq is not installed.
+        ValueError: ``times`` do not increase; nothing is trainable.
+        FloatingPointError: R is not finite; the parameters are then those where it was.
     """
     if len(times) < 2 or not all(-math.inf < a < b < math.inf for a, b in pairwise(times)):
         raise ValueError(f"times: expected two or more finite increasing numbers, got {list(times)}")

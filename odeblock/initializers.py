@@ -47,7 +47,8 @@ def depth_scale(depth: int, beta: float = 1.0) -> float:
     differential equation; with a larger β the block becomes the identity, with a smaller one it explodes.
 
     Arguments:
-        depth: L, >= 1. beta: β, any finite number; 1 is what ``DeepResBlock`` takes by default.
+        depth: L, >= 1.
+        beta: β, any finite number; 1 is what ``DeepResBlock`` takes by default.
     """
     return 1.0 / math.pow(check_size("depth", depth), check_number("beta", beta))
 
@@ -212,7 +213,8 @@ class Fields:
     """The user's own V_k = 𝒱(k/L), W_k = 𝒲(k/L), as they are: nothing is drawn, nothing scaled.
 
     Arguments:
-        V: s -> [q, m]. W: s -> [m, q]. s is a float, 0 < s <= 1.
+        V: s -> [q, m], of a float 0 < s <= 1.
+        W: s -> [m, q].
     """
 
     V: Callable[[float], Tensor]

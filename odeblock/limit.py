@@ -189,7 +189,8 @@ def solve(
         interpolation: of the weights in depth, ``"linear"`` or ``"cubic"``.
 
     Raises:
-        ImportError: torchdiffeq is not installed. TypeError, ValueError: as ``VectorField``.
+        ImportError: torchdiffeq is not installed.
+        TypeError, ValueError: as ``VectorField``.
     """
     field = VectorField(block, interpolation)
     field(0.0, h)  # refuses what cannot be solved, before the solver does in its own words
@@ -209,7 +210,8 @@ def ode_gap(block: ResBlock, h: Tensor, *, interpolation: str = "linear", tol: f
     Arguments:
         block: a ``DeepResBlock`` or ``DeepConvResBlock``.
         h: inputs, shape [..., q] or maps, of any floating-point dtype.
-        interpolation: see ``interpolate``. tol: rtol and atol of the solver.
+        interpolation: see ``interpolate``.
+        tol: rtol and atol of the solver.
     """
     exact = copy.deepcopy(block).double().eval()
     truth = solve(exact, h.double(), rtol=tol, atol=tol, interpolation=interpolation)

@@ -23,7 +23,10 @@ class DeepResNet(nn.Module):
         hidden_dim, activation, bias, init, scale, backward, strict, anchors, memory_budget, device, dtype: of
             the block, see ``DeepResBlock``; ``bias`` holds for A and B as well.
 
-    Submodules: ``A`` (nn.Linear), ``block`` (DeepResBlock), ``B`` (nn.Linear).
+    Attributes:
+        A: nn.Linear(in_features, dim).
+        block: DeepResBlock(dim, depth, ...).
+        B: nn.Linear(dim, out_features).
     """
 
     def __init__(
