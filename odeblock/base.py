@@ -14,6 +14,7 @@ from .autograd import Drift, DriftRecord
 from .initializers import Initializer, get_initializer
 from .layers import Branch, make_layer, stack_layers
 from .limit import VectorField, interpolate
+from .sharded import draw, is_sharded
 from .validation import check_options, check_scale, check_size, check_tensor
 
 if TYPE_CHECKING:
@@ -98,10 +99,14 @@ class ResBlock(nn.Module):
     # ---- what all have -----------------------------------------------------------------------------------
 
     def reset_parameters(self) -> None:
-        """Draw V and W anew from the initializer ``init``; biases become zero. On "meta" nothing is drawn."""
+        """Draw V and W anew from the initializer ``init``; biases become zero. On "meta" nothing is drawn.
+
+        Where ``fully_shard`` has sharded them, every process draws the whole, and has its share of what the
+        first one drew.
+        """
         if self.V.is_meta:
             return
-        get_initializer(self.init)(self.V, self.W)
+        draw(get_initializer(self.init), self.V, self.W)
         for bias in (self.hidden_bias, self.output_bias):
             if bias is not None:
                 nn.init.zeros_(bias)
@@ -268,6 +273,12 @@ class ResBlock(nn.Module):
         return make(V.shape[1], V.shape[0], *V.shape[2:4], **options)
 
     def _stacks(self) -> tuple[Tensor | None, ...]:
+        """All that is stacked over depth, or RuntimeError where this process has a share of it only."""
+        if is_sharded(self.V):
+            raise RuntimeError(
+                "V: expected a whole tensor, got a shard of one, as FSDP keeps it outside of forward; call "
+                ".unshard() of the module that was given to fully_shard before, and .reshard() after"
+            )
         return attrgetter(*self.stacks)(self)
 
     def _run(self, h: Tensor, *stacks: Tensor | None) -> Tensor:
