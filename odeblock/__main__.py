@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import textwrap
 from dataclasses import asdict, replace
@@ -69,10 +70,17 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.set_defaults(several=False)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for add in (_add_info, _add_train, _add_reproduce, _add_bench):
         add(commands)
     arguments = parser.parse_args(argv)
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count != "1" and not arguments.several:
+        parser.error(
+            f"expected one process, got {count} (WORLD_SIZE, from torchrun): of all commands train cifar10 "
+            "alone shares its work"
+        )
     try:
         code: int = arguments.run(arguments)
     except KeyboardInterrupt:
@@ -200,7 +208,7 @@ def _add_cifar10(data: Any) -> None:
         metavar="SECONDS",
         help="between two checkpoints within an epoch; there is one after every epoch (default: 600)",
     )
-    parser.set_defaults(run=lambda arguments: _train_cifar10(arguments, parser))
+    parser.set_defaults(run=lambda arguments: _train_cifar10(arguments, parser), several=True)
 
 
 def _train_cifar10(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
