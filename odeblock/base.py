@@ -274,12 +274,13 @@ class ResBlock(nn.Module):
 
     def _stacks(self) -> tuple[Tensor | None, ...]:
         """All that is stacked over depth, or RuntimeError where this process has a share of it only."""
-        if is_sharded(self.V):
+        stacks: tuple[Tensor | None, ...] = attrgetter(*self.stacks)(self)
+        if is_sharded(stacks[0]):
             raise RuntimeError(
                 "V: expected a whole tensor, got a shard of one, as FSDP keeps it outside of forward; call "
                 ".unshard() of the module that was given to fully_shard before, and .reshard() after"
             )
-        return attrgetter(*self.stacks)(self)
+        return stacks
 
     def _run(self, h: Tensor, *stacks: Tensor | None) -> Tensor:
         """h through the layers that ``stacks`` hold."""

@@ -15,6 +15,15 @@ def is_sharded(parameter: Any) -> bool:
     return hasattr(parameter, "full_tensor")
 
 
+def whole(tensor: Any) -> Tensor:
+    """All of a tensor of which this process may have a share, or of a sum of which it has a term.
+
+    Numbers read from a DTensor without it may be those of this process alone. All processes must ask.
+    """
+    found: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
+    return found
+
+
 @torch.no_grad()
 def draw(init: Initializer, V: Any, W: Any) -> None:
     """V and W from an initializer; as a whole, as it draws functions of depth, and depth is what is sharded.

@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from odeblock import DeepConvResBlock, DeepResBlock
+from odeblock.diagnostics import Monitor, check_assumptions
+from odeblock.sharded import whole
 
 TIMEOUT = timedelta(seconds=20)
 GUIDE = Path(__file__).resolve().parents[1] / "docs" / "distributed.md"
@@ -85,12 +87,6 @@ def train(model: nn.Module, pieces: Sequence[Batch], steps: int = 3) -> torch.op
     return optimizer
 
 
-def full(tensor: Any) -> Tensor:
-    """All of what may be sharded."""
-    whole: Tensor = tensor.detach()
-    return tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else whole
-
-
 def compare(found: nn.Module, expected: nn.Module, tolerance: float = 1e-11, gradients: bool = True) -> None:
     """Parameters and their gradients, relative to their largest entries."""
     for (name, p), q in zip(found.named_parameters(), expected.parameters(), strict=True):
@@ -100,7 +96,7 @@ def compare(found: nn.Module, expected: nn.Module, tolerance: float = 1e-11, gra
 
 
 def check(name: str, found: Any, expected: Any, tolerance: float) -> None:
-    found, expected = full(found).double(), full(expected).double()
+    found, expected = (whole(t.detach()).double() for t in (found, expected))
     error, size = (found - expected).abs().max(), expected.abs().max()
     assert error <= tolerance * size, f"{name}: {error / size:.1e}"
 
@@ -170,7 +166,7 @@ def fsdp_in_bfloat16(kind: str) -> None:
     backward(parts, alone(kind, torch.bfloat16))
     backward(model, mine(kind, torch.bfloat16))
     compare(model, parts, 4 * torch.finfo(torch.bfloat16).eps)
-    assert {full(p.grad).dtype for p in model.parameters()} == {torch.float32}
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
 
 
 def fsdp_gathers_a_part_at_a_time() -> None:
@@ -208,7 +204,7 @@ def fsdp_output_may_change_in_place(kind: str) -> None:
         (state - y).square().sum().backward()
     for name, p in block.named_parameters():
         dist.all_reduce(p.grad)
-        check(name, torch.cat([full(getattr(part, name).grad) for part in model]), p.grad / 2, 1e-11)
+        check(name, torch.cat([whole(getattr(part, name).grad) for part in model]), p.grad / 2, 1e-11)
 
 
 def fsdp_from_meta(kind: str) -> None:
@@ -248,6 +244,22 @@ def fsdp_other_methods(kind: str) -> None:
     model.reshard()
     register_fsdp_forward_method(model, "trajectory")
     assert torch.equal(model.trajectory(x, 2), block.trajectory(x, 2))
+
+
+def fsdp_diagnostics(kind: str) -> None:
+    """Of shares they are those of the whole."""
+    block = make(kind)
+    (batch,) = batches(kind, 1)
+    found = []
+    for model in (block.split(PARTS), sharded(block)):
+        backward(model, [batch])
+        limit = {"0.V": torch.zeros(9, *block.V.shape[1:])}
+        monitor = Monitor(model, limit=limit)
+        monitor(1.0)
+        found.append((monitor.history[0], list(map(str, check_assumptions(model)))))
+    (expected, reasons), (seen, seen_reasons) = found
+    assert seen == pytest.approx(expected, rel=1e-11)
+    assert seen_reasons == reasons
 
 
 # ---- pipelines -------------------------------------------------------------------------------------------
@@ -349,10 +361,10 @@ def guide() -> None:
     program = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), flags=re.DOTALL)
     found: dict[str, Any] = {}
     exec(compile("\n".join(program), GUIDE.name, "exec"), found)
-    block, whole, x = found["block"], found["whole"], found["x"]
-    assert torch.equal(whole(x), found["parts"](x))
-    assert not torch.equal(whole.V, block.V)  # but as the other engine has trained the same weights
-    check("V", torch.cat([part.V for part in found["model"].module]), whole.V, 1e-5)
+    block, trained, x = found["block"], found["whole"], found["x"]
+    assert torch.equal(trained(x), found["parts"](x))
+    assert not torch.equal(trained.V, block.V)  # but as the other engine has trained the same weights
+    check("V", torch.cat([part.V for part in found["model"].module]), trained.V, 1e-5)
     F.mse_loss(block(x), found["y"]).backward()
     check("V.grad", found["part"].V.grad, block.V.grad.chunk(2)[found["rank"]], 1e-5)
 
@@ -370,7 +382,12 @@ def _cases() -> dict[str, Callable[..., None]]:
             add(fsdp, kind, strategy)
         for function in (ddp_accumulates, ddp_in_bfloat16, fsdp_in_bfloat16):
             add(function, kind)
-        for function in (fsdp_output_may_change_in_place, fsdp_from_meta, fsdp_other_methods):
+        for function in (
+            fsdp_output_may_change_in_place,
+            fsdp_from_meta,
+            fsdp_other_methods,
+            fsdp_diagnostics,
+        ):
             add(function, kind)
         add(pipeline, kind, "GPipe", 1)
         add(pipeline, kind, "1F1B", 1)
