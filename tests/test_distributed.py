@@ -44,8 +44,8 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None]
         processes.append(process)
     end = time.monotonic() + SECONDS
     try:
-        while any(p.poll() is None for p in processes) and time.monotonic() < end:
-            if any(p.returncode for p in processes):  # the other one would wait for it in every case
+        while None in (codes := [process.poll() for process in processes]):
+            if any(codes) or time.monotonic() > end:  # one would wait in every case for one that died
                 break
             time.sleep(0.1)
     finally:
