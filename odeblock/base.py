@@ -181,9 +181,10 @@ class ResBlock(nn.Module):
     def split(self, parts: int) -> nn.Sequential:
         """The block cut along depth into ``parts`` blocks, applied one after another.
 
-        For pipelines and layer-wise optimisers. The parts have copies of the parameters, the ``scale`` of
-        the whole, and depths that differ by at most one, the larger ones first. In float32 and float64 they
-        give the whole's bits; in half precision the state is rounded between two parts.
+        For pipelines, sharding (docs/distributed.md) and layer-wise optimisers. The parts have copies of the
+        parameters, the ``scale`` of the whole, and depths that differ by at most one, the larger ones first.
+        In float32 and float64 they give the whole's bits; in half precision the state is rounded between two
+        parts.
 
         Arguments:
             parts: from 1 to L.
