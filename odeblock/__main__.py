@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import textwrap
 from dataclasses import asdict, replace
@@ -69,10 +70,17 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.set_defaults(several=False)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for add in (_add_info, _add_train, _add_reproduce, _add_bench):
         add(commands)
     arguments = parser.parse_args(argv)
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count != "1" and not arguments.several:
+        parser.error(
+            f"expected one process, got {count} (WORLD_SIZE, from torchrun): of what takes time only "
+            "train cifar10 shares its work"
+        )
     try:
         code: int = arguments.run(arguments)
     except KeyboardInterrupt:
@@ -86,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
 def _add_info(commands: Any) -> None:
     parser = commands.add_parser("info", help="what was built, and what will run here")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(run=_info)
+    parser.set_defaults(run=_info, several=True)
 
 
 def _info(arguments: argparse.Namespace) -> int:
@@ -200,7 +208,7 @@ def _add_cifar10(data: Any) -> None:
         metavar="SECONDS",
         help="between two checkpoints within an epoch; there is one after every epoch (default: 600)",
     )
-    parser.set_defaults(run=lambda arguments: _train_cifar10(arguments, parser))
+    parser.set_defaults(run=lambda arguments: _train_cifar10(arguments, parser), several=True)
 
 
 def _train_cifar10(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:

@@ -14,6 +14,7 @@ from .autograd import Drift, DriftRecord
 from .initializers import Initializer, get_initializer
 from .layers import Branch, make_layer, stack_layers
 from .limit import VectorField, interpolate
+from .sharded import draw, is_sharded
 from .validation import check_flag, check_options, check_scale, check_size, check_tensor
 
 if TYPE_CHECKING:
@@ -99,10 +100,14 @@ class ResBlock(nn.Module):
     # ---- what all have -----------------------------------------------------------------------------------
 
     def reset_parameters(self) -> None:
-        """Draw V and W anew from the initializer ``init``; biases become zero. On "meta" nothing is drawn."""
+        """Draw V and W anew from the initializer ``init``; biases become zero. On "meta" nothing is drawn.
+
+        Where ``fully_shard`` has sharded them, every process draws the whole, and has its share of what the
+        first one drew.
+        """
         if self.V.is_meta:
             return
-        get_initializer(self.init)(self.V, self.W)
+        draw(get_initializer(self.init), self.V, self.W)
         for bias in (self.hidden_bias, self.output_bias):
             if bias is not None:
                 nn.init.zeros_(bias)
@@ -177,9 +182,10 @@ class ResBlock(nn.Module):
     def split(self, parts: int) -> nn.Sequential:
         """The block cut along depth into ``parts`` blocks, applied one after another.
 
-        For pipelines and layer-wise optimisers. The parts have copies of the parameters, the ``scale`` of
-        the whole, and depths that differ by at most one, the larger ones first. In float32 and float64 they
-        give the whole's bits; in half precision the state is rounded between two parts.
+        For pipelines, sharding (docs/distributed.md) and layer-wise optimisers. The parts have copies of the
+        parameters, the ``scale`` of the whole, and depths that differ by at most one, the larger ones first.
+        In float32 and float64 they give the whole's bits; in half precision the state is rounded between two
+        parts.
 
         Arguments:
             parts: from 1 to L.
@@ -269,7 +275,14 @@ class ResBlock(nn.Module):
         return make(V.shape[1], V.shape[0], *V.shape[2:4], **options)
 
     def _stacks(self) -> tuple[Tensor | None, ...]:
-        return attrgetter(*self.stacks)(self)
+        """All that is stacked over depth, or RuntimeError where this process has a share of it only."""
+        stacks: tuple[Tensor | None, ...] = attrgetter(*self.stacks)(self)
+        if is_sharded(stacks[0]):
+            raise RuntimeError(
+                "V: expected a whole tensor, got a shard of one, as FSDP keeps it outside of forward; call "
+                ".unshard() of the module that was given to fully_shard before, and .reshard() after"
+            )
+        return stacks
 
     def _run(self, h: Tensor, *stacks: Tensor | None) -> Tensor:
         """h through the layers that ``stacks`` hold."""

@@ -1,7 +1,8 @@
 """What to watch in training: smoothness in depth, PL ratio, distance to a limit; which hypotheses hold.
 
 Functions of stacked weights Z_1 .. Z_L, and ``Monitor``, which applies them to any model that holds a block
-(``DeepResBlock``, ``DeepConvResBlock``) at every so many steps.
+(``DeepResBlock``, ``DeepConvResBlock``) at every so many steps. Parameters that FSDP has sharded are gathered
+one by one, for which all processes must ask.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from .activations import get_activation
 from .base import PARAMETERS, ResBlock
 from .flow import blocks, flow_rates
 from .limit import interpolate
+from .sharded import whole
 from .validation import check_size
 
 # ---- of weights ------------------------------------------------------------------------------------------
@@ -115,14 +117,14 @@ def distance(weights: Tensor, limit: Tensor, at: Tensor | None = None) -> float:
         at = torch.arange(1, len(limit) + 1, dtype=torch.float64, device=weights.device) / len(limit)
     if at.shape != (len(limit),):
         raise ValueError(f"at: expected shape [{len(limit)}], as many as in limit, got {list(at.shape)}")
-    values = interpolate(weights, at * len(weights))
+    values = interpolate(whole(weights), at * len(weights))
     return float((_flat(values, values.dtype) - _flat(limit, values.dtype)).square().sum(1).mean().sqrt())
 
 
 def _flat(weights: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     if weights.dim() < 1 or weights.shape[0] < 1:
         raise ValueError(f"weights: expected shape [L, ...] with L >= 1, got {list(weights.shape)}")
-    return weights.detach().reshape(weights.shape[0], -1).to(dtype)
+    return whole(weights.detach()).reshape(weights.shape[0], -1).to(dtype)
 
 
 # ---- of a model in training ------------------------------------------------------------------------------
@@ -145,7 +147,7 @@ def pl_ratio(model: nn.Module, risk: Tensor | float) -> float:
         the ratio; infinity for R = 0.
     """
     square = sum(
-        rate * float(p.grad.double().square().sum())
+        rate * float(whole(p.grad.double().square().sum()))
         for p, rate in flow_rates(model).items()
         if p.grad is not None
     )
@@ -258,7 +260,7 @@ def _check_block(name: str, block: ResBlock) -> list[Assumption]:
     biases = [
         key
         for key in PARAMETERS[2:]
-        if (bias := getattr(block, key)) is not None and (bias.requires_grad or bool(bias.any()))
+        if (bias := getattr(block, key)) is not None and (bias.requires_grad or bool(whole(bias).any()))
     ]
     reasons = [f"σ(0) = {at_zero:.3g} for {sigma.name}"] if at_zero else []
     reasons += [f"it has {' and '.join(biases)}"] if biases else []

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import checkpointing, native, ops, reference
 from .autocast import autocasted
 from .autograd import DriftRecord, choose_function
-from .products import flat_sizes
+from .products import flat_sizes, shaped
 from .scan import residual_scan
 from .validation import check_arguments
 
@@ -138,7 +138,7 @@ def recorded(record: DriftRecord, *arguments: Any) -> Tensor:
     """``deep_residual`` of its arguments in order; an adjoint backward leaves its report in ``record``."""
     scale = check_arguments(*arguments)
     h, *others = arguments
-    return _apply(record, scale, h.reshape(-1, h.shape[-1]), *others).view(h.shape)
+    return shaped(_apply(record, scale, h.reshape(-1, h.shape[-1]), *others), h)
 
 
 def conv_recorded(record: DriftRecord, *arguments: Any) -> Tensor:
@@ -146,7 +146,7 @@ def conv_recorded(record: DriftRecord, *arguments: Any) -> Tensor:
     arguments = autocasted(*arguments)
     scale = check_arguments(*arguments, maps=True)
     h, *others = arguments
-    return _apply(record, scale, h if h.dim() == 4 else h[None], *others).view(h.shape)
+    return shaped(_apply(record, scale, h if h.dim() == 4 else h[None], *others), h)
 
 
 def _apply(record: DriftRecord, step: float, *arguments: Any) -> Tensor:

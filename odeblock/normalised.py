@@ -24,7 +24,7 @@ from .autocast import autocasted
 from .autograd import DriftRecord
 from .base import PARAMETERS
 from .checkpointing import NOTHING
-from .products import CONVOLUTION
+from .products import CONVOLUTION, shaped
 from .reference import state_dtype
 from .scan import ResidualScan, Steps, plan_for
 from .validation import check_arguments
@@ -193,7 +193,7 @@ def normalised_residual(
     found = rest[: steps.measures]
     if h.is_cuda:
         found[1::2] = [(invstd.pow(-2) - EPS).clamp_min(0) for invstd in found[1::2]]
-    return y.contiguous().view(h.shape), found
+    return shaped(y.contiguous(), h), found
 
 
 def folded(

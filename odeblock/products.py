@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
@@ -77,3 +78,12 @@ def flat_sizes(h: Tensor, V: Tensor) -> tuple[int, int, int]:
         return h.shape[0], V.shape[1], V.shape[2]
     pixels = h.shape[2] * h.shape[3]
     return h.shape[0], V.shape[1] * pixels, V.shape[2] * pixels
+
+
+def shaped(y: Tensor, h: Tensor) -> Tensor:
+    """y, which nothing else holds, in the shape of h. It is no view for autograd, so that hooks on a block's
+    output (FSDP's, which gather the weights for its backward) survive a change of the output in place."""
+    if y.shape == h.shape:
+        return y
+    found: Tensor = torch.ops.aten._unsafe_view(y, h.shape)
+    return found

@@ -30,9 +30,11 @@ SHARED = {
     "finished",
     "quick",
     "emulated_parts",
+    "both",
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist's own hook comes next, and takes the groups that it finds
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.pluginmanager.hasplugin("xdist"):
         return

@@ -382,3 +382,17 @@ def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
         main([])
     assert stop.value.code == 2
     assert "COMMAND" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["train"], ["reproduce", "long-time"], ["bench"]])
+def test_several_processes_are_refused(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They would do the same work, and write the same files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    folder = tmp_path / "results"
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--quick", "--output", str(folder)])
+    assert stop.value.code == 2
+    assert "expected one process, got 2 (WORLD_SIZE" in capsys.readouterr().err
+    assert not folder.exists()
