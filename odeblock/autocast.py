@@ -9,9 +9,14 @@ import torch
 from torch import Tensor
 
 
+@torch.compiler.assume_constant_result  # PyTorch 2.6 cannot compile it
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
 def autocasts(device: str) -> bool:
     """Whether autocast is on for tensors there."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return _has_autocast(device) and torch.is_autocast_enabled(device)
 
 
 def autocasted(h: Any, *tensors: Any) -> tuple[Any, ...]:

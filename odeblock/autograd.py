@@ -208,8 +208,9 @@ class DeepResidual(torch.autograd.Function):
                 dtype = torch.float16 if rounds else grad.dtype
                 tolerance = drift_tolerance(dtype, not native.runs_natively(grad))
                 judge_drift(report, gradients, tolerance, ctx.strict, ctx.record)
-        needed = (g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False))
-        return (*needed, *(None,) * 8)
+        needed = ctx.needs_input_grad[: len(gradients)]  # PyTorch 2.6 compiles no zip of unequal lengths
+        wanted = (g if need else None for g, need in zip(gradients, needed, strict=True))
+        return (*wanted, *(None,) * 8)
 
 
 class DualDeepResidual(DeepResidual):

@@ -146,7 +146,7 @@ def plan(
         if keeping.slots == keeping.save_every - 1 and 2 * (more - steps) < depth - -(
             -depth // keeping.save_every
         ):
-            return keeping._replace(keep_hidden=True)
+            return Plan(keeping.save_every, False, keeping.slots, True)
     return plan
 
 

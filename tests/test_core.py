@@ -131,7 +131,7 @@ def check_program(command: list[str], activation: str = "tanh", shapes: Any = (*
     reason=f"needs {CROSS} and an emulator (qemu-user-static)",
 )
 def test_aarch64_under_emulation(tmp_path: Path) -> None:
-    program = compile_host(tmp_path, CROSS, "-O2", "-static", "-fopenmp")
+    program = compile_host(tmp_path, CROSS, "-O2", "-static", "-pthread")
     command = [str(EMULATOR), str(program)]
     check_program(command)
     for activation in ACTIVATIONS:
@@ -154,7 +154,7 @@ def test_threads_do_not_race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("build", ["baseline", *BUILDS])
 def test_no_access_is_out_of_bounds(build: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-fopenmp"]
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-pthread"]
     program = compile_host(tmp_path, os.environ.get("CXX", "g++"), *sanitizers, *INSTRUCTIONS[build])
     monkeypatch.setenv("ASAN_OPTIONS", "detect_leaks=0")
     check_program([str(program)])

@@ -17,9 +17,6 @@
 namespace odeblock {
 namespace {
 
-template <class T>
-constexpr int kFewRows = kLanes<T> / 2 < 4 ? kLanes<T> / 2 : 4;
-
 template <class S>
 bool is_few(const Problem& p) {
   return p.batch > 0 && p.batch <= kFewRows<Compute<S>>;
@@ -111,8 +108,8 @@ size_t few_workspace(const Problem& p, bool backward) {
   return arena.bytes();
 }
 
-// Thread t of n, for R rows.
-template <class S, int R>
+// Thread t of n. Of what it does only the products are compiled for each number R of rows.
+template <class S>
 class Few {
   typedef Compute<S> T;
   static constexpr int W = kLanes<T>;
@@ -121,6 +118,8 @@ class Few {
   Few(const Problem& problem, bool backward, const FewShared<T>& common, Arena arena, int thread, int threads)
       : p(problem),
         shared(common),
+        products(few_products<S>(problem.batch)),
+        R(problem.batch),
         t(thread),
         n(threads),
         scale(static_cast<T>(problem.scale)),
@@ -153,11 +152,11 @@ class Few {
         check_direction(static_cast<const T*>(f.probe), scratch.visible[1], p.dim, scratch.probe);
         T* found = saved_check<T>(checks, p, checked++, 0);
         for (int r = 0; r < W; r++) found[r] = T(0);
-        for (int r = 0; r < R; r++) found[r] = project(h + r * q);
+        for (int64_t r = 0; r < R; r++) found[r] = project(h + r * q);
       }
       run_forward(weights, h, k, h, scratch.z);
       if (saves_hidden(p))
-        for (int r = 0; r < R; r++)
+        for (int64_t r = 0; r < R; r++)
           narrow(scratch.z + r * u, units, saved_hidden<T>(states, p, k, 0) + r * p.hidden + first);
     }
     if (t != 0) return;
@@ -184,17 +183,17 @@ class Few {
     void evaluate(const T* x, T* f) {
       few.load_block(x, few.scratch.h);
       few.hidden(weights, few.scratch.h, k, -1, few.scratch.z);
-      few.sigma_slope(few.scratch.z, R * few.u, few.scratch.s, few.scratch.slope);
+      few.sigma_slope(few.scratch.z, few.R * few.u, few.scratch.s, few.scratch.slope);
       few.increment(weights, few.scratch.s, k, -1, few.scratch.f);
       few.store_block(few.scratch.f, f);
     }
     void correct(const T* change) {
       few.load_block(change, few.scratch.f);
-      dots<T, R>(weights.W.data + few.first * few.p.dim, few.p.dim, few.units, few.p.dim, 0, few.scratch.f, few.q,
-                 nullptr, few.scratch.g, few.u);
-      for (int64_t i = 0; i < R * few.u; i += W)
+      few.products.dots(weights.W.data + few.first * few.p.dim, few.p.dim, few.units, few.p.dim, 0, few.scratch.f,
+                        few.q, nullptr, few.scratch.g, few.u);
+      for (int64_t i = 0; i < few.R * few.u; i += W)
         store(few.scratch.z + i, load(few.scratch.z + i) + load(few.scratch.g + i));
-      few.sigma_slope(few.scratch.z, R * few.u, few.scratch.s, few.scratch.slope);
+      few.sigma_slope(few.scratch.z, few.R * few.u, few.scratch.s, few.scratch.slope);
     }
   };
 
@@ -202,22 +201,20 @@ class Few {
   // Rows as they lie with the user or where states are saved, [R, q]; entries beyond q stay as they are.
   template <class From>
   void load_rows(const From* rows, T* to) const {
-    for (int r = 0; r < R; r++) widen(rows + r * p.dim, p.dim, to + r * q);
+    for (int64_t r = 0; r < R; r++) widen(rows + r * p.dim, p.dim, to + r * q);
   }
   template <class To>
   void store_rows(const T* from, To* rows) const {
-    for (int r = 0; r < R; r++) narrow(from + r * q, p.dim, rows + r * p.dim);
+    for (int64_t r = 0; r < R; r++) narrow(from + r * q, p.dim, rows + r * p.dim);
   }
   void load_block(const T* block, T* to) const {
-    for (int r = 0; r < R; r++)
+    for (int64_t r = 0; r < R; r++)
       for (int64_t i = 0; i < p.dim; i++) to[r * q + i] = block[i * W + r];
   }
   void store_block(const T* from, T* block) const {
     for (int64_t i = 0; i < p.dim; i++) {
-      Vec<T> v{};
-#pragma GCC unroll 4
-      for (int r = 0; r < R; r++) v[r] = from[r * q + i];
-      store(block + i * W, v);
+      store(block + i * W, Vec<T>{});
+      for (int64_t r = 0; r < R; r++) block[i * W + r] = from[r * q + i];
     }
   }
   T project(const T* row) const {
@@ -250,8 +247,8 @@ class Few {
 
   // z of this thread's units at h.
   void hidden(const Layer<T>& weights, const T* h, int64_t k, int64_t direction, T* z) {
-    dots<T, R>(weights.W.data + first * p.dim, p.dim, units, p.dim, ahead(k, direction, W * p.dim), h, q,
-               weights.hidden_bias ? weights.hidden_bias + first : nullptr, z, u);
+    products.dots(weights.W.data + first * p.dim, p.dim, units, p.dim, ahead(k, direction, W * p.dim), h, q,
+                  weights.hidden_bias ? weights.hidden_bias + first : nullptr, z, u);
   }
 
   // f = scale (V s + output_bias), s of this thread's units. The bias goes with the first chunk: one thread reads it,
@@ -259,10 +256,10 @@ class Few {
   void increment(const Layer<T>& weights, const T* s, int64_t k, int64_t direction, T* f) {
     const int64_t fetch = ahead(k, direction, W * p.hidden);
     for (int64_t c = chunks.begin; c < chunks.end; c++)
-      dots<T, R>(weights.V.data + c * size, p.hidden, p.dim, units_of(c), fetch, s + c * size - first, u,
-                 c == 0 ? weights.output_bias : nullptr, sums(c), q);
+      products.dots(weights.V.data + c * size, p.hidden, p.dim, units_of(c), fetch, s + c * size - first, u,
+                    c == 0 ? weights.output_bias : nullptr, sums(c), q);
     meet();
-    for (int r = 0; r < R; r++)
+    for (int64_t r = 0; r < R; r++)
       for (int64_t i = 0; i < q; i += W) store(f + r * q + i, broadcast(scale) * total(r, i));
   }
 
@@ -281,7 +278,7 @@ class Few {
       const int64_t bottom = i * K, top = bottom + K < p.depth ? bottom + K : p.depth;
       load_rows(saved_state<T>(states, p, i, 0), scratch.h);
       if (saves_hidden(p))
-        for (int r = 0; r < R; r++)
+        for (int64_t r = 0; r < R; r++)
           widen(saved_hidden<T>(states, p, i, 0) + r * p.hidden + first, units, scratch.z + r * u);
       sweep_chain<T>(
           scratch.h, bottom, top, p.slots, [&](int64_t j) { return scratch.slots + j * R * (q + u); },
@@ -327,7 +324,7 @@ class Few {
       load_block(h, scratch.h);
       if (k > 0 && k % check_every(p.depth) == 0) {
         check_direction(static_cast<const T*>(b.probe), scratch.visible[1], p.dim, scratch.probe);
-        for (int r = 0; r < R; r++) scratch.found[r] = project(scratch.h + r * q);
+        for (int64_t r = 0; r < R; r++) scratch.found[r] = project(scratch.h + r * q);
         const T* seen = saved_check<T>(checks, p, k / check_every(p.depth) - 1, 0);
         measure_projection(seen, scratch.found, scratch.visible[1], R, 1, p.dim, h, reconstruction.report);
         scratch.memory->peak = Vec<T>{};
@@ -368,8 +365,8 @@ class Few {
   // whether to ask for W of the next layer, which nobody has done for this one.
   void adjoint_step(const BackwardProblem& b, const Layer<T>& weights, int64_t k, const T* h, bool fetch) {
     T *a = scratch.a, *g = scratch.g;
-    combine<T, R>(weights.V.data + first, p.hidden, p.dim, units, ahead(k, -1, 8 * p.hidden), a, q, g, u);
-    for (int r = 0; r < R; r++)
+    products.combine(weights.V.data + first, p.hidden, p.dim, units, ahead(k, -1, 8 * p.hidden), a, q, g, u);
+    for (int64_t r = 0; r < R; r++)
       for (int64_t i = 0; i < units; i += W) {
         const int64_t at = r * u + i;
         store(g + at, broadcast(scale) * load(g + at) * load(scratch.slope + at));
@@ -377,43 +374,23 @@ class Few {
     if (b.dV) {
       const int64_t matrix = k * p.dim * p.hidden;
       const bool past = gradients_pass_caches<S>(b);
-      for (int64_t i = 0; i < p.dim; i++) {
-        T x[R];
-        for (int r = 0; r < R; r++) x[r] = scale * a[r * q + i];
-        gradient_row(x, scratch.s, u, units, static_cast<S*>(b.dV) + matrix + i * p.hidden + first, past);
-      }
-      for (int64_t i = 0; i < units; i++) {
-        T x[R];
-        for (int r = 0; r < R; r++) x[r] = g[r * u + i];
-        gradient_row(x, h, q, p.dim, static_cast<S*>(b.dW) + matrix + (first + i) * p.dim, past);
-      }
-      T one[R], scales[R];
-      for (int r = 0; r < R; r++) one[r] = T(1), scales[r] = scale;
-      if (b.dhidden_bias) gradient_row(one, g, u, units, static_cast<S*>(b.dhidden_bias) + k * p.hidden + first);
-      if (b.doutput_bias && t == 0) gradient_row(scales, a, q, p.dim, static_cast<S*>(b.doutput_bias) + k * p.dim);
+      S *dV = static_cast<S*>(b.dV) + matrix + first, *dW = static_cast<S*>(b.dW) + matrix + first * p.dim;
+      products.outer(a, q, p.dim, scale, scratch.s, u, units, past, scratch.row, dV, p.hidden);
+      products.outer(g, u, units, T(1), h, q, p.dim, past, scratch.row, dW, p.dim);
+      T ones[kFewRows<T>];
+      for (T& one : ones) one = T(1);
+      const auto bias = [&](void* array, int64_t at, T by, const T* y, int64_t stride, int64_t count) {
+        if (array) products.outer(ones, 1, 1, by, y, stride, count, false, scratch.row, static_cast<S*>(array) + at, 0);
+      };
+      bias(b.dhidden_bias, k * p.hidden + first, T(1), g, u, units);
+      if (t == 0) bias(b.doutput_bias, k * p.dim, scale, a, q, p.dim);
     }
     for (int64_t c = chunks.begin; c < chunks.end; c++)
-      combine<T, R>(weights.W.data + c * size * p.dim, p.dim, units_of(c), p.dim, fetch ? ahead(k, -1, 8 * p.dim) : 0,
-                    g + c * size - first, u, sums(c), q);
+      products.combine(weights.W.data + c * size * p.dim, p.dim, units_of(c), p.dim,
+                       fetch ? ahead(k, -1, 8 * p.dim) : 0, g + c * size - first, u, sums(c), q);
     meet();
-    for (int r = 0; r < R; r++)
+    for (int64_t r = 0; r < R; r++)
       for (int64_t i = 0; i < q; i += W) store(a + r * q + i, load(a + r * q + i) + total(r, i));
-  }
-
-  // out[j] = Σ_r x[r] y[r][j], j < count.
-  void gradient_row(const T (&x)[R], const T* y, int64_t stride, int64_t count, S* out, bool past = false) const {
-    T* to;
-    if constexpr (kWidened<S>)
-      to = scratch.row;
-    else
-      to = out;
-    for (int64_t j = 0; j < count; j += W) {
-      Vec<T> sum{};
-#pragma GCC unroll 4
-      for (int r = 0; r < R; r++) sum = fma(broadcast(x[r]), load(y + r * stride + j), sum);
-      past ? stream(to + j, sum) : store_part(to + j, sum, count - j);
-    }
-    if constexpr (kWidened<S>) narrow(to, count, out);
   }
 
   int64_t units_of(int64_t chunk) const {
@@ -440,6 +417,8 @@ class Few {
 
   const Problem& p;
   const FewShared<T>& shared;
+  const FewProducts<S> products;
+  const int64_t R;  // rows
   const int t, n;
   const T scale;
   const int64_t q;             // features of a row, padded
@@ -450,21 +429,19 @@ class Few {
   int64_t meetings = 0;
   Activate<T> sigma;
   ActivateSlope<T> sigma_slope;
-  FewScratch<T> scratch;
+  FewScratch<T> scratch{};
 };
 
-// Calls run(Few<S, R>&) on each thread, R = batch.
-template <class S, int R = 1, class Run>
+// Calls run(Few<S>&) on each thread.
+template <class S, class Run>
 void with_few(const Problem& p, bool backward, Run run) {
   typedef Compute<S> T;
-  if constexpr (R < kFewRows<T>)
-    if (p.batch > R) return with_few<S, R + 1>(p, backward, run);
   const int threads = few_threads(p);
   Arena arena(p.workspace);
   const FewShared<T> shared = few_shared<S>(p, backward, arena);
   for (int i = 0; i < threads; i++) new (&shared.progress[i]) Progress();
   on_threads(threads, [&](int thread, int count) {
-    Few<S, R> few(p, backward, shared, arena, thread, count);
+    Few<S> few(p, backward, shared, arena, thread, count);
     run(few);
   });
   for (int i = 0; i < threads; i++) shared.progress[i].~Progress();
@@ -480,12 +457,12 @@ void forward_few(const ForwardProblem& p) {
       fill_zeros(saved_hidden<T>(states, p, i, 0) + p.batch * p.hidden, (padded_rows(p.batch) - p.batch) * p.hidden);
   }
   clear_checks<T>(p);
-  with_few<S>(p, false, [&](auto& few) { few.forward(p); });
+  with_few<S>(p, false, [&](Few<S>& few) { few.forward(p); });
 }
 
 template <class S>
 void backward_few(const BackwardProblem& p) {
-  with_few<S>(p, true, [&](auto& few) { few.backward(p); });
+  with_few<S>(p, true, [&](Few<S>& few) { few.backward(p); });
 }
 
 }  // namespace

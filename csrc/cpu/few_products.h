@@ -6,6 +6,9 @@
 namespace odeblock {
 namespace {
 
+template <class T>
+constexpr int kFewRows = kLanes<T> / 2 < 4 ? kLanes<T> / 2 : 4;
+
 // Of the vector at p the first `count` entries, at most W; the others are 0.
 template <class T>
 ODEBLOCK_INLINE Vec<T> load_part(const T* p, int64_t count) {
@@ -110,6 +113,49 @@ ODEBLOCK_NOINLINE void combine(const T* A, int64_t step, int64_t rows, int64_t c
     combine_columns<T, R, G>(A + j, step, rows, G * W, ahead, x, x_stride, out + j, out_stride);
   for (; j < cols; j += W)
     combine_columns<T, R, 1>(A + j, step, rows, cols - j, ahead, x, x_stride, out + j, out_stride);
+}
+
+// out[i][j] = Σ_r scale x[r][i] y[r][j] for i < rows, j < cols; out has `step` entries a row. row: scratch of a row,
+// where out is narrower. past_caches: whether to write there, whole vectors to whole vectors' addresses.
+template <class S, int R, class T = Compute<S>>
+ODEBLOCK_NOINLINE void outer(const T* x, int64_t x_stride, int64_t rows, T scale, const T* y, int64_t y_stride,
+                             int64_t cols, bool past_caches, T* row, S* out, int64_t step) {
+  constexpr int W = kLanes<T>;
+  for (int64_t i = 0; i < rows; i++, out += step) {
+    Vec<T> xi[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) xi[r] = broadcast(scale * x[r * x_stride + i]);
+    T* to;
+    if constexpr (kWidened<S>)
+      to = row;
+    else
+      to = out;
+    for (int64_t j = 0; j < cols; j += W) {
+      Vec<T> sum{};
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) sum = fma(xi[r], load(y + r * y_stride + j), sum);
+      past_caches ? stream(to + j, sum) : store_part(to + j, sum, cols - j);
+    }
+    if constexpr (kWidened<S>) narrow(to, cols, out);
+  }
+}
+
+// The products of `rows` rows.
+template <class S, class T = Compute<S>>
+struct FewProducts {
+  void (*dots)(const T* A, int64_t step, int64_t rows, int64_t cols, int64_t ahead, const T* x, int64_t x_stride,
+               const T* bias, T* out, int64_t out_stride);
+  void (*combine)(const T* A, int64_t step, int64_t rows, int64_t cols, int64_t ahead, const T* x, int64_t x_stride,
+                  T* out, int64_t out_stride);
+  void (*outer)(const T* x, int64_t x_stride, int64_t rows, T scale, const T* y, int64_t y_stride, int64_t cols,
+                bool past_caches, T* row, S* out, int64_t step);
+};
+
+template <class S, int R = 1, class T = Compute<S>>
+FewProducts<S> few_products(int64_t rows) {
+  if constexpr (R < kFewRows<T>)
+    if (rows > R) return few_products<S, R + 1>(rows);
+  return {dots<T, R>, combine<T, R>, outer<S, R>};
 }
 
 }  // namespace
