@@ -56,6 +56,27 @@ void set_weights(Problem& p, uintptr_t V, uintptr_t W, uintptr_t hidden_bias, ui
   p.output_bias = pointer<const void>(output_bias);
 }
 
+// Whether the user wants the call to end (Ctrl-C), or another of Python's signal handlers raised: the error stays set.
+bool is_interrupted() {
+  const PyGILState_STATE state = PyGILState_Ensure();
+  const bool raised = PyErr_CheckSignals() != 0;
+  PyGILState_Release(state);
+  return raised;
+}
+
+// Runs a kernel without the GIL; raises what a signal handler did.
+template <class P>
+void run_interruptibly(void (*kernel)(const P&), P& p) {
+  const int64_t work = p.dim * p.hidden * (p.kernel ? p.kernel * p.kernel * p.height * p.width : 1);
+  odeblock::Stop stop(is_interrupted, work);
+  p.stop = &stop;
+  {
+    py::gil_scoped_release release;
+    kernel(p);
+  }
+  if (PyErr_Occurred()) throw py::error_already_set();
+}
+
 size_t forward_workspace(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth,
                          int64_t height, int64_t width, int64_t kernel, bool reconstruct, int threads) {
   Problem p{};
@@ -83,8 +104,7 @@ void forward(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidd
   p.y = pointer<void>(y);
   p.states = pointer<void>(states);
   p.workspace = pointer<void>(workspace);
-  py::gil_scoped_release release;
-  odeblock::cpu_kernels().forward(p);
+  run_interruptibly(odeblock::cpu_kernels().forward, p);
 }
 
 size_t backward_workspace(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth,
@@ -127,8 +147,7 @@ void backward(int dtype, int activation, int64_t batch, int64_t dim, int64_t hid
   p.doutput_bias = pointer<void>(doutput_bias);
   p.report = pointer<double>(report);
   p.workspace = pointer<void>(workspace);
-  py::gil_scoped_release release;
-  odeblock::cpu_kernels().backward(p);
+  run_interruptibly(odeblock::cpu_kernels().backward, p);
 }
 
 // Memory of large arrays, kept for the next ones: from the system it comes as pages of zeros, one by one, and goes back

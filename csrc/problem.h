@@ -29,6 +29,8 @@ ODEBLOCK_INLINE int64_t padded_rows(int64_t batch) {
   return padded_checks(batch);
 }
 
+class Stop;
+
 struct Problem {
   Dtype dtype;
   int activation;  // id in activations.h
@@ -59,6 +61,7 @@ struct Problem {
   const void* output_bias;  // [L, q]     read, or null
   void* workspace;          // bytes of forward_workspace / backward_workspace: scratch
   int threads;              // at most this many threads; the workspace was sized for them
+  Stop* stop;               // what may end a call on the CPU early (cpu/threads.h), or null
 };
 
 // On a GPU V is [L, q', m'], W [L, m', q'] and biases likewise: rows fill pieces of 16 bytes, with zeros beyond q, m.

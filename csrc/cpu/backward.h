@@ -276,6 +276,7 @@ class Backward {
 
   // Layer k at h; z [blocks, m, W] as it was kept, or null.
   void run_backward(const T* h, int64_t k, const T* z) {
+    if (stopped(p, k)) return weight_gradients(k);
     const int64_t hidden = p.hidden * kLanes<T>;
     Layer<T> weights = layer<S>(p, k, -1, scratch.weights);
     for_slabs(mine.begin, mine.end, [&](int64_t b, auto width) {
@@ -293,6 +294,7 @@ class Backward {
 
   // Layer k of this thread's rows; leaves z too, if it has a place.
   void run_forward(const T* h, int64_t k, T* next, T* z) {
+    if (stopped(p, k)) return;
     const int64_t hidden = p.hidden * kLanes<T>;
     Layer<T> weights = layer<S>(p, k, 1, scratch.weights);
     for_slabs(mine.begin, mine.end, [&](int64_t b, auto width) {
@@ -327,6 +329,10 @@ class Backward {
     reconstruction.reset(mine.begin, mine.end, p.dim);
     const Matrix<T> direction = {scratch.probe, 1, p.dim};
     for (int64_t k = p.depth - 1; k >= 0; k--) {
+      if (stopped(p, k)) {
+        weight_gradients(k);
+        continue;
+      }
       Layer<T> weights = layer<S>(p, k, -1, scratch.weights);
       const bool check = k > 0 && k % check_every(p.depth) == 0;
       see(weights.W, scratch.visible[1]);
@@ -388,6 +394,11 @@ class Backward {
       const int64_t before = number - 1, rounds = before / teams;
       shared.progress[before % teams * n + t].wait(rounds * p.depth + p.depth - k);
     }
+    if (!stopped(p, k)) add_weight_gradients(k);
+    shared.progress[team * n + t].advance();
+  }
+
+  void add_weight_gradients(int64_t k) {
     const T *a = adjoint(k), *g = tile.g[place(k)], *s = tile.s[place(k)], *h = tile.h_panels[place(k)];
     const bool accumulate = number > 0, last = number == tiles - 1;
     const int64_t rows = last ? p.batch - first * kLanes<T> : count * kLanes<T>;
@@ -416,7 +427,6 @@ class Backward {
              [&](T* out) { row_sum(g, p.hidden, hidden, rows, T(1), accumulate, out); });
     gradient(p.doutput_bias, output, p.dim, 1,
              [&](T* out) { row_sum(a, p.dim, output, rows, scale, accumulate, out); });
-    shared.progress[team * n + t].advance();
   }
 
   const BackwardProblem& p;

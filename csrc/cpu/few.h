@@ -247,6 +247,7 @@ class Few {
 
   // z of this thread's units at h.
   void hidden(const Layer<T>& weights, const T* h, int64_t k, int64_t direction, T* z) {
+    if (stopped(p, k)) return;
     products.dots(weights.W.data + first * p.dim, p.dim, units, p.dim, ahead(k, direction, W * p.dim), h, q,
                   weights.hidden_bias ? weights.hidden_bias + first : nullptr, z, u);
   }
@@ -255,7 +256,7 @@ class Few {
   // so that all see the same.
   void increment(const Layer<T>& weights, const T* s, int64_t k, int64_t direction, T* f) {
     const int64_t fetch = ahead(k, direction, W * p.hidden);
-    for (int64_t c = chunks.begin; c < chunks.end; c++)
+    for (int64_t c = chunks.begin; c < chunks.end && !stopped(p, k); c++)
       products.dots(weights.V.data + c * size, p.hidden, p.dim, units_of(c), fetch, s + c * size - first, u,
                     c == 0 ? weights.output_bias : nullptr, sums(c), q);
     meet();
@@ -364,6 +365,15 @@ class Few {
   // The equations of backward.h for this thread's units, at the state h, with s and sigma'(z) in the scratch. fetch:
   // whether to ask for W of the next layer, which nobody has done for this one.
   void adjoint_step(const BackwardProblem& b, const Layer<T>& weights, int64_t k, const T* h, bool fetch) {
+    if (!stopped(p, k)) gradients(b, weights, k, h, fetch);
+    meet();
+    T* a = scratch.a;
+    for (int64_t r = 0; r < R; r++)
+      for (int64_t i = 0; i < q; i += W) store(a + r * q + i, load(a + r * q + i) + total(r, i));
+  }
+
+  // Of it what comes before the threads meet.
+  void gradients(const BackwardProblem& b, const Layer<T>& weights, int64_t k, const T* h, bool fetch) {
     T *a = scratch.a, *g = scratch.g;
     products.combine(weights.V.data + first, p.hidden, p.dim, units, ahead(k, -1, 8 * p.hidden), a, q, g, u);
     for (int64_t r = 0; r < R; r++)
@@ -388,9 +398,6 @@ class Few {
     for (int64_t c = chunks.begin; c < chunks.end; c++)
       products.combine(weights.W.data + c * size * p.dim, p.dim, units_of(c), p.dim,
                        fetch ? ahead(k, -1, 8 * p.dim) : 0, g + c * size - first, u, sums(c), q);
-    meet();
-    for (int64_t r = 0; r < R; r++)
-      for (int64_t i = 0; i < q; i += W) store(a + r * q + i, load(a + r * q + i) + total(r, i));
   }
 
   int64_t units_of(int64_t chunk) const {

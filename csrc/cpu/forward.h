@@ -45,6 +45,9 @@ ODEBLOCK_INLINE int64_t matrix_size(const Problem& p) {
 }
 ODEBLOCK_INLINE int64_t layer_size(const Problem& p) { return 2 * matrix_size(p) + p.hidden + p.dim; }
 
+// Whether layer k is to be skipped: the call was ended.
+ODEBLOCK_INLINE bool stopped(const Problem& p, int64_t k) { return p.stop && p.stop->at(k); }
+
 // The weights of layer k: in place, or widened to `scratch` [layer_size], which the next call overwrites.
 template <class S, class T = Compute<S>>
 Layer<T> layer(const Problem& p, int64_t k, T* scratch) {
@@ -197,7 +200,7 @@ void forward_tile(const ForwardProblem& p, Activate<T> sigma, const ForwardScrat
   const Matrix<T> direction = {scratch.probe, 1, p.dim};
   load_blocks(static_cast<const S*>(p.h), p.batch, p.dim, first, count, scratch.h);
   int64_t saved = 0, checked = 0;
-  for (int64_t k = 0; k < p.depth; k++) {
+  for (int64_t k = 0; k < p.depth && !stopped(p, k); k++) {
     Layer<T> weights = layer<S>(p, k, 1, scratch.weights);
     const bool save = p.save_every && k % p.save_every == 0 && (k > 0 || !p.reconstruct);
     const bool check = p.reconstruct && k > 0 && k % check_every(p.depth) == 0;

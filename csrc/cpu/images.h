@@ -268,7 +268,7 @@ void forward_group(const ForwardProblem& p, const Maps& maps, Activate<T> sigma,
       saved_count(p) * (states.state(1) - states.state(0)) > kCachedBytes / static_cast<int64_t>(sizeof(T));
   T* checks = static_cast<T*>(p.checks);
   int64_t saved = 0, checked = 0;
-  for (int64_t k = 0; k < p.depth; k++) {
+  for (int64_t k = 0; k < p.depth && !stopped(p, k); k++) {
     const ImageLayer<T> weights = image_layer<S>(p, maps, k, scratch.layer);
     const bool save = p.save_every && k % p.save_every == 0 && (k > 0 || !p.reconstruct);
     const bool check = p.reconstruct && k > 0 && k % check_every(p.depth) == 0;

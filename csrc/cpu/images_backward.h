@@ -154,12 +154,14 @@ class ImageBackward {
       sweep_chain<T>(
           scratch.h, bottom, top, p.slots, [&](int64_t j) { return scratch.slots + j * slot_size<T>(p, maps); },
           [&](const T* h, int64_t k, T* slot) {
+            if (stopped(p, k)) return;
             const ImageLayer<T> weights = image_layer<S>(p, maps, k, scratch.layer);
             T* z = p.keep_hidden ? slot + map : scratch.group.z;
             steps.hidden_values(weights, h, z);
             steps.advance(weights, sigma, z, h, slot);
           },
           [&](const T* h, int64_t k, const T* slot) {
+            if (stopped(p, k)) return weight_gradients(k, h);
             const ImageLayer<T> weights = image_layer<S>(p, maps, k, scratch.layer);
             const T* z = p.keep_hidden && slot ? slot + map : saved;
             if (!z) steps.hidden_values(weights, h, scratch.group.z);
@@ -193,6 +195,10 @@ class ImageBackward {
                     scratch.rows, reconstruction.report);
     };
     for (int64_t k = p.depth - 1; k >= 0; k--) {
+      if (stopped(p, k)) {
+        weight_gradients(k, h);
+        continue;
+      }
       const ImageLayer<T> weights = image_layer<S>(p, maps, k, scratch.layer);
       see_channels(p, weights.weights, scratch.channels);
       for (int64_t i = 0; i < features; i++) scratch.visible[1][i] = scratch.channels[i / maps.map.size];
@@ -227,18 +233,24 @@ class ImageBackward {
     convolve(weights.V.transposed(), maps, a, tiles,
              {g, maps.map, scale, nullptr, nullptr, scratch.group.slope, valid});
     exchange_borders(maps, p.hidden, g);
-    if (p.dV) weight_gradients(k, h);
+    weight_gradients(k, h);
     convolve(weights.W.transposed(), maps, g, tiles, {a, maps.map, T(1), nullptr, a, nullptr, valid});
     exchange_borders(maps, p.dim, a);
   }
 
   // After the groups before this one have left theirs.
   void weight_gradients(int64_t k, const T* h) {
-    const T scale = static_cast<T>(p.scale), *a = scratch.a, *g = scratch.g, *s = scratch.group.s;
+    if (!p.dV) return;
     if (group > 0) {
       const int64_t before = group - 1;
       shared.progress[before % count].wait(before / count * p.depth + p.depth - k);
     }
+    if (!stopped(p, k)) add_weight_gradients(k, h);
+    shared.progress[thread].advance();
+  }
+
+  void add_weight_gradients(int64_t k, const T* h) {
+    const T scale = static_cast<T>(p.scale), *a = scratch.a, *g = scratch.g, *s = scratch.group.s;
     const bool add = group > 0, last = group == maps.groups - 1;
     T* sums = shared.sums + (maps.groups == 1 ? 0 : k * layer_size(p));
     const auto gradient = [&](void* array, int64_t size, auto sum) {
@@ -260,7 +272,6 @@ class ImageBackward {
     });
     gradient(p.dhidden_bias, p.hidden, [&](T* out) { channel_sums(maps, g, p.hidden, T(1), add, out); });
     gradient(p.doutput_bias, p.dim, [&](T* out) { channel_sums(maps, a, p.dim, scale, add, out); });
-    shared.progress[thread].advance();
   }
 
   const BackwardProblem& p;

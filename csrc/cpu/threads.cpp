@@ -1,8 +1,6 @@
 #include "threads.h"
 
-#include <chrono>
 #include <exception>
-#include <thread>
 #include <vector>
 
 // OpenMP's calls as GCC compiles a parallel region to them, of whatever runtime PyTorch brought: it loads one for all
@@ -100,6 +98,25 @@ void run_threads(int threads, void (*run)(void* context, int thread, int count),
   started.notify_all();
   call(0, count);
   for (std::thread& thread : others) thread.join();
+}
+
+constexpr std::chrono::milliseconds kBetweenQuestions(50);
+constexpr int64_t kWorkBetweenLooks = 1 << 18;  // some 10 microseconds
+
+Stop::Stop(bool (*asked)(), int64_t work)
+    : asked_(asked),
+      skipped_(0),
+      stopped_(false),
+      thread_(std::this_thread::get_id()),
+      next_(std::chrono::steady_clock::now() + kBetweenQuestions) {
+  while ((skipped_ + 1) * work < kWorkBetweenLooks) skipped_ = 2 * skipped_ + 1;
+}
+
+void Stop::ask() {
+  if (std::this_thread::get_id() != thread_ || stopped_.load(std::memory_order_relaxed)) return;
+  if (std::chrono::steady_clock::now() < next_) return;
+  if (asked_()) stopped_.store(true, std::memory_order_relaxed);
+  next_ = std::chrono::steady_clock::now() + kBetweenQuestions;
 }
 
 Barrier::Barrier() : arrived_(0), round_(0) {}

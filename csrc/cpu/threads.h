@@ -10,9 +10,11 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
+#include <thread>
 
 namespace odeblock {
 
@@ -30,6 +32,30 @@ void on_threads(int threads, Run run) {
   const auto call = [](void* context, int thread, int count) { (*static_cast<Run*>(context))(thread, count); };
   run_threads(threads, call, &run);
 }
+
+// What ends a call early: no layer is computed any more, what was to be written is left as it is. Threads go on through
+// their loops, and meet where they have to, so that none waits for one that has gone.
+class Stop {
+ public:
+  // asked() once in a while, on the thread that makes this, and that makes the call. work: multiply-adds of a layer for
+  // one row or map; of layers with little only some look at the clock.
+  Stop(bool (*asked)(), int64_t work);
+  Stop(const Stop&) = delete;
+  Stop& operator=(const Stop&) = delete;
+  // On any thread, at layer k: whether it is to be skipped.
+  bool at(int64_t k) {
+    if ((k & skipped_) == 0) ask();
+    return stopped_.load(std::memory_order_relaxed);
+  }
+
+ private:
+  void ask();
+  bool (*const asked_)();
+  int64_t skipped_;  // a power of two less 1
+  std::atomic<bool> stopped_;
+  const std::thread::id thread_;
+  std::chrono::steady_clock::time_point next_;
+};
 
 class Barrier {
  public:
