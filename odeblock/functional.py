@@ -186,10 +186,12 @@ def _sizes(
         return 0, 0, None if h.is_cuda else (0, 0)
     number = torch.finfo(reference.state_dtype(h.dtype)).bits // 8
     rows, dim, hidden = flat_sizes(h, V)
-    batch = reference.padded_rows(rows) * number
+    compiling = torch.compiler.is_compiling()
+    padded = reference.padded_symbol if compiling else reference.padded_rows
+    batch = padded(rows) * number
     state, both = batch * dim, batch * (dim + hidden)
     held, held_both = state, both
-    if native.runs_natively(h) and not torch.compiler.is_compiling():
+    if native.runs_natively(h) and not compiling:
         # A compiler cannot ask for the threads. What fills the vectors of few samples is not counted.
         held = min(state, ops.slot_bytes(h, V, activation, keep_hidden=False))
         held_both = min(both, ops.slot_bytes(h, V, activation, keep_hidden=True))

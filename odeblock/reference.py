@@ -136,12 +136,18 @@ def states_shape(
 
 def padded_rows(batch: int) -> int:
     """Rows of the saved states of a batch."""
-    if isinstance(batch, torch.SymInt):  # the same without a branch, so that one graph serves every batch
-        few, many = torch.sym_min(batch, 3), torch.sym_min(batch // 5, 1)
-        return torch.sym_max(few + few // 3, many * _round_up(batch))
+    if isinstance(batch, torch.SymInt):
+        return padded_symbol(batch)
     if batch <= 4:
         return 4 if batch == 3 else batch
     return _round_up(batch)
+
+
+def padded_symbol(batch: int) -> int:
+    """The same without a branch on the batch, so that one graph serves all."""
+    few, many = torch.sym_min(batch, 3), torch.sym_min(batch // 5, 1)
+    rows: int = torch.sym_max(few + few // 3, many * _round_up(batch))
+    return rows
 
 
 def checks_shape(batch: int, depth: int, reconstruct: bool) -> tuple[int, int]:
