@@ -75,7 +75,7 @@ class DeepResidual(torch.autograd.Function):
                 ctx.strict,
                 ctx.record.number,
             )
-        needed = (g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False))
+        needed = (gradients[i] if ctx.needs_input_grad[i] else None for i in range(5))
         return (*needed, *(None,) * 8)
 
 

@@ -160,19 +160,19 @@ def _apply(record: DriftRecord, step: float, *arguments: Any) -> Tensor:
     """Of checked arguments, h with one dimension of batch; ``step``: the scale to take."""
     h, V, W, hidden_bias, output_bias, activation, _, backward, strict, anchors, memory_budget = arguments
     tensors = (h, V, W, hidden_bias, output_bias)
-    plan = checkpointing.NOTHING
-    if (
-        torch.is_grad_enabled()
-        and any(t is not None and t.requires_grad for t in tensors)
-        and not is_exporting()  # what torch.export makes has no backward
-    ):
+    plan, compiling = checkpointing.NOTHING, torch.compiler.is_compiling()
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if trains and not (compiling and is_exporting()):  # what torch.export makes has no backward
         sizes = _sizes(h, V, activation, memory_budget)
         # A compiler looks through the cache, and would say so.
-        make = checkpointing.plan.__wrapped__ if torch.compiler.is_compiling() else checkpointing.plan
+        make = checkpointing.plan.__wrapped__ if compiling else checkpointing.plan
         plan = make(backward, V.shape[0], anchors, memory_budget, *sizes)
-    y, *_ = choose_function().apply(*tensors, activation, step, *plan, strict, record)
-    result: Tensor = y
-    return result
+    y: Tensor
+    if compiling and plan == checkpointing.NOTHING:
+        y, *_ = ops.forward(*tensors, activation, step, plan[0], plan[1], plan[3])
+    else:
+        y, *_ = choose_function().apply(*tensors, activation, step, *plan, strict, record)
+    return y
 
 
 def _sizes(

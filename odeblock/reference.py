@@ -99,7 +99,7 @@ def loop(
 
 def state_dtype(storage: torch.dtype) -> torch.dtype:
     """States are kept in float32, and in float64 for float64."""
-    return torch.promote_types(storage, torch.float32)
+    return torch.float32 if storage.itemsize == 2 else storage
 
 
 def _residual(
@@ -131,7 +131,7 @@ def states_shape(
     else:
         saved = (depth - 1) // save_every + 1 if save_every else 0
     saves_hidden = keep_hidden and save_every == 1 and not reconstruct
-    return saved, padded_rows(batch), dim + hidden if saves_hidden else dim
+    return saved, padded_rows(batch) if saved else 0, dim + hidden if saves_hidden else dim
 
 
 def padded_rows(batch: int) -> int:

@@ -25,6 +25,7 @@ from odeblock import (
     ops,
 )
 
+OLD = not hasattr(torch.compiler, "is_exporting")  # torch 2.6
 STRATEGIES = ("auto", "store", "checkpoint", "adjoint")
 
 
@@ -90,13 +91,16 @@ def test_a_model_with_blocks_is_one_graph() -> None:
     "options", [{}, {"backward": "store"}, {"backward": "adjoint"}, {"memory_budget": 1 << 24}], ids=str
 )
 def test_one_graph_serves_every_batch(maps: bool, options: dict[str, Any]) -> None:
-    """After the first batch, which has one of its own: the batch is a symbol then."""
+    """After the first batch, which has one of its own: the batch is a symbol then. (An old compiler takes one
+    more where it compares symbols.)"""
+    if OLD and "memory_budget" in options:
+        pytest.skip("a compiler that knows no minimum of sizes, on which a plan with a budget depends")
     block = make_block(maps, **options)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(block, fullgraph=True, backend=counter)
     for size in (7, 11, 3, 2, 70):
         same_training_step(block, compiled, make_batch(maps, size), *block.parameters())
-    assert counter.frame_count == 2
+    assert counter.frame_count <= 2 + OLD
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -171,7 +175,8 @@ def test_export(strict: bool) -> None:
     model = Network().eval()
     batch = torch.export.Dim("batch")
     x = torch.randn(5, 3, 7, 9)
-    program = torch.export.export(model, (x,), dynamic_shapes={"x": {0: batch}}, strict=strict)
+    with torch.set_grad_enabled(not OLD):  # which does not say that it exports
+        program = torch.export.export(model, (x,), dynamic_shapes={"x": {0: batch}}, strict=strict)
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)

@@ -55,7 +55,7 @@ def test_the_rule_on_a_gpu(strategy: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("strategy", ["auto", "adjoint"])
 def test_autocast_on_a_gpu(strategy: str, dtype: torch.dtype) -> None:
-    """The block in autocast's dtype bit for bit, and so of its kernels; gradients in the parameters' dtype."""
+    """The block in autocast's dtype bit for bit, and so of its kernels; gradients are float32."""
     block = DeepResBlock(48, 40, bias=True, backward=strategy, device="cuda")
     low = copy.deepcopy(block).to(dtype)
     x = torch.randn(70, 48, device="cuda")
@@ -87,10 +87,10 @@ def test_a_compiled_block_on_a_gpu(strategy: str) -> None:
     if strategy == "adjoint":
         steep = DeepResBlock(48, 3, activation="tanh", scale=30.0, backward="adjoint", device="cuda")
         run = torch.compile(steep, fullgraph=True)
+        run(x).sum().backward()
+        torch.cuda.synchronize()
         with pytest.warns(DriftWarning):
-            for _ in range(2):
-                run(x).sum().backward()
-                torch.cuda.synchronize()
+            run(x).sum().backward()
         assert steep.V.grad.isnan().all()
 
 
