@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import checkpointing, native, ops, reference
-from .autocast import autocasted
+from .autocast import autocasted, is_any_autocast_enabled
 from .autograd import choose_function
 from .drift import DriftRecord
 from .products import flat_sizes
@@ -139,7 +139,8 @@ _record = DriftRecord()
 
 def recorded(record: DriftRecord, *arguments: Any) -> Tensor:
     """``deep_residual`` of its arguments in order; an adjoint backward leaves its report in ``record``."""
-    arguments = autocasted(*arguments)
+    if is_any_autocast_enabled():
+        arguments = autocasted(*arguments)
     scale = check_arguments(*arguments)
     h, *others = arguments
     return _apply(record, scale, h.reshape(-1, h.shape[-1]), *others).view(h.shape)
@@ -147,7 +148,8 @@ def recorded(record: DriftRecord, *arguments: Any) -> Tensor:
 
 def conv_recorded(record: DriftRecord, *arguments: Any) -> Tensor:
     """The same of ``deep_conv_residual``."""
-    arguments = autocasted(*arguments)
+    if is_any_autocast_enabled():
+        arguments = autocasted(*arguments)
     scale = check_arguments(*arguments, maps=True)
     h, *others = arguments
     return _apply(record, scale, h if h.dim() == 4 else h[None], *others).view(h.shape)
