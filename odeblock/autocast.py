@@ -8,15 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-@torch.compiler.assume_constant_result  # PyTorch 2.6 cannot compile it
-def _has_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
+is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+"""Whether it is on for any device, which takes less time to ask than for one."""
 
 
 def autocasts(device: str) -> bool:
-    """Whether autocast is on for tensors there."""
-    return _has_autocast(device) and torch.is_autocast_enabled(device)
+    """Whether autocast is on for tensors there. ("meta" has none; a compiler of torch 2.6 cannot ask.)"""
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def autocasted(h: Any, *tensors: Any) -> tuple[Any, ...]:

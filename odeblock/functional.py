@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from . import checkpointing, native, ops, reference
-from .autocast import autocasted
-from .autograd import DriftRecord, choose_function
+from .autocast import autocasted, is_any_autocast_enabled
+from .autograd import choose_function
+from .drift import DriftRecord
 from .products import flat_sizes, shaped
 from .scan import residual_scan
 from .validation import check_arguments
@@ -67,7 +68,8 @@ def deep_residual(
             holds up to 512 MiB besides, for the gradients of V and W, whatever the depth.
 
     Returns:
-        h_L, with the shape, dtype and device of ``h``.
+        h_L, with the shape, dtype and device of ``h``. Under ``torch.autocast`` all tensors but those of
+        float64 are cast to its dtype first, once a call, as by ``nn.Linear``.
 
     Raises:
         TypeError: an argument is of the wrong type, or tensors of different dtypes.
@@ -75,6 +77,7 @@ def deep_residual(
             unknown activation or strategy, anchors without ``"adjoint"``, a budget for a strategy without one
             or below two states.
         DriftError: in the backward, with ``strict``.
+        RuntimeError: within ``torch.jit.trace``; ``torch.export`` and ``torch.compile`` take it.
 
     Source: Marion, Wu, Sander & Biau, "Implicit regularization of deep residual networks towards neural
     ODEs", ICLR 2024, arXiv 2309.01213.
@@ -115,12 +118,12 @@ def deep_conv_residual(
             decides for each sample by itself.
 
     Returns:
-        h_L, with the shape, dtype and device of ``h``; contiguous. Under ``torch.autocast`` all tensors are
-        cast to its dtype first, once a call, as by ``nn.Conv2d``.
+        h_L, with the shape, dtype and device of ``h``; contiguous. ``torch.autocast`` casts as it does for
+        ``deep_residual``.
 
     Raises:
-        TypeError, ValueError, DriftError: as ``deep_residual``; kernels that are not square, of even size, or
-            of another size for V than for W; maps without a pixel.
+        TypeError, ValueError, DriftError, RuntimeError: as ``deep_residual``; kernels that are not square, of
+            even size, or of another size for V than for W; maps without a pixel.
 
     Source: as ``deep_residual``.
     """
@@ -136,6 +139,8 @@ _record = DriftRecord()
 
 def recorded(record: DriftRecord, *arguments: Any) -> Tensor:
     """``deep_residual`` of its arguments in order; an adjoint backward leaves its report in ``record``."""
+    if is_any_autocast_enabled():
+        arguments = autocasted(*arguments)
     scale = check_arguments(*arguments)
     h, *others = arguments
     return shaped(_apply(record, scale, h.reshape(-1, h.shape[-1]), *others), h)
@@ -143,23 +148,33 @@ def recorded(record: DriftRecord, *arguments: Any) -> Tensor:
 
 def conv_recorded(record: DriftRecord, *arguments: Any) -> Tensor:
     """The same of ``deep_conv_residual``."""
-    arguments = autocasted(*arguments)
+    if is_any_autocast_enabled():
+        arguments = autocasted(*arguments)
     scale = check_arguments(*arguments, maps=True)
     h, *others = arguments
     return shaped(_apply(record, scale, h if h.dim() == 4 else h[None], *others), h)
+
+
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch >= 2.7
 
 
 def _apply(record: DriftRecord, step: float, *arguments: Any) -> Tensor:
     """Of checked arguments, h with one dimension of batch; ``step``: the scale to take."""
     h, V, W, hidden_bias, output_bias, activation, _, backward, strict, anchors, memory_budget = arguments
     tensors = (h, V, W, hidden_bias, output_bias)
-    plan = checkpointing.NOTHING
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    plan, compiling = checkpointing.NOTHING, torch.compiler.is_compiling()
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if trains and not (compiling and is_exporting()):  # what torch.export makes has no backward
         sizes = _sizes(h, V, activation, memory_budget)
-        plan = checkpointing.plan(backward, V.shape[0], anchors, memory_budget, *sizes)
-    y, *_ = choose_function().apply(*tensors, activation, step, *plan, strict, record)
-    result: Tensor = y
-    return result
+        # A compiler looks through the cache, and would say so.
+        make = checkpointing.plan.__wrapped__ if compiling else checkpointing.plan
+        plan = make(backward, V.shape[0], anchors, memory_budget, *sizes)
+    y: Tensor
+    if compiling and plan == checkpointing.NOTHING:
+        y, *_ = ops.forward(*tensors, activation, step, plan[0], plan[1], plan[3])
+    else:
+        y, *_ = choose_function().apply(*tensors, activation, step, *plan, strict, record)
+    return y
 
 
 def _sizes(
@@ -167,13 +182,18 @@ def _sizes(
 ) -> tuple[int, int, tuple[int, int] | None]:
     """Bytes of a state of the whole batch, and (where there is a budget) of what the CPU's kernels hold of
     one at a time, a tile of rows or a group of maps for each thread; then of the hidden values of either.
-    (None on a GPU, where another product takes less time than its memory.)"""
+    (None on a GPU, where another product takes less time than its memory.) Without a budget no plan asks for
+    the numbers."""
+    if memory_budget is None:
+        return 0, 0, None if h.is_cuda else (0, 0)
     number = torch.finfo(reference.state_dtype(h.dtype)).bits // 8
     rows, dim, hidden = flat_sizes(h, V)
-    batch = reference.padded_rows(rows) * number
+    compiling = torch.compiler.is_compiling()
+    padded = reference.padded_symbol if compiling else reference.padded_rows
+    batch = padded(rows) * number
     state, both = batch * dim, batch * (dim + hidden)
     held, held_both = state, both
-    if memory_budget is not None and native.runs_natively(h) and not torch.compiler.is_compiling():
+    if native.runs_natively(h) and not compiling:
         # A compiler cannot ask for the threads. What fills the vectors of few samples is not counted.
         held = min(state, ops.slot_bytes(h, V, activation, keep_hidden=False))
         held_both = min(both, ops.slot_bytes(h, V, activation, keep_hidden=True))
