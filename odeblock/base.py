@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from .activations import get_activation
 from .autograd import Drift, DriftRecord
@@ -20,6 +24,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 PARAMETERS = ("V", "W", "hidden_bias", "output_bias")
+
+REPARAMETRISING = (BasePruningMethod, WeightNorm, SpectralNorm)
+"""Hooks before ``forward`` that compute a weight from parameters, as a plain attribute of the module."""
 
 
 class ResBlock(nn.Module):
@@ -97,14 +104,36 @@ class ResBlock(nn.Module):
 
     # ---- what all have -----------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw V and W anew from the initializer ``init``; biases become zero. On "meta" nothing is drawn."""
-        if self.V.is_meta:
+        """Draw V and W anew from the initializer ``init``; biases become zero. On "meta" nothing is drawn.
+
+        What is under a parametrization (``torch.nn.utils.parametrize``) gets what was drawn through its
+        ``right_inverse``.
+
+        Raises:
+            RuntimeError: a parametrization without ``right_inverse``; weights that hooks compute, as pruning.
+        """
+        stacks = {name: p for name, p in zip(self.stacks, self._stacks(), strict=True) if p is not None}
+        if stacks["V"].is_meta:
             return
-        get_initializer(self.init)(self.V, self.W)
-        for bias in (self.hidden_bias, self.output_bias):
-            if bias is not None:
-                nn.init.zeros_(bias)
+        under = [name for name in stacks if parametrize.is_parametrized(self, name)]
+        hooked = [name for name in stacks if name not in {*self._parameters, *self._buffers, *under}]
+        if hooked:
+            raise RuntimeError(
+                f"{', '.join(hooked)}: expected parameters to draw anew, got weights that hooks compute, as "
+                "those of torch.nn.utils.prune; remove these hooks first"
+            )
+        self._draw(stacks)
+        for name in under:
+            setattr(self, name, stacks[name])
+
+    def _draw(self, stacks: dict[str, Tensor]) -> None:
+        """Initial values into these tensors."""
+        get_initializer(self.init)(stacks["V"], stacks["W"])
+        for name in PARAMETERS[2:]:
+            if name in stacks:
+                nn.init.zeros_(stacks[name])
 
     def forward(self, h: Tensor) -> Tensor:
         """h -> h_L, of the same shape, dtype and device."""
@@ -140,16 +169,19 @@ class ResBlock(nn.Module):
         if every > self.depth:
             raise ValueError(f"every: expected an int from 1 to the depth {self.depth}, got {every}")
         check_tensor("h", h)
-        if h.dtype != self.V.dtype:
-            raise TypeError(f"h: expected the dtype of the block, {self.V.dtype}; got {h.dtype}")
+        stacks = self._current_stacks()
+        expected = stacks[0].dtype
+        if h.dtype != expected:
+            raise TypeError(f"h: expected the dtype of the block, {expected}; got {h.dtype}")
         # Between pieces the state keeps the precision that it has inside one: half-precision weights are
         # widened, which is exact, and what the kernels do themselves.
         state = h.to(torch.promote_types(h.dtype, torch.float32))
         states = [state]
-        for piece in self._cut(lambda p: p.to(state.dtype).split(every)):
+        for piece in _cut(stacks, lambda p: p.to(state.dtype).split(every)):
             states.append(self._run(states[-1], *piece))
         return torch.stack(states).to(h.dtype)
 
+    @torch.enable_grad()  # computed weights then tell whether they are trained
     def resample(self, depth: int) -> Self:
         """A new block: the same neural ODE at another depth.
 
@@ -157,7 +189,8 @@ class ResBlock(nn.Module):
         s = k/L, is linear between and constant below 1/L (``odeblock.limit``); the scale is such that
         scale · depth, the ODE's horizon, stays. For weights that are smooth in depth both blocks are within
         O(1/L) of the ODE; tied weights are copied exactly; independent layers have no ODE, and what comes out
-        is another network.
+        is another network. Of parametrizations and pruning the new block has the outcome, in plain
+        parameters.
 
         Arguments:
             depth: of the new block, >= 1.
@@ -166,19 +199,22 @@ class ResBlock(nn.Module):
             TypeError, ValueError: ``depth`` is not a whole number >= 1.
         """
         depth = check_size("depth", depth)
-        layers = torch.arange(1, depth + 1, dtype=torch.float64, device=self.V.device)
+        old = self._current_stacks()
+        layers = torch.arange(1, depth + 1, dtype=torch.float64, device=old[0].device)
         position = layers * self.depth / depth  # exact wherever an old layer lies
         scale = None if self.scale == 1.0 / self.depth else self.scale * self.depth / depth
         with torch.no_grad():
-            stacks = [None if p is None else interpolate(p, position) for p in self._stacks()]
-        return self._like(stacks, scale)
+            stacks = [None if p is None else interpolate(p, position) for p in old]
+        return self._like(stacks, scale, old)
 
+    @torch.enable_grad()
     def split(self, parts: int) -> nn.Sequential:
         """The block cut along depth into ``parts`` blocks, applied one after another.
 
-        For pipelines and layer-wise optimisers. The parts have copies of the parameters, the ``scale`` of
-        the whole, and depths that differ by at most one, the larger ones first. In float32 and float64 they
-        give the whole's bits; in half precision the state is rounded between two parts.
+        For pipelines and layer-wise optimisers. The parts have copies of the parameters (plain ones, as after
+        ``resample``), the ``scale`` of the whole, and depths that differ by at most one, the larger ones
+        first. In float32 and float64 they give the whole's bits; in half precision the state is rounded
+        between two parts.
 
         Arguments:
             parts: from 1 to L.
@@ -192,8 +228,9 @@ class ResBlock(nn.Module):
                 f"parts: expected an int from 1 to the depth {self.depth}, got {parts}; a part holds at "
                 "least one step"
             )
-        pieces = self._cut(lambda p: p.detach().tensor_split(parts))
-        return nn.Sequential(*(self._like(piece, self.scale) for piece in pieces))
+        stacks = self._current_stacks()
+        pieces = _cut(stacks, lambda p: p.detach().tensor_split(parts))
+        return nn.Sequential(*(self._like(piece, self.scale, stacks) for piece in pieces))
 
     def vector_field(self, interpolation: str = "linear") -> VectorField:
         """f(s, h), the right-hand side of the block's limiting ODE, for any ODE solver on 0 <= s <= 1.
@@ -244,7 +281,8 @@ class ResBlock(nn.Module):
         A ``scale`` other than 1/L has to be given to ``from_layers`` again.
         """
         start = (self.branch, self.activation, getattr(self, "num_batches_tracked", None))
-        return [make_layer(*start, *piece).train(self.training) for piece in self._cut(lambda p: p.unbind())]
+        pieces = _cut(self._current_stacks(), lambda p: p.unbind())
+        return [make_layer(*start, *piece).train(self.training) for piece in pieces]
 
     def extra_repr(self) -> str:
         parts = [*self._shown_sizes(), ("activation", self.activation)]
@@ -267,8 +305,16 @@ class ResBlock(nn.Module):
         make: Callable[..., Self] = cls
         return make(V.shape[1], V.shape[0], *V.shape[2:4], **options)
 
-    def _stacks(self) -> tuple[Tensor | None, ...]:
+    def _stacks(self) -> tuple[Any, ...]:
+        """All stacks, V first; each a tensor, or None."""
         return attrgetter(*self.stacks)(self)
+
+    def _current_stacks(self) -> tuple[Any, ...]:
+        """The same where ``forward`` was not called, with what is computed before it."""
+        for hook in self._forward_pre_hooks.values():
+            if isinstance(hook, REPARAMETRISING):
+                hook(self, ())
+        return self._stacks()
 
     def _run(self, h: Tensor, *stacks: Tensor | None) -> Tensor:
         """h through the layers that ``stacks`` hold."""
@@ -280,12 +326,6 @@ class ResBlock(nn.Module):
     def _weights(self, *stacks: Tensor | None) -> tuple[Tensor | None, ...]:
         """V, W and biases of layers without normalisation that do what those do that ``stacks`` hold."""
         return stacks
-
-    def _cut(self, cut: Callable[[Tensor], Sequence[Tensor]]) -> list[tuple[Any, ...]]:
-        """All stacks of each piece into which ``cut`` divides a stack along depth."""
-        pieces = [None if p is None else cut(p) for p in self._stacks()]
-        count = len(pieces[0] or ())
-        return list(zip(*([None] * count if piece is None else piece for piece in pieces), strict=True))
 
     def _set_stacks(self, stacks: Sequence[Tensor | None]) -> None:
         """Replace all stacks by copies of those given, of the same depth."""
@@ -300,15 +340,15 @@ class ResBlock(nn.Module):
         names = ("activation", "init", "backward", "strict", "anchors", "memory_budget")
         return {name: getattr(self, name) for name in names}
 
-    def _like(self, stacks: Sequence[Tensor | None], scale: float | None) -> Self:
-        """A new block with this one's settings, copies of ``stacks``, and ``scale``."""
-        V = stacks[0]
-        assert V is not None
-        block = self._sized_like(V, scale=scale, **self._options(), device="meta")
+    def _like(self, stacks: Sequence[Any], scale: float | None, old: Sequence[Any]) -> Self:
+        """A new block with this one's settings, copies of ``stacks``, and ``scale``; trained is what is in
+        ``old``, the stacks of this one."""
+        kind: Any = parametrize.type_before_parametrizations(self)
+        block: Self = kind._sized_like(stacks[0], scale=scale, **self._options(), device="meta")
         block._set_stacks(stacks)
-        for new, old in zip(block._stacks(), self._stacks(), strict=True):
-            if new is not None and old is not None:
-                new.requires_grad_(old.requires_grad)
+        for new, was in zip(block._stacks(), old, strict=True):
+            if new is not None:
+                new.requires_grad_(was.requires_grad)
         return block.train(self.training)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -329,3 +369,10 @@ class ResBlock(nn.Module):
             )
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _cut(stacks: Sequence[Any], cut: Callable[[Tensor], Sequence[Tensor]]) -> list[tuple[Any, ...]]:
+    """All stacks of each piece into which ``cut`` divides a stack along depth."""
+    pieces = [None if p is None else cut(p) for p in stacks]
+    count = len(pieces[0] or ())
+    return list(zip(*([None] * count if piece is None else piece for piece in pieces), strict=True))
