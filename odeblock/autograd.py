@@ -188,6 +188,10 @@ class DeepResidual(torch.autograd.Function):
         else:
             h, *weights = inputs
             need_weights = any(ctx.needs_input_grad[1:5])
+            save_every = ctx.save_every
+            if not (save_every or ctx.reconstruct):  # nothing was saved: torch.export sees gradients taken
+                save_every = 1
+                _, states, checks = ops.forward(*inputs, ctx.activation, ctx.scale, save_every, False, False)
             *gradients, report = ops.backward(
                 grad,
                 h if ctx.reconstruct else None,  # where the adjoint measures its drift
@@ -196,13 +200,13 @@ class DeepResidual(torch.autograd.Function):
                 checks,
                 ctx.activation,
                 ctx.scale,
-                ctx.save_every,
+                save_every,
                 ctx.reconstruct,
                 ctx.slots,
                 ctx.keep_hidden,
                 need_weights,
             )
-            if ctx.reconstruct:
+            if ctx.reconstruct and not report.is_meta:
                 # tf32 has the 11 bits of float16.
                 rounds = grad.is_cuda and tf32(grad.dtype, grad.dim() == 4)
                 dtype = torch.float16 if rounds else grad.dtype

@@ -18,6 +18,8 @@ from .products import flat_sizes
 from .scan import residual_scan
 from .validation import check_arguments
 
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # from PyTorch 2.7 on
+
 __all__ = ["deep_conv_residual", "deep_residual", "residual_scan"]
 
 
@@ -154,7 +156,8 @@ def _apply(record: DriftRecord, step: float, *arguments: Any) -> Tensor:
     h, V, W, hidden_bias, output_bias, activation, _, backward, strict, anchors, memory_budget = arguments
     tensors = (h, V, W, hidden_bias, output_bias)
     plan = checkpointing.NOTHING
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if differentiated and not _is_exporting():  # torch.export makes programs for inference
         sizes = _sizes(h, V, activation, memory_budget)
         plan = checkpointing.plan(backward, V.shape[0], anchors, memory_budget, *sizes)
     y, *_ = choose_function().apply(*tensors, activation, step, *plan, strict, record)

@@ -131,7 +131,8 @@ def states_shape(
     else:
         saved = (depth - 1) // save_every + 1 if save_every else 0
     saves_hidden = keep_hidden and save_every == 1 and not reconstruct
-    return saved, padded_rows(batch), dim + hidden if saves_hidden else dim
+    # (Rows of no states: none, so that a graph for any batch need not ask how many they would be.)
+    return saved, padded_rows(batch) if saved else 0, dim + hidden if saves_hidden else dim
 
 
 def padded_rows(batch: int) -> int:
