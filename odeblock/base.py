@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -106,7 +107,8 @@ class ResBlock(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw V and W anew from the initializer ``init``; biases become zero. On "meta" nothing is drawn.
+        """Draw V and W anew from the initializer ``init``; biases become zero. Nothing is drawn on
+        "meta" and of fake tensors.
 
         What is under a parametrization (``torch.nn.utils.parametrize``) gets what was drawn through its
         ``right_inverse``.
@@ -115,7 +117,7 @@ class ResBlock(nn.Module):
             RuntimeError: a parametrization without ``right_inverse``; weights that hooks compute, as pruning.
         """
         stacks = {name: p for name, p in zip(self.stacks, self._stacks(), strict=True) if p is not None}
-        if stacks["V"].is_meta:
+        if stacks["V"].is_meta or isinstance(stacks["V"], FakeTensor):
             return
         under = [name for name in stacks if parametrize.is_parametrized(self, name)]
         hooked = [name for name in stacks if name not in {*self._parameters, *self._buffers, *under}]

@@ -49,7 +49,9 @@ class DeepConvResBlock(ResBlock):
     running statistics change once a call of the block (not in ``trajectory``). Derivatives of gradients are
     those of the plain loop. ``torch.compile`` leaves it to run eagerly. Under ``DistributedDataParallel``
     each process has the statistics of its own part of the batch, and takes over the buffers of the first one,
-    as with ``nn.BatchNorm2d``; ``nn.SyncBatchNorm.convert_sync_batchnorm`` leaves a block as it is.
+    as with ``nn.BatchNorm2d``. ``nn.SyncBatchNorm.convert_sync_batchnorm`` leaves a block as it is, and so
+    does ``torch.optim.swa_utils.update_bn``: give ``AveragedModel`` ``use_buffers=True``, which averages
+    running statistics, too.
 
     Under ``torch.autocast`` convolutions have its dtype; states, normalisation and its statistics float32.
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,6 +63,22 @@ def test_a_program_for_any_batch(name: str, grad: bool) -> None:
         x = draw(batch)
         assert torch.equal(program.module()(x), model(x))
         torch.testing.assert_close(plain.module()(x), model(x))
+
+
+def test_a_program_in_pytorchs_operators_runs_without_odeblock(tmp_path: Path) -> None:
+    model, draw = make("normalised")
+    x = draw(5)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,)).run_decompositions(odeblock.export.decompositions())
+        torch.save((x, model(x)), tmp_path / "case.pt")
+    torch.export.save(program, tmp_path / "model.pt2")
+    code = """
+import sys, torch
+x, y = torch.load("case.pt")
+torch.testing.assert_close(torch.export.load("model.pt2").module()(x), y)
+assert "odeblock" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
 def test_a_program_in_pytorchs_operators_can_be_trained() -> None:

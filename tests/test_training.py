@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
@@ -291,6 +292,15 @@ def test_from_the_meta_device(make: Callable[[], Any]) -> None:
         assert torch.equal(drawn.state_dict()[name], value)
         assert assigned.state_dict()[name].data_ptr() == value.data_ptr()
     assert all(p.requires_grad and isinstance(p, nn.Parameter) for p in assigned.parameters())
+
+
+@kinds
+def test_a_step_of_fake_tensors(maps: bool) -> None:
+    """For estimates of memory and time: shapes without values."""
+    with FakeTensorMode():
+        block, x = make_block(maps)
+        block(x).sum().backward()
+    assert all(p.grad.shape == p.shape for p in block.parameters())
 
 
 def test_a_state_dict_in_another_dtype() -> None:
