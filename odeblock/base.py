@@ -179,7 +179,7 @@ class ResBlock(nn.Module):
         # widened, which is exact, and what the kernels do themselves.
         state = h.to(torch.promote_types(h.dtype, torch.float32))
         states = [state]
-        for piece in _cut(stacks, lambda p: p.to(state.dtype).split(every)):
+        for piece in cut_stacks(stacks, lambda p: p.to(state.dtype).split(every)):
             states.append(self._run(states[-1], *piece))
         return torch.stack(states).to(h.dtype)
 
@@ -231,7 +231,7 @@ class ResBlock(nn.Module):
                 "least one step"
             )
         stacks = self._current_stacks()
-        pieces = _cut(stacks, lambda p: p.detach().tensor_split(parts))
+        pieces = cut_stacks(stacks, lambda p: p.detach().tensor_split(parts))
         return nn.Sequential(*(self._like(piece, self.scale, stacks) for piece in pieces))
 
     def vector_field(self, interpolation: str = "linear") -> VectorField:
@@ -283,8 +283,10 @@ class ResBlock(nn.Module):
         A ``scale`` other than 1/L has to be given to ``from_layers`` again.
         """
         start = (self.branch, self.activation, getattr(self, "num_batches_tracked", None))
-        pieces = _cut(self._current_stacks(), lambda p: p.unbind())
-        return [make_layer(*start, *piece).train(self.training) for piece in pieces]
+        return [
+            make_layer(*start, *piece).train(self.training)
+            for piece in cut_stacks(self._current_stacks(), lambda p: p.unbind())
+        ]
 
     def extra_repr(self) -> str:
         parts = [*self._shown_sizes(), ("activation", self.activation)]
@@ -373,7 +375,9 @@ class ResBlock(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _cut(stacks: Sequence[Any], cut: Callable[[Tensor], Sequence[Tensor]]) -> list[tuple[Any, ...]]:
+def cut_stacks(
+    stacks: Sequence[Tensor | None], cut: Callable[[Tensor], Sequence[Tensor]]
+) -> list[tuple[Any, ...]]:
     """All stacks of each piece into which ``cut`` divides a stack along depth."""
     pieces = [None if p is None else cut(p) for p in stacks]
     count = len(pieces[0] or ())

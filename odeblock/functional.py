@@ -18,8 +18,6 @@ from .products import flat_sizes
 from .scan import residual_scan
 from .validation import check_arguments
 
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # from PyTorch 2.7 on
-
 __all__ = ["deep_conv_residual", "deep_residual", "residual_scan"]
 
 
@@ -151,13 +149,19 @@ def conv_recorded(record: DriftRecord, *arguments: Any) -> Tensor:
     return _apply(record, scale, h if h.dim() == 4 else h[None], *others).view(h.shape)
 
 
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch >= 2.7
+
+
 def _apply(record: DriftRecord, step: float, *arguments: Any) -> Tensor:
     """Of checked arguments, h with one dimension of batch; ``step``: the scale to take."""
     h, V, W, hidden_bias, output_bias, activation, _, backward, strict, anchors, memory_budget = arguments
     tensors = (h, V, W, hidden_bias, output_bias)
     plan = checkpointing.NOTHING
-    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if differentiated and not _is_exporting():  # torch.export makes programs for inference
+    if (
+        torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in tensors)
+        and not is_exporting()  # what torch.export makes has no backward
+    ):
         sizes = _sizes(h, V, activation, memory_budget)
         plan = checkpointing.plan(backward, V.shape[0], anchors, memory_budget, *sizes)
     y, *_ = choose_function().apply(*tensors, activation, step, *plan, strict, record)
