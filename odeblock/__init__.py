@@ -5,7 +5,7 @@ from importlib.metadata import version as _version
 # torch comes first: its OpenMP runtime then serves the native core too, and there is one thread pool.
 import torch as _torch  # noqa: F401
 
-from . import diagnostics, flow, functional, initializers, limit, reference
+from . import diagnostics, export, flops, flow, functional, initializers, limit, reference  # noqa: F401
 from .block import DeepResBlock
 from .build import build_info
 from .conv import DeepConvResBlock
@@ -23,6 +23,7 @@ __all__ = [
     "DriftWarning",
     "build_info",
     "diagnostics",
+    "export",
     "flow",
     "functional",
     "initializers",

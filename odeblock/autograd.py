@@ -59,6 +59,10 @@ class DeepResidual(torch.autograd.Function):
             gradients: Sequence[Tensor | None] = _differentiable_gradients(ctx, grad, inputs)
         else:
             h, *weights = inputs
+            save_every = ctx.save_every
+            if not (save_every or ctx.reconstruct):  # nothing was saved: torch.export sees gradients taken
+                save_every = 1
+                _, states, checks = ops.forward(*inputs, ctx.activation, ctx.scale, save_every, False, False)
             gradients = ops.backward(
                 grad,
                 h if ctx.reconstruct else None,  # where the adjoint measures its drift
@@ -67,7 +71,7 @@ class DeepResidual(torch.autograd.Function):
                 checks,
                 ctx.activation,
                 ctx.scale,
-                ctx.save_every,
+                save_every,
                 ctx.reconstruct,
                 ctx.slots,
                 ctx.keep_hidden,

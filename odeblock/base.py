@@ -8,6 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from .activations import get_activation
 from .autocast import autocasted, without
@@ -29,6 +34,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 PARAMETERS = ("V", "W", "hidden_bias", "output_bias")
+
+REPARAMETRISING = (BasePruningMethod, WeightNorm, SpectralNorm)
+"""Hooks before ``forward`` that compute a weight from parameters, as a plain attribute of the module."""
 
 
 class ResBlock(nn.Module):
@@ -107,18 +115,39 @@ class ResBlock(nn.Module):
 
     # ---- what all have -----------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw V and W anew from the initializer ``init``; biases become zero. On "meta" nothing is drawn.
+        """Draw V and W anew from the initializer ``init``; biases become zero. Nothing is drawn on
+        "meta" and of fake tensors.
 
-        Where ``fully_shard`` has sharded them, every process draws the whole, and has its share of what the
-        first one drew.
+        What is under a parametrization (``torch.nn.utils.parametrize``) gets what was drawn through its
+        ``right_inverse``. Where ``fully_shard`` has sharded the parameters, every process draws the whole,
+        and has its share of what the first one drew.
+
+        Raises:
+            RuntimeError: a parametrization without ``right_inverse``; weights that hooks compute, as pruning.
         """
-        if self.V.is_meta:
+        everything = attrgetter(*self.stacks)(self)
+        stacks = {name: p for name, p in zip(self.stacks, everything, strict=True) if p is not None}
+        if stacks["V"].is_meta or isinstance(stacks["V"], FakeTensor):
             return
-        draw(get_initializer(self.init), self.V, self.W)
-        for bias in (self.hidden_bias, self.output_bias):
-            if bias is not None:
-                nn.init.zeros_(bias)
+        under = [name for name in stacks if parametrize.is_parametrized(self, name)]
+        hooked = [name for name in stacks if name not in {*self._parameters, *self._buffers, *under}]
+        if hooked:
+            raise RuntimeError(
+                f"{', '.join(hooked)}: expected parameters to draw anew, got weights that hooks compute, as "
+                "those of torch.nn.utils.prune; remove these hooks first"
+            )
+        self._draw(stacks)
+        for name in under:
+            setattr(self, name, stacks[name])
+
+    def _draw(self, stacks: dict[str, Tensor]) -> None:
+        """Initial values into these tensors."""
+        draw(get_initializer(self.init), stacks["V"], stacks["W"])
+        for name in PARAMETERS[2:]:
+            if name in stacks:
+                nn.init.zeros_(stacks[name])
 
     def forward(self, h: Tensor) -> Tensor:
         """h -> h_L, of the same shape, dtype and device."""
@@ -154,7 +183,7 @@ class ResBlock(nn.Module):
         if every > self.depth:
             raise ValueError(f"every: expected an int from 1 to the depth {self.depth}, got {every}")
         check_tensor("h", h)
-        stacks = self._stacks()
+        stacks = self._current_stacks()
         h, *weights = autocasted(h, *stacks[: len(PARAMETERS)])
         if h.dtype != weights[0].dtype:
             raise TypeError(f"h: expected the dtype of the block, {weights[0].dtype}; got {h.dtype}")
@@ -168,6 +197,7 @@ class ResBlock(nn.Module):
                 states.append(self._run(states[-1], *piece))
         return torch.stack(states).to(h.dtype)
 
+    @torch.enable_grad()  # computed weights then tell whether they are trained
     def resample(self, depth: int) -> Self:
         """A new block: the same neural ODE at another depth.
 
@@ -175,7 +205,8 @@ class ResBlock(nn.Module):
         s = k/L, is linear between and constant below 1/L (``odeblock.limit``); the scale is such that
         scale · depth, the ODE's horizon, stays. For weights that are smooth in depth both blocks are within
         O(1/L) of the ODE; tied weights are copied exactly; independent layers have no ODE, and what comes out
-        is another network.
+        is another network. Of parametrizations and pruning the new block has the outcome, in plain
+        parameters.
 
         Arguments:
             depth: of the new block, >= 1.
@@ -184,20 +215,22 @@ class ResBlock(nn.Module):
             TypeError, ValueError: ``depth`` is not a whole number >= 1.
         """
         depth = check_size("depth", depth)
-        layers = torch.arange(1, depth + 1, dtype=torch.float64, device=self.V.device)
+        old = self._current_stacks()
+        layers = torch.arange(1, depth + 1, dtype=torch.float64, device=old[0].device)
         position = layers * self.depth / depth  # exact wherever an old layer lies
         scale = None if self.scale == 1.0 / self.depth else self.scale * self.depth / depth
         with torch.no_grad():
-            stacks = [None if p is None else interpolate(p, position) for p in self._stacks()]
-        return self._like(stacks, scale)
+            stacks = [None if p is None else interpolate(p, position) for p in old]
+        return self._like(stacks, scale, old)
 
+    @torch.enable_grad()
     def split(self, parts: int) -> nn.Sequential:
         """The block cut along depth into ``parts`` blocks, applied one after another.
 
         For pipelines, sharding (docs/distributed.md) and layer-wise optimisers. The parts have copies of the
-        parameters, the ``scale`` of the whole, and depths that differ by at most one, the larger ones first.
-        In float32 and float64 they give the whole's bits; in half precision the state is rounded between two
-        parts.
+        parameters (plain ones, as after ``resample``), the ``scale`` of the whole, and depths that differ by
+        at most one, the larger ones first. In float32 and float64 they give the whole's bits; in half
+        precision the state is rounded between two parts.
 
         Arguments:
             parts: from 1 to L.
@@ -211,8 +244,9 @@ class ResBlock(nn.Module):
                 f"parts: expected an int from 1 to the depth {self.depth}, got {parts}; a part holds at "
                 "least one step"
             )
-        pieces = cut_stacks(self._stacks(), lambda p: p.detach().tensor_split(parts))
-        return nn.Sequential(*(self._like(piece, self.scale) for piece in pieces))
+        stacks = self._current_stacks()
+        pieces = cut_stacks(stacks, lambda p: p.detach().tensor_split(parts))
+        return nn.Sequential(*(self._like(piece, self.scale, stacks) for piece in pieces))
 
     def vector_field(self, interpolation: str = "linear") -> VectorField:
         """f(s, h), the right-hand side of the block's limiting ODE, for any ODE solver on 0 <= s <= 1.
@@ -265,7 +299,7 @@ class ResBlock(nn.Module):
         start = (self.branch, self.activation, getattr(self, "num_batches_tracked", None))
         return [
             make_layer(*start, *piece).train(self.training)
-            for piece in cut_stacks(self._stacks(), lambda p: p.unbind())
+            for piece in cut_stacks(self._current_stacks(), lambda p: p.unbind())
         ]
 
     def extra_repr(self) -> str:
@@ -289,15 +323,22 @@ class ResBlock(nn.Module):
         make: Callable[..., Self] = cls
         return make(V.shape[1], V.shape[0], *V.shape[2:4], **options)
 
-    def _stacks(self) -> tuple[Tensor | None, ...]:
-        """All that is stacked over depth, or RuntimeError where this process has a share of it only."""
-        stacks: tuple[Tensor | None, ...] = attrgetter(*self.stacks)(self)
+    def _stacks(self) -> tuple[Any, ...]:
+        """All stacks, V first; each a tensor, or None. RuntimeError where this process has a share only."""
+        stacks: tuple[Any, ...] = attrgetter(*self.stacks)(self)
         if is_sharded(stacks[0]):
             raise RuntimeError(
                 "V: expected a whole tensor, got a shard of one, as FSDP keeps it outside of forward; call "
                 ".unshard() of the module that was given to fully_shard before, and .reshard() after"
             )
         return stacks
+
+    def _current_stacks(self) -> tuple[Any, ...]:
+        """The same where ``forward`` was not called, with what is computed before it."""
+        for hook in self._forward_pre_hooks.values():
+            if isinstance(hook, REPARAMETRISING):
+                hook(self, ())
+        return self._stacks()
 
     def _run(self, h: Tensor, *stacks: Tensor | None) -> Tensor:
         """h through the layers that ``stacks`` hold."""
@@ -323,15 +364,15 @@ class ResBlock(nn.Module):
         names = ("activation", "init", "backward", "strict", "anchors", "memory_budget")
         return {name: getattr(self, name) for name in names}
 
-    def _like(self, stacks: Sequence[Tensor | None], scale: float | None) -> Self:
-        """A new block with this one's settings, copies of ``stacks``, and ``scale``."""
-        V = stacks[0]
-        assert V is not None
-        block = self._sized_like(V, scale=scale, **self._options(), device="meta")
+    def _like(self, stacks: Sequence[Any], scale: float | None, old: Sequence[Any]) -> Self:
+        """A new block with this one's settings, copies of ``stacks``, and ``scale``; trained is what is in
+        ``old``, the stacks of this one."""
+        kind: Any = parametrize.type_before_parametrizations(self)
+        block: Self = kind._sized_like(stacks[0], scale=scale, **self._options(), device="meta")
         block._set_stacks(stacks)
-        for new, old in zip(block._stacks(), self._stacks(), strict=True):
-            if new is not None and old is not None:
-                new.requires_grad_(old.requires_grad)
+        for new, was in zip(block._stacks(), old, strict=True):
+            if new is not None:
+                new.requires_grad_(was.requires_grad)
         return block.train(self.training)
 
     def __prepare_scriptable__(self) -> Self:

@@ -55,7 +55,9 @@ class DeepConvResBlock(ResBlock):
     running statistics change once a call of the block (not in ``trajectory``). Derivatives of gradients are
     those of the plain loop. ``torch.compile`` leaves it to run eagerly. Under ``DistributedDataParallel``
     each process has the statistics of its own part of the batch, and takes over the buffers of the first one,
-    as with ``nn.BatchNorm2d``; ``nn.SyncBatchNorm.convert_sync_batchnorm`` leaves a block as it is.
+    as with ``nn.BatchNorm2d``. ``nn.SyncBatchNorm.convert_sync_batchnorm`` leaves a block as it is, and so
+    does ``torch.optim.swa_utils.update_bn``: give ``AveragedModel`` ``use_buffers=True``, which averages
+    running statistics, too.
 
     Under ``torch.autocast`` convolutions have its dtype; states, normalisation and its statistics float32.
 
@@ -118,17 +120,14 @@ class DeepConvResBlock(ResBlock):
         self.register_buffer("num_batches_tracked", tracked)
         self.reset_parameters()
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw V and W anew from the initializer ``init``; biases become zero, a normalisation that of mean 0
-        and variance 1. On "meta" nothing is drawn."""
-        super().reset_parameters()
-        if self.num_batches_tracked is None or self.V.is_meta:
+    def _draw(self, stacks: dict[str, Tensor]) -> None:
+        """And a normalisation that of mean 0 and variance 1."""
+        super()._draw(stacks)
+        if self.num_batches_tracked is None:
             return
-        for i, names in enumerate(zip(normalised.AFFINE, normalised.STATISTICS, strict=True)):
-            affine, statistic = (getattr(self, name) for name in names)
-            affine.fill_(1 - i % 2)  # weight, bias
-            statistic.fill_(i % 2)  # mean, variance
+        for i, (affine, statistic) in enumerate(zip(normalised.AFFINE, normalised.STATISTICS, strict=True)):
+            stacks[affine].fill_(1 - i % 2)  # weight, bias
+            stacks[statistic].fill_(i % 2)  # mean, variance
         self.num_batches_tracked.zero_()
 
     def forward(self, h: Tensor) -> Tensor:
@@ -173,8 +172,8 @@ class DeepConvResBlock(ResBlock):
             found = found * (count / (count - 1)) if name.endswith("var") else found
             running.lerp_(found.to(running.dtype), normalised.MOMENTUM)
 
-    def _like(self, stacks: Sequence[Tensor | None], scale: float | None) -> Self:
-        block = super()._like(stacks, scale)
+    def _like(self, stacks: Sequence[Any], scale: float | None, old: Sequence[Any]) -> Self:
+        block = super()._like(stacks, scale, old)
         if self.num_batches_tracked is not None:
             block.num_batches_tracked = self.num_batches_tracked.clone()
         return block

@@ -107,7 +107,12 @@ def fields(block: ResBlock, interpolation: str = "linear") -> dict[str, Field]:
         interpolation: ``"linear"`` or ``"cubic"``, see ``interpolate``.
     """
     _check_kind("interpolation", interpolation)
-    return {name: Field(weights, interpolation) for name, weights in block.named_parameters()}
+    stacks = zip(block.stacks, block._current_stacks(), strict=True)
+    return {
+        name: Field(weights, interpolation)
+        for name, weights in stacks
+        if weights is not None and name not in block._buffers
+    }
 
 
 class VectorField(nn.Module):
@@ -143,15 +148,14 @@ class VectorField(nn.Module):
         if time.numel() != 1:
             raise ValueError(f"s: expected one number, got a tensor of shape {list(time.shape)}")
         position = time.reshape(1) * block.depth
-        at_time = (
-            None if p is None else interpolate(p, position, self.interpolation) for p in block._stacks()
-        )
+        stacks = block._current_stacks()
+        at_time = (None if p is None else interpolate(p, position, self.interpolation) for p in stacks)
         V, W, hidden_bias, output_bias = (
             None if p is None else p[0].to(h.dtype) for p in block._weights(*at_time)
         )
         assert isinstance(V, Tensor)
         assert isinstance(W, Tensor)
-        of = products(block.V)
+        of = products(stacks[0])
         f = of.apply(get_activation(block.activation).function(of.apply(h, W, hidden_bias)), V, output_bias)
         return (block.scale * block.depth) * f
 

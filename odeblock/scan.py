@@ -252,7 +252,8 @@ class ResidualScan(torch.autograd.Function):
         needed = ctx.needs_input_grad[4:]
         if grad is None:
             return (None,) * (4 + len(needed))
-        tensors, kept = ctx.saved_tensors[: len(needed)], ctx.saved_tensors[len(needed) :]
+        saved = ctx.saved_tensors  # once: hooks on saved tensors bring them back at every look
+        tensors, kept = saved[: len(needed)], saved[len(needed) :]
         if torch.is_grad_enabled():
             gradients = _differentiable_gradients(ctx.steps, grad, tensors, needed)
         else:
