@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from . import checkpointing, native, ops, reference
+from . import checkpointing
 from .autocast import autocasted
-from .autograd import DriftRecord, choose_function
-from .products import flat_sizes
+from .autograd import DeepResidual, DriftRecord
+from .eager import Call, EagerDeepResidual, transformed
 from .scan import residual_scan
 from .validation import check_arguments
 
@@ -138,6 +139,8 @@ def recorded(record: DriftRecord, *arguments: Any) -> Tensor:
     """``deep_residual`` of its arguments in order; an adjoint backward leaves its report in ``record``."""
     scale = check_arguments(*arguments)
     h, *others = arguments
+    if h.dim() == 2:
+        return _apply(record, scale, *arguments)
     return _apply(record, scale, h.reshape(-1, h.shape[-1]), *others).view(h.shape)
 
 
@@ -146,35 +149,25 @@ def conv_recorded(record: DriftRecord, *arguments: Any) -> Tensor:
     arguments = autocasted(*arguments)
     scale = check_arguments(*arguments, maps=True)
     h, *others = arguments
-    return _apply(record, scale, h if h.dim() == 4 else h[None], *others).view(h.shape)
+    return _apply(record, scale, *arguments) if h.dim() == 4 else _apply(record, scale, h[None], *others)[0]
 
 
 def _apply(record: DriftRecord, step: float, *arguments: Any) -> Tensor:
     """Of checked arguments, h with one dimension of batch; ``step``: the scale to take."""
     h, V, W, hidden_bias, output_bias, activation, _, backward, strict, anchors, memory_budget = arguments
     tensors = (h, V, W, hidden_bias, output_bias)
+    compiling = torch.compiler.is_compiling()
+    call = Call(activation, step, backward, strict, anchors, memory_budget, record)
+    if not compiling and torch._C._are_functorch_transforms_active():
+        return transformed(call, *tensors)
     plan = checkpointing.NOTHING
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        sizes = _sizes(h, V, activation, memory_budget)
-        plan = checkpointing.plan(backward, V.shape[0], anchors, memory_budget, *sizes)
-    y, *_ = choose_function().apply(*tensors, activation, step, *plan, strict, record)
+        plan = call.plan(h, V)
+    if compiling:
+        y, *_ = DeepResidual.apply(*tensors, activation, step, *plan, strict, record)  # type: ignore[no-untyped-call]
+    elif plan is checkpointing.NOTHING and forward_ad._current_level < 0:  # no derivative: nothing to prepare
+        y, *_ = call.forward(plan, *tensors)
+    else:
+        y = EagerDeepResidual.apply(call, plan, *tensors)  # type: ignore[no-untyped-call]
     result: Tensor = y
     return result
-
-
-def _sizes(
-    h: Tensor, V: Tensor, activation: str, memory_budget: int | None
-) -> tuple[int, int, tuple[int, int] | None]:
-    """Bytes of a state of the whole batch, and (where there is a budget) of what the CPU's kernels hold of
-    one at a time, a tile of rows or a group of maps for each thread; then of the hidden values of either.
-    (None on a GPU, where another product takes less time than its memory.)"""
-    number = torch.finfo(reference.state_dtype(h.dtype)).bits // 8
-    rows, dim, hidden = flat_sizes(h, V)
-    batch = reference.padded_rows(rows) * number
-    state, both = batch * dim, batch * (dim + hidden)
-    held, held_both = state, both
-    if memory_budget is not None and native.runs_natively(h) and not torch.compiler.is_compiling():
-        # A compiler cannot ask for the threads. What fills the vectors of few samples is not counted.
-        held = min(state, ops.slot_bytes(h, V, activation, keep_hidden=False))
-        held_both = min(both, ops.slot_bytes(h, V, activation, keep_hidden=True))
-    return state, held, None if h.is_cuda else (both - state, held_both - held)

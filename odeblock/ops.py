@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import autocast, gpu, native, reference
+from . import autocast, checkpointing, gpu, native, reference
 from .activations import ACTIVATIONS
 from .products import flat_sizes
 from .reconstruction import REPORT_SIZE, probe
@@ -43,7 +43,7 @@ def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A new tensor on the CPU, for the core to fill. If it is large, the core keeps its memory for others."""
     size = math.prod(shape) * dtype.itemsize
     if size < LARGE:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(*shape, dtype=dtype)  # faster than of a tuple
     return torch.frombuffer(native.core.memory(size), dtype=dtype, count=size // dtype.itemsize).view(shape)
 
 
@@ -62,6 +62,28 @@ def slot_bytes(h: Tensor, V: Tensor, activation: str, keep_hidden: bool) -> int:
         native.core.backward_workspace(*sizes, 2, False, slots, keep_hidden, threads) for slots in (0, 1)
     )
     return int(one - none)
+
+
+def plan(
+    h: Tensor, V: Tensor, activation: str, backward: str, anchors: int, memory_budget: int | None
+) -> checkpointing.Plan:
+    """What a strategy stores.
+
+    It depends on the bytes of a state of the whole batch, and (where there is a budget) of what the CPU's
+    kernels hold of one at a time, a tile of rows or a group of maps for each thread; then on those of the
+    hidden values of either. (Not on a GPU, where another product takes less time than its memory.)
+    """
+    number = torch.finfo(state_dtype(h.dtype)).bits // 8
+    rows, dim, hidden = flat_sizes(h, V)
+    batch = reference.padded_rows(rows) * number
+    state, both = batch * dim, batch * (dim + hidden)
+    held, held_both = state, both
+    if memory_budget is not None and native.runs_natively(h) and not torch.compiler.is_compiling():
+        # A compiler cannot ask for the threads. What fills the vectors of few samples is not counted.
+        held = min(state, slot_bytes(h, V, activation, keep_hidden=False))
+        held_both = min(both, slot_bytes(h, V, activation, keep_hidden=True))
+    hidden_bytes = None if h.is_cuda else (both - state, held_both - held)
+    return checkpointing.plan(backward, V.shape[0], anchors, memory_budget, state, held, hidden_bytes)
 
 
 def _forward(
