@@ -7,11 +7,12 @@ are those of the loop in PyTorch (``reference``), whatever the strategy: it stor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import members, native, ops, reference
 from .autograd import DriftRecord, drift_tolerance, judge_drift, pull_back
@@ -65,6 +66,12 @@ class Call(NamedTuple):
 
     def judge(self, report: Tensor, gradients: Sequence[Tensor], like: Any, maps: bool) -> None:
         """Warn or raise where an adjoint backward cannot be trusted; like: a state."""
+        if torch._C._functorch.is_legacy_batchedtensor(report):
+            raise NotImplementedError(
+                'backward: expected another strategy than "adjoint" under is_grads_batched=True or '
+                "vectorize=True, where its report cannot be read; torch.func.jacrev, or torch.vmap over the "
+                "function of torch.func.vjp, takes every strategy"
+            )
         # tf32 has the 11 bits of float16.
         dtype = torch.float16 if like.is_cuda and tf32(like.dtype, maps) else like.dtype
         tolerance = drift_tolerance(dtype, not native.runs_natively(like))
@@ -105,7 +112,7 @@ class EagerDeepResidual(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         """The derivative along ``tangents``, by PyTorch operators: it can be differentiated again."""
-        moving: Tensor = ctx.call.moving(*tangents[2:], *ctx.saved_tensors[:5])
+        moving: Tensor = _pushed(ctx.call.moving, tangents[2:], ctx.saved_tensors[:5])
         return moving
 
 
@@ -156,9 +163,7 @@ class TransformedDeepResidual(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None, None]:
-        tensors = ctx.saved_tensors[:5]
-        found: Tensor = members.mapped(ctx.call.moving, tensors)(*tangents[2:], *tensors)
-        return found, None, None
+        return _pushed(ctx.call.moving, tangents[2:], ctx.saved_tensors[:5]), None, None
 
     @staticmethod
     def vmap(
@@ -254,7 +259,7 @@ class Gradients(torch.autograd.Function):
             weight = torch.zeros_like(grad) if dgrad is None else dgrad
             return tuple(g for g in pull_back(run, inputs, needed, (weight, grad)) if g is not None)
 
-        found: tuple[Tensor, ...] = members.mapped(moving, tensors)(*tangents[-6:], *tensors)
+        found: tuple[Tensor, ...] = _pushed(moving, tangents[-len(tensors) :], tensors)
         return found
 
     @staticmethod
@@ -277,3 +282,13 @@ class Gradients(torch.autograd.Function):
         found = Gradients.apply(call, plan, needed, states, checks, *inner)  # type: ignore[no-untyped-call]
         restored = [restore(g) for g in found]
         return tuple(g for g, _ in restored), tuple(at for _, at in restored)
+
+
+def _pushed(function: Callable[..., Any], tangents: Sequence[Any], tensors: Sequence[Any]) -> Any:
+    """function(*tangents, *tensors) of every member, within ``jvp``, with a derivative in forward mode.
+
+    PyTorch turns that off there, and hands the inputs over with their tangents.
+    """
+    with forward_ad._set_fwd_grad_enabled(True):
+        primals = [x if x is None else forward_ad.unpack_dual(x).primal for x in tensors]
+        return members.mapped(function, tensors)(*tangents, *primals)
