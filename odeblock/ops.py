@@ -10,6 +10,7 @@ The low-level ``torch.library`` interface is used because its calls cost a few m
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -53,6 +54,29 @@ def _sizes(h: Tensor, V: Tensor, activation: str) -> tuple[int, ...]:
     height, width, size = (*h.shape[2:], kernel[0]) if kernel else (0, 0, 0)
     kind = (native.NATIVE_DTYPES[h.dtype], ACTIVATIONS[activation].native_id)
     return (*kind, h.shape[0], dim, hidden, depth, height, width, size)
+
+
+@functools.lru_cache(maxsize=256)
+def _forward_sizes(
+    dtype: torch.dtype,
+    h_shape: torch.Size,
+    V_shape: torch.Size,
+    activation: str,
+    save_every: int,
+    reconstruct: bool,
+    keep_hidden: bool,
+    threads: int,
+) -> tuple[tuple[int, ...], int, tuple[int, ...], tuple[int, ...], int]:
+    """Of a forward on the core: ``_sizes``, q, the shapes of states and checks, and bytes of workspace.
+
+    Found anew they are a twelfth of a small call.
+    """
+    h, V = (torch.empty(shape, dtype=dtype, device="meta") for shape in (h_shape, V_shape))
+    depth, (batch, dim, hidden) = V.shape[0], flat_sizes(h, V)
+    sizes = _sizes(h, V, activation)
+    states = states_shape(batch, dim, hidden, depth, save_every, reconstruct, keep_hidden)
+    workspace = native.core.forward_workspace(*sizes, reconstruct, threads)
+    return sizes, dim, states, checks_shape(batch, depth, reconstruct), workspace
 
 
 def slot_bytes(h: Tensor, V: Tensor, activation: str, keep_hidden: bool) -> int:
@@ -109,15 +133,14 @@ def _forward(
             )
     h, V, W = h.contiguous(), V.contiguous(), W.contiguous()
     hidden_bias, output_bias = native.contiguous(hidden_bias), native.contiguous(output_bias)
-    depth, (batch, dim, hidden) = V.shape[0], flat_sizes(h, V)
     threads = torch.get_num_threads()
-    sizes = _sizes(h, V, activation)
+    sizes, dim, states_like, checks_like, workspace_size = _forward_sizes(
+        h.dtype, h.shape, V.shape, activation, save_every, reconstruct, keep_hidden, threads
+    )
     y = torch.empty_like(h)
     computed = state_dtype(h.dtype)
-    shape = states_shape(batch, dim, hidden, depth, save_every, reconstruct, keep_hidden)
-    states = _empty(shape, computed)
-    checks = _empty(checks_shape(batch, depth, reconstruct), computed)
-    workspace = _empty((native.core.forward_workspace(*sizes, reconstruct, threads),), torch.uint8)
+    states, checks = _empty(states_like, computed), _empty(checks_like, computed)
+    workspace = _empty((workspace_size,), torch.uint8)
     native.core.forward(
         *sizes,
         scale,
