@@ -35,7 +35,7 @@ import peers  # noqa: E402
 
 from odeblock import DriftWarning, functional, reference  # noqa: E402
 from odeblock.activations import Activation, get_activation  # noqa: E402
-from odeblock.autograd import DriftRecord  # noqa: E402
+from odeblock.drift import DriftRecord  # noqa: E402
 from odeblock.experiments.config import TrainConfig  # noqa: E402
 from odeblock.experiments.digits import load_digits  # noqa: E402
 from odeblock.experiments.gradients import random_inputs  # noqa: E402

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from odeblock import initializers
-from odeblock.autograd import DriftRecord
+from odeblock.drift import DriftRecord
 from odeblock.functional import conv_recorded, recorded
 
 ACTIVATION = "gelu_tanh"

@@ -6,10 +6,10 @@ from importlib.metadata import version as _version
 import torch as _torch  # noqa: F401
 
 from . import diagnostics, flow, functional, initializers, limit, reference
-from .autograd import DriftError, DriftWarning
 from .block import DeepResBlock
 from .build import build_info
 from .conv import DeepConvResBlock
+from .drift import DriftError, DriftWarning
 from .native import release_memory
 from .network import DeepResNet
 

@@ -18,7 +18,8 @@ def autocasted(h: Any, *tensors: Any) -> tuple[Any, ...]:
     """h and other arguments in autocast's dtype, where it is on for h; as they are if float64, or no
     floating-point tensors."""
     arguments = (h, *tensors)
-    if not isinstance(h, Tensor) or not autocasts(h.device.type):
+    # The first is asked for nothing but time.
+    if not torch._C._is_any_autocast_enabled() or not isinstance(h, Tensor) or not autocasts(h.device.type):
         return arguments
     dtype = torch.get_autocast_dtype(h.device.type)
     return tuple(

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from .activations import get_activation
-from .autograd import Drift, DriftRecord
+from .autocast import autocasted, without
+from .drift import Drift, DriftRecord
 from .initializers import Initializer, get_initializer
 from .layers import Branch, make_layer, stack_layers
 from .limit import VectorField, interpolate
-from .validation import check_options, check_scale, check_size, check_tensor
+from .validation import NO_TORCHSCRIPT, check_options, check_scale, check_size, check_tensor
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -131,7 +132,7 @@ class ResBlock(nn.Module):
             every: steps between two states, from 1 to L.
 
         Returns:
-            shape [⌈L / every⌉ + 1, *h.shape], of the dtype of ``h``.
+            shape [⌈L / every⌉ + 1, *h.shape], of the dtype of ``self(h)``.
 
         Raises:
             TypeError, ValueError: ``every`` is not a whole number from 1 to L, or as ``forward``.
@@ -140,14 +141,18 @@ class ResBlock(nn.Module):
         if every > self.depth:
             raise ValueError(f"every: expected an int from 1 to the depth {self.depth}, got {every}")
         check_tensor("h", h)
-        if h.dtype != self.V.dtype:
-            raise TypeError(f"h: expected the dtype of the block, {self.V.dtype}; got {h.dtype}")
+        stacks = self._stacks()
+        h, *weights = autocasted(h, *stacks[: len(PARAMETERS)])
+        if h.dtype != weights[0].dtype:
+            raise TypeError(f"h: expected the dtype of the block, {weights[0].dtype}; got {h.dtype}")
         # Between pieces the state keeps the precision that it has inside one: half-precision weights are
         # widened, which is exact, and what the kernels do themselves.
         state = h.to(torch.promote_types(h.dtype, torch.float32))
         states = [state]
-        for piece in self._cut(lambda p: p.to(state.dtype).split(every)):
-            states.append(self._run(states[-1], *piece))
+        stacks = (*weights, *stacks[len(PARAMETERS) :])
+        with without(h.device.type):
+            for piece in cut_stacks(stacks, lambda p: p.to(state.dtype).split(every)):
+                states.append(self._run(states[-1], *piece))
         return torch.stack(states).to(h.dtype)
 
     def resample(self, depth: int) -> Self:
@@ -192,7 +197,7 @@ class ResBlock(nn.Module):
                 f"parts: expected an int from 1 to the depth {self.depth}, got {parts}; a part holds at "
                 "least one step"
             )
-        pieces = self._cut(lambda p: p.detach().tensor_split(parts))
+        pieces = cut_stacks(self._stacks(), lambda p: p.detach().tensor_split(parts))
         return nn.Sequential(*(self._like(piece, self.scale) for piece in pieces))
 
     def vector_field(self, interpolation: str = "linear") -> VectorField:
@@ -244,7 +249,10 @@ class ResBlock(nn.Module):
         A ``scale`` other than 1/L has to be given to ``from_layers`` again.
         """
         start = (self.branch, self.activation, getattr(self, "num_batches_tracked", None))
-        return [make_layer(*start, *piece).train(self.training) for piece in self._cut(lambda p: p.unbind())]
+        return [
+            make_layer(*start, *piece).train(self.training)
+            for piece in cut_stacks(self._stacks(), lambda p: p.unbind())
+        ]
 
     def extra_repr(self) -> str:
         parts = [*self._shown_sizes(), ("activation", self.activation)]
@@ -281,12 +289,6 @@ class ResBlock(nn.Module):
         """V, W and biases of layers without normalisation that do what those do that ``stacks`` hold."""
         return stacks
 
-    def _cut(self, cut: Callable[[Tensor], Sequence[Tensor]]) -> list[tuple[Any, ...]]:
-        """All stacks of each piece into which ``cut`` divides a stack along depth."""
-        pieces = [None if p is None else cut(p) for p in self._stacks()]
-        count = len(pieces[0] or ())
-        return list(zip(*([None] * count if piece is None else piece for piece in pieces), strict=True))
-
     def _set_stacks(self, stacks: Sequence[Tensor | None]) -> None:
         """Replace all stacks by copies of those given, of the same depth."""
         for name, value in zip(self.stacks, stacks, strict=True):
@@ -311,6 +313,10 @@ class ResBlock(nn.Module):
                 new.requires_grad_(old.requires_grad)
         return block.train(self.training)
 
+    def __prepare_scriptable__(self) -> Self:
+        """What ``torch.jit.script`` asks every module for first."""
+        raise RuntimeError(f"torch.jit.script {NO_TORCHSCRIPT}")
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """As every module's, with advice where the state dict comes from a block of another depth."""
         depths = {
@@ -329,3 +335,12 @@ class ResBlock(nn.Module):
             )
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def cut_stacks(
+    stacks: Sequence[Tensor | None], cut: Callable[[Tensor], Sequence[Tensor]]
+) -> list[tuple[Any, ...]]:
+    """All stacks of each piece into which ``cut`` divides a stack along depth."""
+    pieces = [None if p is None else cut(p) for p in stacks]
+    count = len(pieces[0] or ())
+    return list(zip(*([None] * count if piece is None else piece for piece in pieces), strict=True))

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import members, native, ops, reference
-from .autograd import DriftRecord, drift_tolerance, judge_drift, pull_back
+from . import members, ops, reference
+from .autocast import without
+from .autograd import pull_back
 from .checkpointing import NOTHING, Plan
-from .gpu_layers import tf32
+from .drift import DriftRecord, judge_drift
 
 
 class Call(NamedTuple):
@@ -44,38 +45,47 @@ class Call(NamedTuple):
         return found
 
     def gradients(
-        self, plan: Plan, grad: Any, h: Any, *rest: Any, weights: bool
-    ) -> tuple[list[Tensor], Tensor]:
-        """Those of h and, where asked for, of the weights, and the adjoint's report; rest: weights, states
-        and checks."""
+        self, plan: Plan, grad: Any, h: Any, *rest: Any, weights: bool, record: DriftRecord
+    ) -> tuple[Tensor, ...]:
+        """Those of h and, where asked for, of the weights; rest: weights, states and checks."""
         save_every, reconstruct, slots, keep_hidden = plan
         below = h if reconstruct else None  # where the adjoint measures its drift
         options = (self.activation, self.scale, save_every, reconstruct, slots, keep_hidden, weights)
-        *found, report = ops.backward(grad, below, *rest, *options)
-        return found, report
+        found: tuple[Tensor, ...] = ops.backward(grad, below, *rest, *options, self.strict, record.number)
+        return found
 
     def loop(self, *tensors: Any) -> Tensor:
         """y by PyTorch operators, which have derivatives of every order."""
-        return reference.loop(*tensors, activation=self.activation, scale=self.scale)
+        with without(tensors[0].device.type):
+            return reference.loop(*tensors, activation=self.activation, scale=self.scale)
 
     def moving(self, *both: Any) -> Tensor:
         """ẏ by PyTorch operators, of the tangents of h, V, ... and then these themselves."""
         h, V, W, hidden_bias, output_bias = both[5:]
         options = self.activation, self.scale
-        return reference.jvp(both[:5], h, V, W, hidden_bias, output_bias, *options)
+        with without(h.device.type):
+            return reference.jvp(both[:5], h, V, W, hidden_bias, output_bias, *options)
 
-    def judge(self, report: Tensor, gradients: Sequence[Tensor], like: Any, maps: bool) -> None:
-        """Warn or raise where an adjoint backward cannot be trusted; like: a state."""
-        if torch._C._functorch.is_legacy_batchedtensor(report):
-            raise NotImplementedError(
-                'backward: expected another strategy than "adjoint" under is_grads_batched=True or '
-                "vectorize=True, where its report cannot be read; torch.func.jacrev, or torch.vmap over the "
-                "function of torch.func.vjp, takes every strategy"
-            )
-        # tf32 has the 11 bits of float16.
-        dtype = torch.float16 if like.is_cuda and tf32(like.dtype, maps) else like.dtype
-        tolerance = drift_tolerance(dtype, not native.runs_natively(like))
-        judge_drift(report, gradients, tolerance, self.strict, self.record)
+
+class Reports(DriftRecord):
+    """Of the members of a call, whose adjoint backwards are judged together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Tensor] = []
+
+    def judge(self, report: Tensor, tolerance: float, strict: bool = False) -> None:
+        self.wait_for(report, tolerance)
+
+    def wait_for(self, report: Tensor, tolerance: float) -> None:
+        self.found.append(report)
+        self.tolerance = tolerance
+
+    def judge_all(self, gradients: Sequence[Tensor], strict: bool, record: DriftRecord) -> None:
+        """By the errors of the worst, and means of the rest."""
+        every = torch.stack(self.found)
+        report = torch.cat([every[:, :2].amax(0), every[:, 2:].mean(0)])
+        judge_drift(report, gradients, self.tolerance, strict, record)
 
 
 class EagerDeepResidual(torch.autograd.Function):
@@ -103,10 +113,8 @@ class EagerDeepResidual(torch.autograd.Function):
             *tensors, states, checks = ctx.saved_tensors
             gradients = _differentiable(ctx.call, ctx.plan, needed, states, checks, grad, *tensors)
             return (None, None, *gradients)
-        call, plan = ctx.call, ctx.plan
-        found, report = call.gradients(plan, grad, *ctx.saved_tensors, weights=any(needed[1:]))
-        if plan.reconstruct:
-            call.judge(report, found, grad, grad.dim() == 4)
+        call, weights = ctx.call, any(needed[1:])
+        found = call.gradients(ctx.plan, grad, *ctx.saved_tensors, weights=weights, record=call.record)
         return (None, None, *(g if need else None for g, need in zip(found, needed, strict=True)))
 
     @staticmethod
@@ -152,13 +160,8 @@ class TransformedDeepResidual(torch.autograd.Function):
             return (None,) * 7
         *tensors, states, checks = ctx.saved_tensors
         needed = ctx.needs_input_grad[2:]
+        # With members; of a tensor that all share autograd takes the sum.
         gradients = _differentiable(ctx.call, ctx.plan, needed, states, checks, grad, *tensors)
-        if members.count(tensors) is not None:
-            # Where all share a tensor, its gradient is the sum.
-            gradients = [
-                g if g is None or has else g.sum(0)
-                for g, has in zip(gradients, members.of(tensors), strict=True)
-            ]
         return (None, None, *gradients)
 
     @staticmethod
@@ -210,23 +213,19 @@ class Gradients(torch.autograd.Function):
         kept = states.numel() > 0
         if not kept:
             plan = call.plan(*parts[0][1:])
-        several = kept and states.dim() > 3
-        results, reports = [], []
-        grad: Any
+        record = call.record if members.count(tensors) is None else Reports()
+        results = []
         for e, (grad, *part) in enumerate(parts):
             if kept:
-                saved = (states[e], checks[e]) if several else (states, checks)
+                saved = (states[e], checks[e]) if states.dim() > 3 else (states, checks)
             else:
                 saved = call.forward(plan, *part)[1:]
-            gradients, report = call.gradients(plan, grad, *part, *saved, weights=any(needed[1:]))
-            results.append([g for g, need in zip(gradients, needed, strict=True) if need])
-            reports.append(report)
-        found = members.join(tensors, results)
-        if plan.reconstruct:
-            every = torch.stack(reports)  # errors of the worst member, and means
-            report = torch.cat([every[:, :2].amax(0), every[:, 2:].mean(0)])
-            call.judge(report, found, grad, grad.dim() == 4)
-        return tuple(found)
+            found = call.gradients(plan, grad, *part, *saved, weights=any(needed[1:]), record=record)
+            results.append([g for g, need in zip(found, needed, strict=True) if need])
+        gradients = members.join(tensors, results)
+        if isinstance(record, Reports) and record.found:
+            record.judge_all(gradients, call.strict, call.record)
+        return tuple(gradients)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

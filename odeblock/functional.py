@@ -14,7 +14,8 @@ from torch.autograd import forward_ad
 
 from . import checkpointing
 from .autocast import autocasted
-from .autograd import DeepResidual, DriftRecord
+from .autograd import DeepResidual
+from .drift import DriftRecord
 from .eager import Call, EagerDeepResidual, transformed
 from .scan import residual_scan
 from .validation import check_arguments
@@ -67,8 +68,14 @@ def deep_residual(
             steps run more than once more, as few as possible (Griewank & Walther 2000). On a GPU a backward
             holds up to 512 MiB besides, for the gradients of V and W, whatever the depth.
 
+    Every transform of ``torch.func`` applies. Gradients come from the native backward; forward mode and
+    derivatives of gradients take PyTorch operators, which store every state. ``torch.vmap`` over ``h`` is one
+    call with more rows, whose states a ``memory_budget`` counts together; over weights, an ensemble, it is a
+    call for each member. The members of an adjoint are judged together, by the worst.
+
     Returns:
-        h_L, with the shape, dtype and device of ``h``.
+        h_L, with the shape, dtype and device of ``h``. Under ``torch.autocast`` all tensors but those of
+        float64 are cast to its dtype first, once a call, as by ``nn.Linear``.
 
     Raises:
         TypeError: an argument is of the wrong type, or tensors of different dtypes.
@@ -76,6 +83,7 @@ def deep_residual(
             unknown activation or strategy, anchors without ``"adjoint"``, a budget for a strategy without one
             or below two states.
         DriftError: in the backward, with ``strict``.
+        RuntimeError: within ``torch.jit.trace``; ``torch.export`` and ``torch.compile`` take it.
 
     Source: Marion, Wu, Sander & Biau, "Implicit regularization of deep residual networks towards neural
     ODEs", ICLR 2024, arXiv 2309.01213.
@@ -116,12 +124,12 @@ def deep_conv_residual(
             decides for each sample by itself.
 
     Returns:
-        h_L, with the shape, dtype and device of ``h``; contiguous. Under ``torch.autocast`` all tensors are
-        cast to its dtype first, once a call, as by ``nn.Conv2d``.
+        h_L, with the shape, dtype and device of ``h``; contiguous. ``torch.autocast`` casts as it does for
+        ``deep_residual``.
 
     Raises:
-        TypeError, ValueError, DriftError: as ``deep_residual``; kernels that are not square, of even size, or
-            of another size for V than for W; maps without a pixel.
+        TypeError, ValueError, DriftError, RuntimeError: as ``deep_residual``; kernels that are not square, of
+            even size, or of another size for V than for W; maps without a pixel.
 
     Source: as ``deep_residual``.
     """
@@ -137,6 +145,7 @@ _record = DriftRecord()
 
 def recorded(record: DriftRecord, *arguments: Any) -> Tensor:
     """``deep_residual`` of its arguments in order; an adjoint backward leaves its report in ``record``."""
+    arguments = autocasted(*arguments)
     scale = check_arguments(*arguments)
     h, *others = arguments
     if h.dim() == 2:
@@ -152,6 +161,9 @@ def conv_recorded(record: DriftRecord, *arguments: Any) -> Tensor:
     return _apply(record, scale, *arguments) if h.dim() == 4 else _apply(record, scale, h[None], *others)[0]
 
 
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch >= 2.7
+
+
 def _apply(record: DriftRecord, step: float, *arguments: Any) -> Tensor:
     """Of checked arguments, h with one dimension of batch; ``step``: the scale to take."""
     h, V, W, hidden_bias, output_bias, activation, _, backward, strict, anchors, memory_budget = arguments
@@ -161,7 +173,11 @@ def _apply(record: DriftRecord, step: float, *arguments: Any) -> Tensor:
     if not compiling and torch._C._are_functorch_transforms_active():
         return transformed(call, *tensors)
     plan = checkpointing.NOTHING
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if (
+        torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in tensors)
+        and not is_exporting()  # what torch.export makes has no backward
+    ):
         plan = call.plan(h, V)
     if compiling:
         y, *_ = DeepResidual.apply(*tensors, activation, step, *plan, strict, record)  # type: ignore[no-untyped-call]

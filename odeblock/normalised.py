@@ -21,9 +21,9 @@ from torch import Tensor
 
 from .activations import get_activation
 from .autocast import autocasted
-from .autograd import DriftRecord
 from .base import PARAMETERS
 from .checkpointing import NOTHING
+from .drift import DriftRecord
 from .products import CONVOLUTION
 from .reference import state_dtype
 from .scan import ResidualScan, Steps, plan_for

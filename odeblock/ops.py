@@ -19,6 +19,8 @@ from torch import Tensor
 
 from . import autocast, checkpointing, gpu, native, reference
 from .activations import ACTIVATIONS
+from .drift import DriftRecord, drift_tolerance, judge_drift
+from .gpu_layers import tf32
 from .products import flat_sizes
 from .reconstruction import REPORT_SIZE, probe
 from .reference import checks_shape, state_dtype, states_shape
@@ -35,8 +37,8 @@ _library.define(
 _library.define(
     "deep_residual_backward(Tensor grad, Tensor? h, Tensor V, Tensor W, Tensor? hidden_bias, "
     "Tensor? output_bias, Tensor states, Tensor checks, str activation, float scale, int save_every, "
-    "bool reconstruct, int slots, bool keep_hidden, bool weight_gradients) -> "
-    "(Tensor dh, Tensor dV, Tensor dW, Tensor dhidden_bias, Tensor doutput_bias, Tensor report)"
+    "bool reconstruct, int slots, bool keep_hidden, bool weight_gradients, bool strict, int record) -> "
+    "(Tensor dh, Tensor dV, Tensor dW, Tensor dhidden_bias, Tensor doutput_bias)"
 )
 
 
@@ -93,21 +95,25 @@ def plan(
 ) -> checkpointing.Plan:
     """What a strategy stores.
 
-    It depends on the bytes of a state of the whole batch, and (where there is a budget) of what the CPU's
-    kernels hold of one at a time, a tile of rows or a group of maps for each thread; then on those of the
-    hidden values of either. (Not on a GPU, where another product takes less time than its memory.)
+    With a budget it depends on the bytes of a state of the whole batch, and of what the CPU's kernels hold of
+    one at a time, a tile of rows or a group of maps for each thread; then on those of the hidden values of
+    either. (Not on a GPU, where another product takes less time than its memory.)
     """
-    number = torch.finfo(state_dtype(h.dtype)).bits // 8
-    rows, dim, hidden = flat_sizes(h, V)
-    batch = reference.padded_rows(rows) * number
-    state, both = batch * dim, batch * (dim + hidden)
-    held, held_both = state, both
-    if memory_budget is not None and native.runs_natively(h) and not torch.compiler.is_compiling():
-        # A compiler cannot ask for the threads. What fills the vectors of few samples is not counted.
-        held = min(state, slot_bytes(h, V, activation, keep_hidden=False))
-        held_both = min(both, slot_bytes(h, V, activation, keep_hidden=True))
+    state = held = both = held_both = 0
+    if memory_budget is not None:
+        number = torch.finfo(state_dtype(h.dtype)).bits // 8
+        rows, dim, hidden = flat_sizes(h, V)
+        batch = reference.padded_rows(rows) * number
+        held = state = batch * dim
+        held_both = both = batch * (dim + hidden)
+        if native.runs_natively(h) and not torch.compiler.is_compiling():
+            # A compiler cannot ask for the threads. What fills the vectors of few samples is not counted.
+            held = min(state, slot_bytes(h, V, activation, keep_hidden=False))
+            held_both = min(both, slot_bytes(h, V, activation, keep_hidden=True))
     hidden_bytes = None if h.is_cuda else (both - state, held_both - held)
-    return checkpointing.plan(backward, V.shape[0], anchors, memory_budget, state, held, hidden_bytes)
+    # A compiler looks through the cache, and would say so.
+    make = checkpointing.plan.__wrapped__ if torch.compiler.is_compiling() else checkpointing.plan
+    return make(backward, V.shape[0], anchors, memory_budget, state, held, hidden_bytes)
 
 
 def _forward(
@@ -183,7 +189,7 @@ def _check_saved(
             raise RuntimeError(f"{name}: expected a tensor {expected}; got {got}")
 
 
-def _backward(
+def _gradients(
     grad: Tensor,
     h: Tensor | None,
     V: Tensor,
@@ -199,7 +205,7 @@ def _backward(
     slots: int,
     keep_hidden: bool,
     weight_gradients: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     on_a_gpu = grad.is_cuda and not keep_hidden and gpu.has_kernels_for(grad)
     if on_a_gpu or native.runs_natively(grad):
         _check_saved(grad, V, states, checks, save_every, reconstruct, keep_hidden)
@@ -261,6 +267,40 @@ def _backward(
     return dh, dV, dW, dhidden, doutput, report
 
 
+def _backward(
+    grad: Tensor,
+    h: Tensor | None,
+    V: Tensor,
+    W: Tensor,
+    hidden_bias: Tensor | None,
+    output_bias: Tensor | None,
+    states: Tensor,
+    checks: Tensor,
+    activation: str,
+    scale: float,
+    save_every: int,
+    reconstruct: bool,
+    slots: int,
+    keep_hidden: bool,
+    weight_gradients: bool,
+    strict: bool,
+    record: int,
+) -> tuple[Tensor, ...]:
+    """The gradients. An adjoint's are judged here, where a compiled graph calls, too: its report goes to the
+    ``DriftRecord`` of that number."""
+    *gradients, report = _gradients(
+        *(grad, h, V, W, hidden_bias, output_bias, states, checks),
+        *(activation, scale, save_every, reconstruct, slots, keep_hidden, weight_gradients),
+    )
+    if reconstruct:
+        # tf32 has the 11 bits of float16.
+        rounds = grad.is_cuda and tf32(grad.dtype, grad.dim() == 4)
+        dtype = torch.float16 if rounds else grad.dtype
+        tolerance = drift_tolerance(dtype, not native.runs_natively(grad))
+        judge_drift(report, gradients, tolerance, strict, DriftRecord.numbered(record))
+    return tuple(gradients)
+
+
 # One kernel for every backend: it decides by itself between the native core and PyTorch operators.
 _library.impl("deep_residual", _forward, "CompositeExplicitAutograd")
 _library.impl("deep_residual_backward", _backward, "CompositeExplicitAutograd")
@@ -304,13 +344,14 @@ def _backward_fake(
     slots: int,
     keep_hidden: bool,
     weight_gradients: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    strict: bool,
+    record: int,
+) -> tuple[Tensor, ...]:
     dV, dW, dhidden, doutput = (
         p.new_empty(p.shape) if weight_gradients and p is not None else grad.new_empty(0)
         for p in (V, W, hidden_bias, output_bias)
     )
-    report = grad.new_empty(REPORT_SIZE, dtype=torch.float64)
-    return grad.new_empty(grad.shape), dV, dW, dhidden, doutput, report
+    return grad.new_empty(grad.shape), dV, dW, dhidden, doutput
 
 
 forward = torch.ops.odeblock.deep_residual.default

@@ -136,6 +136,9 @@ def states_shape(
 
 def padded_rows(batch: int) -> int:
     """Rows of the saved states of a batch."""
+    if isinstance(batch, torch.SymInt):  # the same without a branch, so that one graph serves every batch
+        few, many = torch.sym_min(batch, 3), torch.sym_min(batch // 5, 1)
+        return torch.sym_max(few + few // 3, many * _round_up(batch))
     if batch <= 4:
         return 4 if batch == 3 else batch
     return _round_up(batch)
@@ -147,7 +150,7 @@ def checks_shape(batch: int, depth: int, reconstruct: bool) -> tuple[int, int]:
 
 
 def _round_up(batch: int) -> int:
-    return -(-batch // ROW_PADDING) * ROW_PADDING
+    return (batch + ROW_PADDING - 1) // ROW_PADDING * ROW_PADDING
 
 
 def forward(

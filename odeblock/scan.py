@@ -23,7 +23,8 @@ from torch.utils import _pytree as pytree
 
 from . import checkpointing
 from .autocast import autocasts, without
-from .autograd import DriftRecord, drift_tolerance, pull_back
+from .autograd import pull_back
+from .drift import DriftRecord, drift_tolerance
 from .purity import check_purity
 from .reconstruction import Reconstruction, check_every, probe, rounding_unit
 from .reference import state_dtype

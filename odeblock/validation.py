@@ -16,6 +16,11 @@ STRATEGIES = ("auto", "adjoint", "checkpoint", "store")
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
+NO_TORCHSCRIPT = (
+    "cannot record a block, whose steps are one call of native code; use torch.export.export to save a model "
+    "for inference, or torch.compile to run or train it in one graph"
+)
+
 
 MOST_ACCEPTED = 1024
 _accepted: set[Any] = set()
@@ -41,6 +46,8 @@ def check_arguments(
     maps: bool = False,
 ) -> float:
     """Refuse what cannot be computed of rows, or of ``maps``; return the scale, 1/L unless given."""
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError(f"torch.jit.trace {NO_TORCHSCRIPT}")
     options = (activation, scale, backward, strict, anchors, memory_budget)
     call: Any = None
     if not torch.compiler.is_compiling():

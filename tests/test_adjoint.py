@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from odeblock import DeepResBlock, DriftError, DriftWarning, functional, initializers, native, reference
-from odeblock.autograd import DriftRecord
+from odeblock.drift import DriftRecord
 from odeblock.functional import deep_residual
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))

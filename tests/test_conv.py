@@ -246,7 +246,7 @@ def test_opcheck(dtype: torch.dtype, plan: checkpointing.Plan) -> None:
         assert saved[0].shape[2] == (4 + 5 * (plan.keep_hidden and plan.save_every == 1)) * 20
         for grad in (case.grad.to(dtype), case.grad.to(dtype).to(memory_format=torch.channels_last)):
             for weight_gradients in (True, False):
-                backward = (grad, h, V, W, b, c, *saved, "tanh", 0.1, *plan, weight_gradients)
+                backward = (grad, h, V, W, b, c, *saved, "tanh", 0.1, *plan, weight_gradients, True, 0)
                 torch.library.opcheck(torch.ops.odeblock.deep_residual_backward, backward)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from odeblock import checkpointing, gpu, gpu_adjoint, gpu_layers, native, reference
 from odeblock.activations import ACTIVATIONS
-from odeblock.autograd import drift_tolerance
+from odeblock.drift import drift_tolerance
 
 SIZES = 9
 """Of a problem: what the core's functions begin with."""

@@ -109,23 +109,13 @@ def test_derivatives(name: str, kind: str) -> None:
 def test_gradcheck(strategy: str, kind: str, kernel: int) -> None:
     inputs = [x.requires_grad_() for x in make_tensors(kind, kernel=kernel)]
     block, _ = both(kind, strategy)
-    batched = strategy != "adjoint"  # see below
-    assert torch.autograd.gradcheck(block, inputs, check_forward_ad=True, check_batched_grad=batched)
+    assert torch.autograd.gradcheck(block, inputs, check_forward_ad=True, check_batched_grad=True)
     # Of maps along random directions: the whole takes half a minute.
     fast = kind == "maps"
     assert torch.autograd.gradgradcheck(block, inputs, check_fwd_over_rev=True, fast_mode=fast)
     # A gradient penalty, where the incoming gradient itself is a constant.
     (gradient,) = torch.autograd.grad(block(*inputs).sum(), inputs[0], create_graph=True)
     assert gradient.requires_grad
-
-
-def test_an_adjoint_whose_report_cannot_be_read_is_refused() -> None:
-    """The older vmap of torch.autograd knows no rules of Functions."""
-    block, _ = both("rows", "adjoint")
-    h, *weights = make_tensors("rows")
-    y = block(h.requires_grad_(), *weights)
-    with pytest.raises(NotImplementedError, match=r"expected another strategy .*torch\.func\.jacrev"):
-        torch.autograd.grad(y, h, torch.stack([y, y]), is_grads_batched=True)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -162,6 +152,17 @@ def test_a_tangent_alone_needs_the_derivative() -> None:
         duals = [forward_ad.make_dual(x, t) for x, t in zip(tensors, tangents, strict=True)]
         found = tuple(forward_ad.unpack_dual(block(*duals)))
     assert_close(found, jvp(loop, tensors, tangents))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_around_a_backward_changes_nothing(kind: str) -> None:
+    block, _ = both(kind)
+    leaves = [x.float().requires_grad_() for x in make_tensors(kind)]
+    first = torch.autograd.grad(squares(block)(*leaves), leaves, create_graph=True)
+    along = [x.detach().cos() for x in leaves]
+    expected = torch.autograd.grad(first, leaves, along, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_equal(torch.autograd.grad(first, leaves, along), expected)
 
 
 # ---- vmap ------------------------------------------------------------------------------------------------

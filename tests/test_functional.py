@@ -202,7 +202,7 @@ def test_opcheck(dtype: torch.dtype, plan: checkpointing.Plan) -> None:
         _, states, checks = ops.forward(*forward)
         grad = case.grad.to(dtype)
         for weight_gradients in (True, False):
-            backward = (grad, h, V, W, b, c, states, checks, "tanh", 0.1, *plan, weight_gradients)
+            backward = (grad, h, V, W, b, c, states, checks, "tanh", 0.1, *plan, weight_gradients, True, 0)
             torch.library.opcheck(torch.ops.odeblock.deep_residual_backward, backward)
 
 

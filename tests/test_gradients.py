@@ -13,8 +13,8 @@ from torch import Tensor
 
 from odeblock import DeepResBlock, DriftError, DriftWarning, checkpointing, native, reference
 from odeblock.activations import ACTIVATIONS
-from odeblock.autograd import spoil
 from odeblock.build import build_info
+from odeblock.drift import spoil
 from odeblock.functional import deep_residual
 
 STRATEGIES = ("auto", "store", "checkpoint", "adjoint")

@@ -18,13 +18,15 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import overhead
 
-ALLOWED = 1.3
-"""Of one, for what a busy machine makes of the least of many rounds."""
+ALLOWED = 1.1
+"""A tenth for what a busy machine makes of the least of many rounds; measured are 0.7 and 0.9."""
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("work", overhead.WORKS)
 def test_a_small_call_costs_no_more_than_its_operators(work: str) -> None:
-    for _ in range(5):  # others may have the machine for a while
+    torch.set_num_threads(1)  # two threads take PyTorch longer
+    for _ in range(8):  # others may have the machine for a while
         found = overhead.ratios(overhead.least_seconds(work, rounds=100))
         if max(found.values()) <= 1:
             break

@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..autograd import DriftWarning
+from ..drift import DriftWarning
 from ..functional import deep_residual
 from .config import AdjointErrorConfig
 from .gradients import adjoint_2022, random_inputs

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from ..autograd import DriftWarning
 from ..block import DeepResBlock
+from ..drift import DriftWarning
 from ..validation import STRATEGIES
 from .config import BenchConfig
 from .memory import step_memory

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..autograd import DriftWarning
+from ..drift import DriftWarning
 from ..native import release_memory
 from ..network import DeepResNet
 from .networks import eager_twin
