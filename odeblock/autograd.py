@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from . import ops, reference
+from .autocast import without
 from .drift import DriftRecord
 
 
@@ -76,7 +77,7 @@ class DeepResidual(torch.autograd.Function):
                 ctx.strict,
                 ctx.record.number,
             )
-        needed = (g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False))
+        needed = (gradients[i] if ctx.needs_input_grad[i] else None for i in range(5))
         return (*needed, *(None,) * 8)
 
 
@@ -111,5 +112,6 @@ def pull_back(
             arguments[i] = x
         return run(*arguments)
 
-    found = iter(torch.func.vjp(of_needed, *(inputs[i] for i in places))[1](grad))
+    with without(inputs[0].device.type):  # also what autograd runs there
+        found = iter(torch.func.vjp(of_needed, *(inputs[i] for i in places))[1](grad))
     return [next(found) if need else None for need in needed]

@@ -142,6 +142,7 @@ def judge_drift(
     if report.is_cuda:
         spoil(gradients, report, tolerance)
     if report.is_cuda and not strict:
+        record.settle()  # a compiled block asks at no other time
         record.wait_for(report, tolerance)
     else:
         record.read()  # what came before
@@ -156,8 +157,9 @@ def spoil(gradients: Sequence[Tensor], report: Tensor, tolerance: float) -> None
 
 
 def _stacklevel() -> int:
-    """That of ``warnings.warn`` at which the line is the user's that asked for gradients."""
+    """That of ``warnings.warn`` at which the line is the user's that asked for gradients. (A compiler's code
+    is of no module.)"""
     level, frame = 1, sys._getframe(1)
-    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("odeblock", "torch"):
+    while frame.f_back and frame.f_globals.get("__name__", "torch").split(".")[0] in ("odeblock", "torch"):
         level, frame = level + 1, frame.f_back
     return level

@@ -56,8 +56,7 @@ class Call(NamedTuple):
 
     def loop(self, *tensors: Any) -> Tensor:
         """y by PyTorch operators, which have derivatives of every order."""
-        with without(tensors[0].device.type):
-            return reference.loop(*tensors, activation=self.activation, scale=self.scale)
+        return reference.loop(*tensors, activation=self.activation, scale=self.scale)
 
     def moving(self, *both: Any) -> Tensor:
         """ẏ by PyTorch operators, of the tangents of h, V, ... and then these themselves."""

@@ -168,22 +168,18 @@ def _apply(record: DriftRecord, step: float, *arguments: Any) -> Tensor:
     """Of checked arguments, h with one dimension of batch; ``step``: the scale to take."""
     h, V, W, hidden_bias, output_bias, activation, _, backward, strict, anchors, memory_budget = arguments
     tensors = (h, V, W, hidden_bias, output_bias)
-    compiling = torch.compiler.is_compiling()
+    plan, compiling = checkpointing.NOTHING, torch.compiler.is_compiling()
     call = Call(activation, step, backward, strict, anchors, memory_budget, record)
     if not compiling and torch._C._are_functorch_transforms_active():
         return transformed(call, *tensors)
-    plan = checkpointing.NOTHING
-    if (
-        torch.is_grad_enabled()
-        and any(t is not None and t.requires_grad for t in tensors)
-        and not is_exporting()  # what torch.export makes has no backward
-    ):
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if trains and not (compiling and is_exporting()):  # what torch.export makes has no backward
         plan = call.plan(h, V)
-    if compiling:
+    y: Tensor
+    if plan == checkpointing.NOTHING and (compiling or forward_ad._current_level < 0):
+        y, *_ = call.forward(plan, *tensors)  # no derivative: nothing to prepare
+    elif compiling:
         y, *_ = DeepResidual.apply(*tensors, activation, step, *plan, strict, record)  # type: ignore[no-untyped-call]
-    elif plan is checkpointing.NOTHING and forward_ad._current_level < 0:  # no derivative: nothing to prepare
-        y, *_ = call.forward(plan, *tensors)
     else:
         y = EagerDeepResidual.apply(call, plan, *tensors)  # type: ignore[no-untyped-call]
-    result: Tensor = y
-    return result
+    return y

@@ -103,10 +103,12 @@ def plan(
     if memory_budget is not None:
         number = torch.finfo(state_dtype(h.dtype)).bits // 8
         rows, dim, hidden = flat_sizes(h, V)
-        batch = reference.padded_rows(rows) * number
+        compiling = torch.compiler.is_compiling()
+        padded = reference.padded_symbol if compiling else reference.padded_rows
+        batch = padded(rows) * number
         held = state = batch * dim
         held_both = both = batch * (dim + hidden)
-        if native.runs_natively(h) and not torch.compiler.is_compiling():
+        if native.runs_natively(h) and not compiling:
             # A compiler cannot ask for the threads. What fills the vectors of few samples is not counted.
             held = min(state, slot_bytes(h, V, activation, keep_hidden=False))
             held_both = min(both, slot_bytes(h, V, activation, keep_hidden=True))

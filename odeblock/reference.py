@@ -99,7 +99,7 @@ def loop(
 
 def state_dtype(storage: torch.dtype) -> torch.dtype:
     """States are kept in float32, and in float64 for float64."""
-    return torch.promote_types(storage, torch.float32)
+    return torch.float32 if storage.itemsize == 2 else storage
 
 
 def _residual(
@@ -131,17 +131,23 @@ def states_shape(
     else:
         saved = (depth - 1) // save_every + 1 if save_every else 0
     saves_hidden = keep_hidden and save_every == 1 and not reconstruct
-    return saved, padded_rows(batch), dim + hidden if saves_hidden else dim
+    return saved, padded_rows(batch) if saved else 0, dim + hidden if saves_hidden else dim
 
 
 def padded_rows(batch: int) -> int:
     """Rows of the saved states of a batch."""
-    if isinstance(batch, torch.SymInt):  # the same without a branch, so that one graph serves every batch
-        few, many = torch.sym_min(batch, 3), torch.sym_min(batch // 5, 1)
-        return torch.sym_max(few + few // 3, many * _round_up(batch))
+    if isinstance(batch, torch.SymInt):
+        return padded_symbol(batch)
     if batch <= 4:
         return 4 if batch == 3 else batch
     return _round_up(batch)
+
+
+def padded_symbol(batch: int) -> int:
+    """The same without a branch on the batch, so that one graph serves all."""
+    few, many = torch.sym_min(batch, 3), torch.sym_min(batch // 5, 1)
+    rows: int = torch.sym_max(few + few // 3, many * _round_up(batch))
+    return rows
 
 
 def checks_shape(batch: int, depth: int, reconstruct: bool) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""deep_conv_residual: the oracle's rule, derivatives, layouts, the ops beneath, and what it refuses."""
+"""deep_conv_residual: the oracle's rule, derivatives, layouts, and what it refuses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from oracle import NAMES, check_strategies, make_case, run
 from torch import Tensor, nn
 
-from odeblock import DriftWarning, checkpointing, functional, ops, reference
+from odeblock import DriftWarning, functional, reference
 from odeblock.activations import ACTIVATIONS
 from odeblock.functional import deep_conv_residual
 
@@ -216,54 +216,6 @@ def test_strides(how: str, strategy: str) -> None:
         outputs.append([y, *torch.autograd.grad(y, list(tensors.values()), grad)])
     for a, b in zip(*outputs, strict=True):
         torch.testing.assert_close(a, b)
-
-
-# ---- the ops ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "plan",
-    [
-        checkpointing.NOTHING,
-        checkpointing.Plan(1, False, 0),
-        checkpointing.Plan(1, False, 0, keep_hidden=True),
-        checkpointing.Plan(3, False, 2),
-        checkpointing.Plan(0, True, 0),
-        checkpointing.Plan(3, True, 0),
-    ],
-    ids=str,
-)
-def test_opcheck(dtype: torch.dtype, plan: checkpointing.Plan) -> None:
-    case = make_case(3, 4, 5, 7, smooth=True, maps=(5, 4))
-    h, V, W, b, c = (case.tensors[name].to(dtype) for name in NAMES)
-    settings = ("tanh", 0.1, plan.save_every, plan.reconstruct, plan.keep_hidden)
-    for maps in (h, h.to(memory_format=torch.channels_last)):
-        torch.library.opcheck(torch.ops.odeblock.deep_residual, (maps, V, W, b, c, *settings))
-    torch.library.opcheck(torch.ops.odeblock.deep_residual, (h, V, W, None, None, *settings))
-    if plan != checkpointing.NOTHING:
-        _, *saved = ops.forward(h, V, W, b, c, *settings)
-        assert saved[0].shape[2] == (4 + 5 * (plan.keep_hidden and plan.save_every == 1)) * 20
-        for grad in (case.grad.to(dtype), case.grad.to(dtype).to(memory_format=torch.channels_last)):
-            for weight_gradients in (True, False):
-                backward = (grad, h, V, W, b, c, *saved, "tanh", 0.1, *plan, weight_gradients, True, 0)
-                torch.library.opcheck(torch.ops.odeblock.deep_residual_backward, backward)
-
-
-def test_the_graph_compiler_sees_one_graph() -> None:
-    tensors = {name: t.requires_grad_() for name, t in arguments().items()}
-    inputs = list(tensors.values())
-
-    def loss(*inputs: Tensor) -> Tensor:
-        return deep_conv_residual(*inputs).square().sum()
-
-    torch._dynamo.reset()
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    for batch in (3, 5):  # the second with a symbolic size
-        inputs[0] = torch.randn(batch, 4, 7, 9, requires_grad=True)
-        expected, found = (torch.autograd.grad(f(*inputs), inputs) for f in (loss, compiled))
-        for a, b in zip(expected, found, strict=True):
-            assert torch.equal(a, b)
 
 
 # ---- refusals --------------------------------------------------------------------------------------------

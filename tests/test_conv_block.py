@@ -1,4 +1,4 @@
-"""DeepConvResBlock: parameters, initial weights, depth, lists of layers, memory formats, autocast."""
+"""DeepConvResBlock: parameters, initial weights, depth, lists of layers, memory formats."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import nn
 
 from odeblock import DeepConvResBlock, DeepResBlock, diagnostics, flow, initializers, limit, reference
 from odeblock.activations import ACTIVATIONS
-from odeblock.functional import deep_conv_residual
 
 STRATEGIES = ("auto", "store", "checkpoint", "adjoint")
 
@@ -267,25 +266,3 @@ def test_a_network_in_channels_last() -> None:
     assert isinstance(model[1].V, nn.Parameter)
     assert model[1].V.grad.dtype == torch.float64
     assert DeepConvResBlock(3, 4, device="meta").to_empty(device="cpu").V.shape == (4, 3, 3, 3, 3)
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_autocast_is_the_block_in_its_dtype(strategy: str) -> None:
-    block = make_block(backward=strategy, depth=60)
-    low = make_block(backward=strategy, depth=60, dtype=torch.bfloat16)
-    low.load_state_dict(block.state_dict())
-    x = torch.randn(2, 3, 6, 5)
-    for given in (x, x.bfloat16()):  # what comes from a convolution before it has autocast's dtype already
-        results = []
-        for module, inputs in ((block, given), (low, x.bfloat16())):
-            module.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=module is block):
-                y = module(inputs)
-            y.float().square().sum().backward()
-            results.append([y, *(p.grad.float() for p in module.parameters())])
-        assert results[0][0].dtype == torch.bfloat16
-        for a, b in zip(*results, strict=True):
-            assert torch.equal(a, b)
-    assert block.V.grad.dtype == torch.float32
-    with torch.autocast("cpu", torch.bfloat16):
-        assert deep_conv_residual(x.double(), block.V.double(), block.W.double()).dtype == torch.float64

@@ -52,6 +52,48 @@ def test_the_rule_on_a_gpu(strategy: str, dtype: torch.dtype) -> None:
     check_rule(on_the_gpu, case, dtype, backward=strategy)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("strategy", ["auto", "adjoint"])
+def test_autocast_on_a_gpu(strategy: str, dtype: torch.dtype) -> None:
+    """The block in autocast's dtype bit for bit, and so of its kernels; gradients are float32."""
+    block = DeepResBlock(48, 40, bias=True, backward=strategy, device="cuda")
+    low = copy.deepcopy(block).to(dtype)
+    x = torch.randn(70, 48, device="cuda")
+    with torch.autocast("cuda", dtype):
+        y = block(x)
+    expected = low(x.to(dtype))
+    for result in (y, expected):
+        result.float().square().sum().backward()
+    assert y.dtype == dtype
+    assert torch.equal(y, expected)
+    for a, b in zip(block.parameters(), low.parameters(), strict=True):
+        assert a.grad.dtype == torch.float32
+        assert torch.equal(a.grad, b.grad.float())
+
+
+@pytest.mark.parametrize("strategy", ["auto", "adjoint"])
+def test_a_compiled_block_on_a_gpu(strategy: str) -> None:
+    """Its gradients, and the adjoint's report, which comes with later steps."""
+    torch._dynamo.reset()
+    block = DeepResBlock(48, 300, activation="tanh", backward=strategy, device="cuda")
+    compiled = torch.compile(block, fullgraph=True)
+    x = torch.randn(70, 48, device="cuda")
+    found = []
+    for model in (block, compiled):
+        found.append(torch.autograd.grad(model(x).square().sum(), list(block.parameters())))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+    assert (block.last_drift is None) == (strategy == "auto")
+    if strategy == "adjoint":
+        steep = DeepResBlock(48, 3, activation="tanh", scale=30.0, backward="adjoint", device="cuda")
+        run = torch.compile(steep, fullgraph=True)
+        run(x).sum().backward()
+        torch.cuda.synchronize()
+        with pytest.warns(DriftWarning):
+            run(x).sum().backward()
+        assert steep.V.grad.isnan().all()
+
+
 def inference(case: Case, dtype: torch.dtype, **options: str) -> torch.Tensor:
     """y of a case on the GPU, in float64 on the CPU."""
     tensors = (case.tensors[name] for name in NAMES)

@@ -1,4 +1,4 @@
-"""What deep_residual accepts and refuses, and the ops beneath it."""
+"""What deep_residual accepts and refuses."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo.testing
 from oracle import NAMES, make_case
 from torch import Tensor, nn
 
-from odeblock import DeepConvResBlock, DeepResBlock, checkpointing, functional, ops, reference
+from odeblock import checkpointing, functional, reference
 from odeblock.activations import ACTIVATIONS
 
 STRATEGIES = ("auto", "store", "checkpoint", "adjoint")
@@ -176,67 +175,3 @@ def test_auto_keeps_at_most_the_square_root_of_the_depth() -> None:
         assert not reconstruct
         saved = reference.states_shape(1, 1, 1, depth, every, reconstruct, True)[0]
         assert saved + slots <= 2 * depth**0.5 + 2
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "plan",
-    [
-        checkpointing.NOTHING,
-        checkpointing.Plan(1, False, 0),
-        checkpointing.Plan(1, False, 0, keep_hidden=True),
-        checkpointing.Plan(3, False, 2),
-        checkpointing.Plan(7, False, 2, keep_hidden=True),
-        checkpointing.Plan(0, True, 0),
-        checkpointing.Plan(3, True, 0),
-    ],
-    ids=str,
-)
-def test_opcheck(dtype: torch.dtype, plan: checkpointing.Plan) -> None:
-    case = make_case(3, 4, 5, 7, smooth=True)
-    h, V, W, b, c = (case.tensors[name].to(dtype) for name in NAMES)
-    forward = (h, V, W, b, c, "tanh", 0.1, plan.save_every, plan.reconstruct, plan.keep_hidden)
-    torch.library.opcheck(torch.ops.odeblock.deep_residual, forward)
-    torch.library.opcheck(torch.ops.odeblock.deep_residual, (h, V, W, None, None, *forward[5:]))
-    if plan != checkpointing.NOTHING:
-        _, states, checks = ops.forward(*forward)
-        grad = case.grad.to(dtype)
-        for weight_gradients in (True, False):
-            backward = (grad, h, V, W, b, c, states, checks, "tanh", 0.1, *plan, weight_gradients, True, 0)
-            torch.library.opcheck(torch.ops.odeblock.deep_residual_backward, backward)
-
-
-def test_the_graph_compiler_sees_one_graph() -> None:
-    tensors = arguments()
-    for tensor in tensors.values():
-        tensor.requires_grad_()
-
-    def loss(*inputs: Tensor) -> Tensor:
-        return functional.deep_residual(*inputs).square().sum()
-
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    inputs = list(tensors.values())
-    expected, found = (torch.autograd.grad(f(*inputs), inputs) for f in (loss, compiled))
-    for a, b in zip(expected, found, strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("options", [{}, {"memory_budget": 2048, "backward": "checkpoint"}], ids=str)
-@pytest.mark.parametrize("maps", [False, True], ids=["rows", "maps"])
-def test_one_graph_serves_every_batch(maps: bool, options: dict[str, Any]) -> None:
-    """All sizes are symbols to the compiler, and the scale of a block; the depth, 9, has to be a number."""
-    pixels, kernel, block_type = ((2, 2), (1, 1), DeepConvResBlock) if maps else ((), (), DeepResBlock)
-    function = functional.deep_conv_residual if maps else functional.deep_residual
-    weights = [torch.randn(9, *shape, *kernel, requires_grad=True) for shape in ((4, 5), (5, 4))]
-    block = block_type(4, 9, 5, *kernel[:1], **options)
-    for run, inputs in ((lambda *tensors: function(*tensors, **options), weights), (block, [])):
-        torch._dynamo.reset()
-        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-        compiled = torch.compile(run, fullgraph=True, backend=counter, dynamic=True)
-        graphs = []
-        for batch in (7, 11):  # sizes that are no others, which would be taken for the same
-            h = torch.randn(batch, 4, *pixels, requires_grad=True)
-            expected, found = (torch.autograd.grad(f(h, *inputs).sum(), h)[0] for f in (run, compiled))
-            assert torch.equal(found, expected)
-            graphs.append(counter.frame_count)
-        assert graphs[1] == graphs[0]
