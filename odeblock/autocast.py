@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+"""Whether it is on for any device, which takes less time to ask than for one."""
+
 
 def autocasts(device: str) -> bool:
     """Whether autocast is on for tensors there. ("meta" has none; a compiler of torch 2.6 cannot ask.)"""
@@ -18,8 +21,7 @@ def autocasted(h: Any, *tensors: Any) -> tuple[Any, ...]:
     """h and other arguments in autocast's dtype, where it is on for h; as they are if float64, or no
     floating-point tensors."""
     arguments = (h, *tensors)
-    # The first is asked for nothing but time.
-    if not torch._C._is_any_autocast_enabled() or not isinstance(h, Tensor) or not autocasts(h.device.type):
+    if not isinstance(h, Tensor) or not autocasts(h.device.type):
         return arguments
     dtype = torch.get_autocast_dtype(h.device.type)
     return tuple(

@@ -56,11 +56,11 @@ class DeepResidual(torch.autograd.Function):
         if grad is None:
             return (None,) * 13
         *inputs, states, checks = ctx.saved_tensors
+        need = ctx.needs_input_grad  # made anew each time
         if torch.is_grad_enabled():
             gradients: Sequence[Tensor | None] = _differentiable_gradients(ctx, grad, inputs)
         else:
             h, *weights = inputs
-            need_weights = any(ctx.needs_input_grad[1:5])
             gradients = ops.backward(
                 grad,
                 h if ctx.reconstruct else None,  # where the adjoint measures its drift
@@ -73,11 +73,11 @@ class DeepResidual(torch.autograd.Function):
                 ctx.reconstruct,
                 ctx.slots,
                 ctx.keep_hidden,
-                need_weights,
+                any(need[1:5]),
                 ctx.strict,
                 ctx.record.number,
             )
-        needed = (gradients[i] if ctx.needs_input_grad[i] else None for i in range(5))
+        needed = (gradients[i] if need[i] else None for i in range(5))
         return (*needed, *(None,) * 8)
 
 

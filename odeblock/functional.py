@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import checkpointing
-from .autocast import autocasted
+from .autocast import autocasted, is_any_autocast_enabled
 from .autograd import DeepResidual
 from .drift import DriftRecord
 from .eager import Call, EagerDeepResidual, transformed
@@ -145,7 +145,8 @@ _record = DriftRecord()
 
 def recorded(record: DriftRecord, *arguments: Any) -> Tensor:
     """``deep_residual`` of its arguments in order; an adjoint backward leaves its report in ``record``."""
-    arguments = autocasted(*arguments)
+    if is_any_autocast_enabled():
+        arguments = autocasted(*arguments)
     scale = check_arguments(*arguments)
     h, *others = arguments
     if h.dim() == 2:
@@ -155,7 +156,8 @@ def recorded(record: DriftRecord, *arguments: Any) -> Tensor:
 
 def conv_recorded(record: DriftRecord, *arguments: Any) -> Tensor:
     """The same of ``deep_conv_residual``."""
-    arguments = autocasted(*arguments)
+    if is_any_autocast_enabled():
+        arguments = autocasted(*arguments)
     scale = check_arguments(*arguments, maps=True)
     h, *others = arguments
     return _apply(record, scale, *arguments) if h.dim() == 4 else _apply(record, scale, h[None], *others)[0]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -160,8 +162,11 @@ def test_a_compiled_adjoint_reports_to_its_block(maps: bool) -> None:
 def test_a_graph_may_outlive_its_block() -> None:
     block = make_block(False, 3, backward="adjoint", scale=30.0)
     y = torch.compile(block, fullgraph=True, backend="aot_eager")(make_batch(False, 3))
+    watched = weakref.ref(block._drift)
     del block
     torch._dynamo.reset()
+    gc.collect()
+    assert watched() is None
     with pytest.warns(DriftWarning):
         y.sum().backward()
 
