@@ -33,6 +33,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, dict[Shape, Entry]]]:
     entries: dict[str, dict[Shape, Entry]] = {work + of: {} for of in ("", MAPS) for work in works}
     for benchmark in data["benchmarks"]:
         entry = benchmark["extra_info"]
+        if "overhead" in entry:
+            continue
         entries[entry["work"] + (MAPS if len(entry["shape"]) > 4 else "")][tuple(entry["shape"])] = entry
     return data, {work: dict(sorted(cases.items())) for work, cases in entries.items()}
 
@@ -109,6 +111,18 @@ def cost_table(cases: dict[Shape, Entry], peers: tuple[str, ...]) -> str:
     return table([sizes(cases), *names], (row(*case) for case in cases.items()))
 
 
+def overhead_table(data: dict[str, Any]) -> str:
+    """Microseconds of a call on next to nothing, and ours over PyTorch's operators."""
+    found = [b["extra_info"] for b in data["benchmarks"] if "overhead" in b["extra_info"]]
+
+    def row(entry: Entry) -> list[str]:
+        times = [f"{1e6 * seconds:.0f}" for seconds in entry["seconds"].values()]
+        return [entry["overhead"], *times, *(f"{ratio:.2f}" for ratio in entry["ratio"].values())]
+
+    head = [f"µs: {name}" for name in found[0]["seconds"]] + [f"ratio: {name}" for name in found[0]["ratio"]]
+    return table(["one row, q = m = 16, L = 1", *head], map(row, found))
+
+
 def memory_table(cases: dict[Shape, Entry], peers: tuple[str, ...]) -> str:
     names = (*STRATEGIES, *peers)
     rows = (
@@ -180,6 +194,7 @@ def markdown(data: dict[str, Any], entries: dict[str, dict[Shape, Entry]]) -> st
     parts += ["### Training step: peak memory, MiB beyond inputs, parameters and gradients\n"]
     parts += [memory_table(training, PEERS), "![Memory by depth](memory_by_depth.png)\n"]
     parts += ["### Forward: peak memory, MiB beyond inputs and result\n", memory_table(forward, PEERS)]
+    parts += ["### Overhead: a call on next to nothing\n", overhead_table(data)]
     inference, training = entries["inference" + MAPS], entries["training" + MAPS]
     if training:
         parts += [

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from . import ops, reference
+from .autocast import without
 from .drift import DriftRecord
 
 
@@ -83,44 +85,6 @@ class DeepResidual(torch.autograd.Function):
         return (*needed, *(None,) * 8)
 
 
-class DualDeepResidual(DeepResidual):
-    """The same with forward-mode derivatives, for which the graph compiler has no way."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        DeepResidual.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[:5])
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None, None]:
-        """The derivative along ``tangents``, by PyTorch operators: it can be differentiated again."""
-        h, V, W, hidden_bias, output_bias = ctx.saved_tensors[:5]
-        moving = reference.jvp(
-            tangents[:5], h, V, W, hidden_bias, output_bias, activation=ctx.activation, scale=ctx.scale
-        )
-        return moving, None, None
-
-
-class EagerDeepResidual(DualDeepResidual):
-    """The same where nothing transforms the call: without ``setup_context``, which takes PyTorch longer to
-    prepare (it binds the arguments to the signature of ``forward``) than all the rest of a call."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output = DeepResidual.forward(*inputs)
-        DualDeepResidual.setup_context(ctx, inputs, output)
-        return output
-
-    setup_context = torch.autograd.Function.setup_context
-
-
-def choose_function() -> type[torch.autograd.Function]:
-    """The one for how it is called: compiled, under a transform of ``torch.func``, or as usual."""
-    if torch.compiler.is_compiling():
-        return DeepResidual
-    return DualDeepResidual if torch._C._are_functorch_transforms_active() else EagerDeepResidual
-
-
 def _differentiable_gradients(ctx: Any, grad: Tensor, inputs: list[Any]) -> list[Tensor | None]:
     """Under ``create_graph=True``: gradients that can be differentiated again, through the reference.
 
@@ -134,22 +98,24 @@ def _differentiable_gradients(ctx: Any, grad: Tensor, inputs: list[Any]) -> list
 
 
 def pull_back(
-    run: Callable[..., Tensor], inputs: Sequence[Any], needed: Sequence[bool], grad: Tensor
+    run: Callable[..., Any], inputs: Sequence[Any], needed: Sequence[bool], grad: Any
 ) -> list[Tensor | None]:
-    """(∂run/∂input)ᵀ grad for the ``needed`` inputs, None for the others; differentiable in all of them.
+    """(∂run/∂input)ᵀ grad for the ``needed`` inputs, None for the others; differentiable in all of them. With
+    a tuple from ``run``, grad is one, too.
 
     Also within ``torch.func`` transforms, and after them: the function that ``torch.func.vjp`` returns is
     called when the level of what was saved is over.
     """
     unwrap = torch._C._functorch.unwrap_if_dead
-    grad, inputs = unwrap(grad), [x if x is None else unwrap(x) for x in inputs]
+    grad, inputs = tree_map(unwrap, grad), [x if x is None else unwrap(x) for x in inputs]
     places = [i for i, need in enumerate(needed) if need]
 
-    def of_needed(*wanted: Tensor) -> Tensor:
+    def of_needed(*wanted: Tensor) -> Any:
         arguments = list(inputs)
         for i, x in zip(places, wanted, strict=True):
             arguments[i] = x
         return run(*arguments)
 
-    found = iter(torch.func.vjp(of_needed, *(inputs[i] for i in places))[1](grad))
+    with without(inputs[0].device.type):  # also what autograd runs there
+        found = iter(torch.func.vjp(of_needed, *(inputs[i] for i in places))[1](grad))
     return [next(found) if need else None for need in needed]

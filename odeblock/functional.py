@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from . import checkpointing, native, ops, reference
+from . import checkpointing
 from .autocast import autocasted, is_any_autocast_enabled
-from .autograd import choose_function
+from .autograd import DeepResidual
 from .drift import DriftRecord
-from .products import flat_sizes, shaped
+from .eager import Call, EagerDeepResidual, transformed
+from .products import shaped
 from .scan import residual_scan
 from .validation import check_arguments
 
@@ -66,6 +68,11 @@ def deep_residual(
             forward and backward and those run again together; None for O(√L). With less than 2√L states some
             steps run more than once more, as few as possible (Griewank & Walther 2000). On a GPU a backward
             holds up to 512 MiB besides, for the gradients of V and W, whatever the depth.
+
+    Every transform of ``torch.func`` applies. Gradients come from the native backward; forward mode and
+    derivatives of gradients take PyTorch operators, which store every state. ``torch.vmap`` over ``h`` is one
+    call with more rows, whose states a ``memory_budget`` counts together; over weights, an ensemble, it is a
+    call for each member. The members of an adjoint are judged together, by the worst.
 
     Returns:
         h_L, with the shape, dtype and device of ``h``. Under ``torch.autocast`` all tensors but those of
@@ -143,6 +150,8 @@ def recorded(record: DriftRecord, *arguments: Any) -> Tensor:
         arguments = autocasted(*arguments)
     scale = check_arguments(*arguments)
     h, *others = arguments
+    if h.dim() == 2:
+        return _apply(record, scale, *arguments)
     return shaped(_apply(record, scale, h.reshape(-1, h.shape[-1]), *others), h)
 
 
@@ -152,7 +161,9 @@ def conv_recorded(record: DriftRecord, *arguments: Any) -> Tensor:
         arguments = autocasted(*arguments)
     scale = check_arguments(*arguments, maps=True)
     h, *others = arguments
-    return shaped(_apply(record, scale, h if h.dim() == 4 else h[None], *others), h)
+    if h.dim() == 4:
+        return _apply(record, scale, *arguments)
+    return shaped(_apply(record, scale, h[None], *others), h)
 
 
 is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch >= 2.7
@@ -163,38 +174,17 @@ def _apply(record: DriftRecord, step: float, *arguments: Any) -> Tensor:
     h, V, W, hidden_bias, output_bias, activation, _, backward, strict, anchors, memory_budget = arguments
     tensors = (h, V, W, hidden_bias, output_bias)
     plan, compiling = checkpointing.NOTHING, torch.compiler.is_compiling()
+    call = Call(activation, step, backward, strict, anchors, memory_budget, record)
+    if not compiling and torch._C._are_functorch_transforms_active():
+        return transformed(call, *tensors)
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if trains and not (compiling and is_exporting()):  # what torch.export makes has no backward
-        sizes = _sizes(h, V, activation, memory_budget)
-        # A compiler looks through the cache, and would say so.
-        make = checkpointing.plan.__wrapped__ if compiling else checkpointing.plan
-        plan = make(backward, V.shape[0], anchors, memory_budget, *sizes)
+        plan = call.plan(h, V)
     y: Tensor
-    if compiling and plan == checkpointing.NOTHING:
-        y, *_ = ops.forward(*tensors, activation, step, plan[0], plan[1], plan[3])
+    if plan == checkpointing.NOTHING and (compiling or forward_ad._current_level < 0):
+        y, *_ = call.forward(plan, *tensors)  # no derivative: nothing to prepare
+    elif compiling:
+        y, *_ = DeepResidual.apply(*tensors, activation, step, *plan, strict, record)  # type: ignore[no-untyped-call]
     else:
-        y, *_ = choose_function().apply(*tensors, activation, step, *plan, strict, record)
+        y = EagerDeepResidual.apply(call, plan, *tensors)  # type: ignore[no-untyped-call]
     return y
-
-
-def _sizes(
-    h: Tensor, V: Tensor, activation: str, memory_budget: int | None
-) -> tuple[int, int, tuple[int, int] | None]:
-    """Bytes of a state of the whole batch, and (where there is a budget) of what the CPU's kernels hold of
-    one at a time, a tile of rows or a group of maps for each thread; then of the hidden values of either.
-    (None on a GPU, where another product takes less time than its memory.) Without a budget no plan asks for
-    the numbers."""
-    if memory_budget is None:
-        return 0, 0, None if h.is_cuda else (0, 0)
-    number = torch.finfo(reference.state_dtype(h.dtype)).bits // 8
-    rows, dim, hidden = flat_sizes(h, V)
-    compiling = torch.compiler.is_compiling()
-    padded = reference.padded_symbol if compiling else reference.padded_rows
-    batch = padded(rows) * number
-    state, both = batch * dim, batch * (dim + hidden)
-    held, held_both = state, both
-    if native.runs_natively(h) and not compiling:
-        # A compiler cannot ask for the threads. What fills the vectors of few samples is not counted.
-        held = min(state, ops.slot_bytes(h, V, activation, keep_hidden=False))
-        held_both = min(both, ops.slot_bytes(h, V, activation, keep_hidden=True))
-    return state, held, None if h.is_cuda else (both - state, held_both - held)

@@ -10,13 +10,14 @@ The low-level ``torch.library`` interface is used because its calls cost a few m
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from . import autocast, gpu, native, reference
+from . import autocast, checkpointing, gpu, native, reference
 from .activations import ACTIVATIONS
 from .drift import DriftRecord, drift_tolerance, judge_drift
 from .gpu_layers import tf32
@@ -45,7 +46,7 @@ def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A new tensor on the CPU, for the core to fill. If it is large, the core keeps its memory for others."""
     size = math.prod(shape) * dtype.itemsize
     if size < LARGE:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(*shape, dtype=dtype)  # faster than of a tuple
     return torch.frombuffer(native.core.memory(size), dtype=dtype, count=size // dtype.itemsize).view(shape)
 
 
@@ -57,6 +58,29 @@ def _sizes(h: Tensor, V: Tensor, activation: str) -> tuple[int, ...]:
     return (*kind, h.shape[0], dim, hidden, depth, height, width, size)
 
 
+@functools.lru_cache(maxsize=256)
+def _forward_sizes(
+    dtype: torch.dtype,
+    h_shape: torch.Size,
+    V_shape: torch.Size,
+    activation: str,
+    save_every: int,
+    reconstruct: bool,
+    keep_hidden: bool,
+    threads: int,
+) -> tuple[tuple[int, ...], int, tuple[int, ...], tuple[int, ...], int]:
+    """Of a forward on the core: ``_sizes``, q, the shapes of states and checks, and bytes of workspace.
+
+    Found anew they are a twelfth of a small call.
+    """
+    h, V = (torch.empty(shape, dtype=dtype, device="meta") for shape in (h_shape, V_shape))
+    depth, (batch, dim, hidden) = V.shape[0], flat_sizes(h, V)
+    sizes = _sizes(h, V, activation)
+    states = states_shape(batch, dim, hidden, depth, save_every, reconstruct, keep_hidden)
+    workspace = native.core.forward_workspace(*sizes, reconstruct, threads)
+    return sizes, dim, states, checks_shape(batch, depth, reconstruct), workspace
+
+
 def slot_bytes(h: Tensor, V: Tensor, activation: str, keep_hidden: bool) -> int:
     """What one slot of the backward (``checkpointing.Plan``) takes on the native core, of all threads."""
     sizes, threads = _sizes(h, V, activation), torch.get_num_threads()
@@ -64,6 +88,34 @@ def slot_bytes(h: Tensor, V: Tensor, activation: str, keep_hidden: bool) -> int:
         native.core.backward_workspace(*sizes, 2, False, slots, keep_hidden, threads) for slots in (0, 1)
     )
     return int(one - none)
+
+
+def plan(
+    h: Tensor, V: Tensor, activation: str, backward: str, anchors: int, memory_budget: int | None
+) -> checkpointing.Plan:
+    """What a strategy stores.
+
+    With a budget it depends on the bytes of a state of the whole batch, and of what the CPU's kernels hold of
+    one at a time, a tile of rows or a group of maps for each thread; then on those of the hidden values of
+    either. (Not on a GPU, where another product takes less time than its memory.)
+    """
+    state = held = both = held_both = 0
+    if memory_budget is not None:
+        number = torch.finfo(state_dtype(h.dtype)).bits // 8
+        rows, dim, hidden = flat_sizes(h, V)
+        compiling = torch.compiler.is_compiling()
+        padded = reference.padded_symbol if compiling else reference.padded_rows
+        batch = padded(rows) * number
+        held = state = batch * dim
+        held_both = both = batch * (dim + hidden)
+        if native.runs_natively(h) and not compiling:
+            # A compiler cannot ask for the threads. What fills the vectors of few samples is not counted.
+            held = min(state, slot_bytes(h, V, activation, keep_hidden=False))
+            held_both = min(both, slot_bytes(h, V, activation, keep_hidden=True))
+    hidden_bytes = None if h.is_cuda else (both - state, held_both - held)
+    # A compiler looks through the cache, and would say so.
+    make = checkpointing.plan.__wrapped__ if torch.compiler.is_compiling() else checkpointing.plan
+    return make(backward, V.shape[0], anchors, memory_budget, state, held, hidden_bytes)
 
 
 def _forward(
@@ -89,15 +141,14 @@ def _forward(
             )
     h, V, W = h.contiguous(), V.contiguous(), W.contiguous()
     hidden_bias, output_bias = native.contiguous(hidden_bias), native.contiguous(output_bias)
-    depth, (batch, dim, hidden) = V.shape[0], flat_sizes(h, V)
     threads = torch.get_num_threads()
-    sizes = _sizes(h, V, activation)
+    sizes, dim, states_like, checks_like, workspace_size = _forward_sizes(
+        h.dtype, h.shape, V.shape, activation, save_every, reconstruct, keep_hidden, threads
+    )
     y = torch.empty_like(h)
     computed = state_dtype(h.dtype)
-    shape = states_shape(batch, dim, hidden, depth, save_every, reconstruct, keep_hidden)
-    states = _empty(shape, computed)
-    checks = _empty(checks_shape(batch, depth, reconstruct), computed)
-    workspace = _empty((native.core.forward_workspace(*sizes, reconstruct, threads),), torch.uint8)
+    states, checks = _empty(states_like, computed), _empty(checks_like, computed)
+    workspace = _empty((workspace_size,), torch.uint8)
     native.core.forward(
         *sizes,
         scale,

@@ -104,19 +104,6 @@ def test_a_kernel_of_one_tap_is_a_matrix_at_every_pixel() -> None:
 # ---- derivatives -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("kernel", [1, 3])
-def test_derivatives(kernel: int, strategy: str) -> None:
-    case = make_case(2, 2, 3, 4, maps=(3, 2), kernel=kernel)
-    inputs = [case.tensors[name].clone().requires_grad_() for name in NAMES]
-
-    def block(*tensors: Tensor) -> Tensor:
-        return deep_conv_residual(*tensors, activation="tanh", backward=strategy)
-
-    assert torch.autograd.gradcheck(block, inputs, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(block, inputs)
-
-
 @pytest.mark.parametrize("keep_hidden", [False, True])
 def test_the_reference_ops_against_autograd_of_the_loop(keep_hidden: bool) -> None:
     case = make_case(3, 4, 3, 10, activation="silu", maps=(5, 4))
@@ -136,24 +123,6 @@ def test_the_reference_ops_against_autograd_of_the_loop(keep_hidden: bool) -> No
         gradients = reference.backward(case.grad, *tensors, *saved, "silu", 0.1, *plan, True)
         for name, gradient in zip(NAMES, gradients, strict=False):
             torch.testing.assert_close(gradient, truth[name], rtol=1e-11, atol=1e-12, msg=name)
-
-
-def test_transforms() -> None:
-    tensors = list(arguments().values())
-
-    def loss(h: Tensor, V: Tensor) -> Tensor:
-        return deep_conv_residual(h, V, *tensors[2:], backward="checkpoint").square().sum()
-
-    h, V = (t.clone().requires_grad_() for t in tensors[:2])
-    expected = torch.autograd.grad(loss(h, V), (h, V))
-    for found in (
-        torch.func.grad(loss, (0, 1))(*tensors[:2]),
-        torch.func.vjp(loss, h, V)[1](torch.tensor(1.0)),
-    ):
-        for a, b in zip(found, expected, strict=True):
-            torch.testing.assert_close(a, b)
-    _, moving = torch.func.jvp(lambda h: loss(h, V), (h,), (torch.ones_like(h),))
-    torch.testing.assert_close(moving, expected[0].sum())
 
 
 def test_only_what_requires_a_gradient_gets_one() -> None:

@@ -170,20 +170,6 @@ def test_parameters_get_their_gradient_without_a_copy() -> None:
     assert block.V.grad is first
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_second_derivatives(strategy: str) -> None:
-    case = make_case(2, 3, 4, 6, activation="tanh")
-    inputs = [case.tensors[name].clone().requires_grad_() for name in NAMES]
-
-    def block(*tensors: Tensor) -> Tensor:
-        return deep_residual(*tensors, activation="tanh", backward=strategy)
-
-    assert torch.autograd.gradgradcheck(block, inputs)
-    # A gradient penalty, where the incoming gradient itself is a constant.
-    (gradient,) = torch.autograd.grad(block(*inputs).sum(), inputs[0], create_graph=True)
-    assert gradient.requires_grad
-
-
 def test_an_output_may_be_changed_in_place() -> None:
     for strategy in STRATEGIES:
         block = DeepResBlock(4, 30, backward=strategy)
