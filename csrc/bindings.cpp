@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "api.h"
+#include "cpu/threads.h"
 
 namespace py = pybind11;
 using odeblock::BackwardProblem;
@@ -302,7 +303,7 @@ std::vector<std::string> split(const std::string& list) {
 py::dict build_info() {
   py::dict info;
   info["compiler"] = ODEBLOCK_COMPILER;
-  info["openmp"] = static_cast<bool>(ODEBLOCK_WITH_OPENMP);
+  info["openmp"] = odeblock::has_openmp();
   const odeblock::CpuKernels* builds[odeblock::kMaxCpuBuilds];
   std::vector<std::string> names;
   for (int i = 0, count = odeblock::cpu_builds(builds); i < count; i++) names.push_back(builds[i]->name);

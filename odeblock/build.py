@@ -27,8 +27,9 @@ def build_info() -> dict[str, Any]:
     Returns a dict with the keys
         version: of odeblock.
         native: whether the native core is present.
-        compiler, openmp, cuda_version, cuda_architectures: how it was built; ``cuda_version``
-            is None and ``cuda_architectures`` empty for a build without CUDA.
+        compiler, cuda_version, cuda_architectures: how it was built; ``cuda_version`` is None and
+            ``cuda_architectures`` empty for a build without CUDA.
+        openmp: whether its threads are those of PyTorch's OpenMP runtime, else its own.
         cpu_builds: the instruction sets that are in the binary and that this processor runs.
         cpu_features: the one of them that is used: the last, or what ``ODEBLOCK_CPU`` (environment) names.
         cuda_devices: number of GPUs that the core's CUDA runtime sees; ``cuda_error``: its message, if any.

@@ -145,7 +145,7 @@ def check_program(command: list[str], activations: list[str]) -> None:
     reason=f"needs {CROSS} and an emulator (qemu-user-static)",
 )
 def test_aarch64_under_emulation(tmp_path: Path) -> None:
-    program = compile_host(tmp_path, CROSS, "-O2", "-static", "-fopenmp", builds={"baseline": []})
+    program = compile_host(tmp_path, CROSS, "-O2", "-static", "-pthread", builds={"baseline": []})
     check_program([str(EMULATOR), str(program)], list(ACTIVATIONS))
 
 

@@ -1,12 +1,17 @@
 #include "threads.h"
 
-#ifdef _OPENMP
-#include <omp.h>
-#else
+#include <chrono>
 #include <exception>
 #include <thread>
 #include <vector>
-#endif
+
+// OpenMP's calls as GCC compiles a parallel region to them, of whatever runtime PyTorch has loaded for all to see. None
+// is linked here: it might be another one, whose threads would compete with PyTorch's. Null where there is none.
+extern "C" {
+__attribute__((weak)) void GOMP_parallel(void (*run)(void* data), void* data, unsigned threads, unsigned flags);
+__attribute__((weak)) int omp_get_thread_num();
+__attribute__((weak)) int omp_get_num_threads();
+}
 
 namespace odeblock {
 namespace {
@@ -46,6 +51,14 @@ struct Call {
 
 constexpr int kSpins = 2000;  // some 20 to 60 microseconds: longer than threads of equal shares differ
 
+// changed.wait(lock, done), which GCC 12 and later compile to a symbol that only their own libstdc++ has: a wheel would
+// not load where that is older.
+template <class Done>
+void sleep_until(std::condition_variable& changed, std::unique_lock<std::mutex>& lock, Done done) {
+  while (!changed.wait_for(lock, std::chrono::hours(1), done)) {
+  }
+}
+
 void relax() {
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_ia32_pause();
@@ -54,13 +67,15 @@ void relax() {
 
 }  // namespace
 
+bool has_openmp() { return GOMP_parallel && omp_get_thread_num && omp_get_num_threads; }
+
 void run_threads(int threads, void (*run)(void* context, int thread, int count), void* context) {
-  const Call call = {run, context, float_mode()};
+  Call call = {run, context, float_mode()};
   if (threads <= 1) return call(0, 1);
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads)
-  call(omp_get_thread_num(), omp_get_num_threads());
-#else
+  if (has_openmp()) {
+    const auto region = [](void* data) { (*static_cast<Call*>(data))(omp_get_thread_num(), omp_get_num_threads()); };
+    return GOMP_parallel(region, &call, static_cast<unsigned>(threads), 0);
+  }
   std::vector<std::thread> others;
   std::mutex mutex;
   std::condition_variable started;
@@ -71,7 +86,7 @@ void run_threads(int threads, void (*run)(void* context, int thread, int count),
       others.emplace_back([&, t] {
         {
           std::unique_lock<std::mutex> lock(mutex);
-          started.wait(lock, [&] { return count > 0; });
+          sleep_until(started, lock, [&] { return count > 0; });
         }
         call(t, count);
       });
@@ -84,7 +99,6 @@ void run_threads(int threads, void (*run)(void* context, int thread, int count),
   started.notify_all();
   call(0, count);
   for (std::thread& thread : others) thread.join();
-#endif
 }
 
 Barrier::Barrier() : arrived_(0), round_(0) {}
@@ -107,7 +121,7 @@ void Barrier::wait(int threads) {
     relax();
   }
   std::unique_lock<std::mutex> lock(mutex_);
-  changed_.wait(lock, [&] { return round_.load(std::memory_order_acquire) != round; });
+  sleep_until(changed_, lock, [&] { return round_.load(std::memory_order_acquire) != round; });
 }
 
 Progress::Progress() : count_(0) {}
@@ -127,7 +141,7 @@ void Progress::wait(int64_t target) {
     relax();
   }
   std::unique_lock<std::mutex> lock(mutex_);
-  changed_.wait(lock, [&] { return count_.load(std::memory_order_acquire) >= target; });
+  sleep_until(changed_, lock, [&] { return count_.load(std::memory_order_acquire) >= target; });
 }
 
 }  // namespace odeblock

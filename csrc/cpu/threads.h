@@ -22,6 +22,9 @@ namespace odeblock {
 // zero or not), which else belongs to each thread: the bits of a row must not depend on who computes it.
 void run_threads(int threads, void (*run)(void* context, int thread, int count), void* context);
 
+// Whether there is an OpenMP runtime.
+bool has_openmp();
+
 template <class Run>
 void on_threads(int threads, Run run) {
   const auto call = [](void* context, int thread, int count) { (*static_cast<Run*>(context))(thread, count); };
