@@ -3,15 +3,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUTPUT ?= outputs/digits
+DIST ?= dist
 # Workers of the tests; those that share what takes minutes to compile stay together.
 PARALLEL ?= -n 2 --dist loadgroup --benchmark-disable
+# What `wheel-check` runs.
+WHEEL_TESTS ?= readme block functional gradients conv conv_block adjoint checkpointing scan norm depth
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CXX_SOURCES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # The build finds the pinned cmake and ninja of the environment first.
-export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test test-long check lint format bench bench-quick gpu-check accuracy package-check clean
+.PHONY: demo test test-long check lint format bench bench-quick gpu-check accuracy wheel wheel-check package-check clean
 
 demo: $(VENV)/.built  ## the main job: train on real digits, smooth against i.i.d. initialisation
 	$(BIN)/python -m odeblock train --output $(OUTPUT)
@@ -50,8 +53,20 @@ gpu-check:  ## all that a GPU has to show, with the Python at hand: no environme
 accuracy: $(VENV)/.built  ## errors of gradients against float64, table and figure; a quarter of an hour
 	$(BIN)/python benchmarks/accuracy.py --output outputs/accuracy
 
-package-check: $(VENV)/.dependencies  ## an isolated `pip install .` where there is no torch
+wheel: $(VENV)/.dependencies  ## an sdist and, built from it, a wheel for this Python and any Linux as new as this
+	rm -rf $(DIST)
+	$(BIN)/python -m build --sdist --no-isolation --outdir $(DIST)
+	ODEBLOCK_NATIVE=ON ODEBLOCK_CUDA=$(or $(ODEBLOCK_CUDA),OFF) $(BIN)/pip wheel --no-deps -w $(DIST) $(DIST)/*.tar.gz
+	$(BIN)/auditwheel repair --wheel-dir $(DIST) $(DIST)/*-linux_*.whl
+	rm $(DIST)/*-linux_*.whl
+
+package-check: $(VENV)/.dependencies  ## the wheel in a new environment, and one built without a compiler
 	$(BIN)/python tests/check_package.py
+
+wheel-check:  ## the wheel against another PyTorch, gigabytes to download: make wheel wheel-check TORCH=2.6.0
+	$(PYTHON) -m venv .venv-torch-$(TORCH)
+	.venv-torch-$(TORCH)/bin/pip install torch==$(TORCH) "$$(echo $(DIST)/*.whl)[test]"
+	.venv-torch-$(TORCH)/bin/pytest --benchmark-disable $(WHEEL_TESTS:%=tests/test_%.py)
 
 clean:
 	rm -rf $(VENV) build dist outputs odeblock/_core*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache
