@@ -64,6 +64,7 @@ package-check: $(VENV)/.dependencies  ## the wheel in a new environment, and one
 	$(BIN)/python tests/check_package.py
 
 wheel-check:  ## the wheel against another PyTorch, gigabytes to download: make wheel wheel-check TORCH=2.6.0
+	$(if $(TORCH),,$(error TORCH: expected a version, as in TORCH=2.6.0))
 	$(PYTHON) -m venv .venv-torch-$(TORCH)
 	.venv-torch-$(TORCH)/bin/pip install torch==$(TORCH) "$$(echo $(DIST)/*.whl)[test]"
 	.venv-torch-$(TORCH)/bin/pytest --benchmark-disable $(WHEEL_TESTS:%=tests/test_%.py)
