@@ -7,7 +7,7 @@ DIST ?= dist
 # Workers of the tests; those that share what takes minutes to compile stay together.
 PARALLEL ?= -n 2 --dist loadgroup --benchmark-disable
 # What `wheel-check` runs.
-WHEEL_TESTS ?= readme block functional gradients conv conv_block adjoint checkpointing scan norm depth
+WHEEL_TESTS ?= readme block functional gradients conv conv_block adjoint checkpointing scan norm depth activations
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CXX_SOURCES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
