@@ -7,7 +7,7 @@ DIST ?= dist
 # Workers of the tests; those that share what takes minutes to compile stay together.
 PARALLEL ?= -n 2 --dist loadgroup --benchmark-disable
 # What `wheel-check` runs.
-WHEEL_TESTS ?= readme block functional gradients conv conv_block adjoint checkpointing scan norm depth
+WHEEL_TESTS ?= readme block functional gradients conv conv_block adjoint checkpointing scan norm depth activations
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CXX_SOURCES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
@@ -70,6 +70,7 @@ docs-serve: $(VENV)/.dependencies  ## the same in a browser, as one writes
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 wheel-check:  ## the wheel against another PyTorch, gigabytes to download: make wheel wheel-check TORCH=2.6.0
+	$(if $(TORCH),,$(error TORCH: expected a version, as in TORCH=2.6.0))
 	$(PYTHON) -m venv .venv-torch-$(TORCH)
 	.venv-torch-$(TORCH)/bin/pip install torch==$(TORCH) "$$(echo $(DIST)/*.whl)[test]"
 	.venv-torch-$(TORCH)/bin/pytest --benchmark-disable $(WHEEL_TESTS:%=tests/test_%.py)

@@ -3,9 +3,8 @@
 #include <exception>
 #include <vector>
 
-// OpenMP's calls as GCC compiles a parallel region to them, of whatever runtime PyTorch brought: it loads one for all
-// to see, in wheels under a name of its own. So none is linked here, which would be a second one; null where none is
-// seen.
+// OpenMP's calls as GCC compiles a parallel region to them, of whatever runtime PyTorch has loaded for all to see. None
+// is linked here: it might be another one, whose threads would compete with PyTorch's. Null where there is none.
 extern "C" {
 __attribute__((weak)) void GOMP_parallel(void (*run)(void* data), void* data, unsigned threads, unsigned flags);
 __attribute__((weak)) int omp_get_thread_num();
