@@ -52,7 +52,6 @@ def arguments(**changes: Any) -> dict[str, Any]:
         ({"activation": "tanh"}, {"activation": ["tanh"]}),
         ({"h": torch.randn(4)}, {"h": torch.randn(5)}),
     ],
-    ids=str,
 )
 def test_a_call_that_looks_like_one_that_passed_is_refused_all_the_same(
     good: dict[str, Any], bad: dict[str, Any]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from odeblock import DeepConvResBlock, DeepResBlock, DriftError
 from odeblock.activations import ACTIVATIONS
-from odeblock.autograd import DRIFT_TOLERANCE
+from odeblock.drift import DRIFT_TOLERANCE
 from odeblock.functional import deep_conv_residual, deep_residual
 
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
