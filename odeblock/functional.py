@@ -181,7 +181,7 @@ def _apply(record: DriftRecord, step: float, *arguments: Any) -> Tensor:
     if trains and not (compiling and is_exporting()):  # what torch.export makes has no backward
         plan = call.plan(h, V)
     y: Tensor
-    if plan == checkpointing.NOTHING and (compiling or forward_ad._current_level < 0):
+    if not trains and (compiling or forward_ad._current_level < 0):
         y, *_ = call.forward(plan, *tensors)  # no derivative: nothing to prepare
     elif compiling:
         y, *_ = DeepResidual.apply(*tensors, activation, step, *plan, strict, record)  # type: ignore[no-untyped-call]
