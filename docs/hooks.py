@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHOWN = (
     "README.md",
     "CONTRIBUTING.md",
+    "SECURITY.md",
     "CHANGELOG.md",
     "docs/*.md",
     "docs/images/**/*.png",
