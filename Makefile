@@ -54,7 +54,7 @@ accuracy: $(VENV)/.built  ## errors of gradients against float64, table and figu
 	$(BIN)/python benchmarks/accuracy.py --output outputs/accuracy
 
 wheel: $(VENV)/.dependencies  ## an sdist and, built from it, a wheel for this Python and any Linux as new as this
-	rm -rf $(DIST)
+	rm -f $(DIST)/odeblock-*.tar.gz $(DIST)/odeblock-*-linux_*.whl
 	$(BIN)/python -m build --sdist --no-isolation --outdir $(DIST)
 	ODEBLOCK_NATIVE=ON ODEBLOCK_CUDA=$(or $(ODEBLOCK_CUDA),OFF) $(BIN)/pip wheel --no-deps -w $(DIST) $(DIST)/*.tar.gz
 	$(BIN)/auditwheel repair --wheel-dir $(DIST) $(DIST)/*-linux_*.whl
@@ -72,7 +72,7 @@ docs-serve: $(VENV)/.dependencies  ## the same in a browser, as one writes
 wheel-check:  ## the wheel against another PyTorch, gigabytes to download: make wheel wheel-check TORCH=2.6.0
 	$(if $(TORCH),,$(error TORCH: expected a version, as in TORCH=2.6.0))
 	$(PYTHON) -m venv .venv-torch-$(TORCH)
-	.venv-torch-$(TORCH)/bin/pip install torch==$(TORCH) "$$(echo $(DIST)/*.whl)[test]"
+	.venv-torch-$(TORCH)/bin/pip install torch==$(TORCH) "$$(echo $(DIST)/*-$$($(PYTHON) -c 'import sys; print("cp%d%d" % sys.version_info[:2])')-*.whl)[test]"
 	.venv-torch-$(TORCH)/bin/pytest --benchmark-disable $(WHEEL_TESTS:%=tests/test_%.py)
 
 clean:

@@ -1,4 +1,5 @@
-// The Python module odeblock._core: addresses and sizes in, the GIL released while it computes. Nothing is kept
+// The Python module odeblock._core: addresses and sizes in, the GIL released while it computes, but for a question ten
+// times a second whether a signal has come. Nothing is kept
 // but memory for large arrays (Memory).
 // Its caller, odeblock/ops.py, has checked everything; _core.pyi has the signatures with names.
 #include <pybind11/pybind11.h>
@@ -6,8 +7,13 @@
 
 #ifdef __linux__
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #endif
+#include <pthread.h>
+#include <unistd.h>
 
+#include <algorithm>
+#include <chrono>
 #include <memory>
 #include <new>
 #include <sstream>
@@ -56,8 +62,20 @@ void set_weights(Problem& p, uintptr_t V, uintptr_t W, uintptr_t hidden_bias, ui
   p.output_bias = pointer<const void>(output_bias);
 }
 
+// Python's signal handlers run on this thread alone.
+bool is_main_thread() {
+#if defined(__linux__)
+  return syscall(SYS_gettid) == getpid();
+#elif defined(__APPLE__)
+  return pthread_main_np();
+#else
+  return true;
+#endif
+}
+
 // Whether the user wants the call to end (Ctrl-C), or another of Python's signal handlers raised: the error stays set.
 bool is_interrupted() {
+  if (!is_main_thread()) return false;
   const PyGILState_STATE state = PyGILState_Ensure();
   const bool raised = PyErr_CheckSignals() != 0;
   PyGILState_Release(state);
@@ -67,8 +85,9 @@ bool is_interrupted() {
 // Runs a kernel without the GIL; raises what a signal handler did.
 template <class P>
 void run_interruptibly(void (*kernel)(const P&), P& p) {
-  const int64_t work = p.dim * p.hidden * (p.kernel ? p.kernel * p.kernel * p.height * p.width : 1);
-  odeblock::Stop stop(is_interrupted, work);
+  const int64_t samples = std::min<int64_t>(p.batch, 1024);
+  const int64_t work = samples * p.dim * p.hidden * (p.kernel ? p.kernel * p.kernel * p.height * p.width : 1);
+  odeblock::Stop stop(is_interrupted, work, std::chrono::milliseconds(100));
   p.stop = &stop;
   {
     py::gil_scoped_release release;

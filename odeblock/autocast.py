@@ -13,8 +13,10 @@ is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
 
 def autocasts(device: str) -> bool:
-    """Whether autocast is on for tensors there. ("meta" has none; a compiler of torch 2.6 cannot ask.)"""
-    return device != "meta" and torch.is_autocast_enabled(device)
+    """Whether autocast is on for tensors there. (Some devices have none; PyTorch 2.6 cannot compile that.)"""
+    if device == "meta" or not (torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)):
+        return False
+    return torch.is_autocast_enabled(device)
 
 
 def autocasted(h: Any, *tensors: Any) -> tuple[Any, ...]:

@@ -79,7 +79,7 @@ class DeepResidual(torch.autograd.Function):
                 ctx.keep_hidden,
                 any(need[1:5]),
                 ctx.strict,
-                ctx.record.number,
+                ctx.record.number if ctx.reconstruct else -1,  # one graph for all blocks that have no adjoint
             )
         needed = (gradients[i] if need[i] else None for i in range(5))
         return (*needed, *(None,) * 8)

@@ -138,6 +138,7 @@ class ResBlock(nn.Module):
                 f"{', '.join(hooked)}: expected parameters to draw anew, got weights that hooks compute, as "
                 "those of torch.nn.utils.prune; remove these hooks first"
             )
+        stacks.update((name, torch.empty_like(stacks[name])) for name in under)
         self._draw(stacks)
         for name in under:
             setattr(self, name, stacks[name])
@@ -167,7 +168,8 @@ class ResBlock(nn.Module):
         """States along depth: h_0, h_every, h_2every, ... and, always last, h_L.
 
         Differentiable. Runs the block in pieces of ``every`` steps; the last entry is ``self(h)`` bit for bit
-        (in half precision on the CPU's native core).
+        (in half precision on the CPU's native core, and without normalisation, which is folded into weights
+        of half precision otherwise).
 
         Arguments:
             h: input, as of ``forward``.

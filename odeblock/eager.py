@@ -80,6 +80,10 @@ class Reports(DriftRecord):
         self.found.append(report)
         self.tolerance = tolerance
 
+    def read(self) -> dict[str, float] | None:
+        """Of the last member, for who counts operations."""
+        return {"evaluations": float(self.found[-1][2])} if self.found else None
+
     def judge_all(self, gradients: Sequence[Tensor], strict: bool, record: DriftRecord) -> None:
         """By the errors of the worst, and means of the rest."""
         every = torch.stack(self.found)
@@ -108,8 +112,11 @@ class EagerDeepResidual(torch.autograd.Function):
         if grad is None:
             return (None,) * 7
         needed = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        transforms = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        if torch.is_grad_enabled() or transforms:
             *tensors, states, checks = ctx.saved_tensors
+            if torch._C._functorch.is_legacy_batchedtensor(grad):  # is_grads_batched: autograd is below these
+                return (None, None, *pull_back(ctx.call.loop, tensors, needed, grad))
             gradients = _differentiable(ctx.call, ctx.plan, needed, states, checks, grad, *tensors)
             return (None, None, *gradients)
         call, weights = ctx.call, any(needed[1:])

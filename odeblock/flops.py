@@ -108,14 +108,19 @@ class _WhenImported(importlib.abc.MetaPathFinder):
         if name != COUNTER:
             return None
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            sys.meta_path.insert(0, self)  # to ask is not to import
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
-            register(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+                register(module)
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import checkpointing
+from . import checkpointing, reference
 from .autocast import autocasted, is_any_autocast_enabled
 from .autograd import DeepResidual
 from .drift import DriftRecord
@@ -175,7 +175,12 @@ def _apply(record: DriftRecord, step: float, *arguments: Any) -> Tensor:
     tensors = (h, V, W, hidden_bias, output_bias)
     plan, compiling = checkpointing.NOTHING, torch.compiler.is_compiling()
     call = Call(activation, step, backward, strict, anchors, memory_budget, record)
-    if not compiling and torch._C._are_functorch_transforms_active():
+    transforms = torch._C._are_functorch_transforms_active()
+    if compiling and (
+        transforms or forward_ad._current_level >= 0
+    ):  # a graph compiler differentiates operators
+        return reference.loop(*tensors, activation=activation, scale=step)
+    if transforms:
         return transformed(call, *tensors)
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if trains and not (compiling and is_exporting()):  # what torch.export makes has no backward

@@ -217,7 +217,7 @@ def ode_gap(block: ResBlock, h: Tensor, *, interpolation: str = "linear", tol: f
         interpolation: see ``interpolate``.
         tol: rtol and atol of the solver.
     """
-    exact = copy.deepcopy(block).double().eval()
+    exact = block.resample(block.depth).double().eval()  # a copy, also of weights that are computed
     truth = solve(exact, h.double(), rtol=tol, atol=tol, interpolation=interpolation)
     return float((exact(h.double()) - truth).norm() / truth.norm())
 
@@ -250,13 +250,11 @@ def resample(model: nn.Module, depth: int, loss: Callable[[nn.Module], Tensor | 
     if isinstance(model, ResBlock):
         other: nn.Module = model.resample(depth)
     else:
-        other = copy.deepcopy(model)
-        modules = list(other.named_modules(remove_duplicate=False))
-        found = [(name, block) for name, block in modules if isinstance(block, ResBlock)]
-        if not found:
+        blocks = {
+            id(block): block.resample(depth) for block in model.modules() if isinstance(block, ResBlock)
+        }
+        if not blocks:
             raise ValueError("model: expected one that holds a DeepResBlock or DeepConvResBlock, found none")
-        resampled = {block: block.resample(depth) for block in dict.fromkeys(block for _, block in found)}
-        for name, block in found:
-            other.set_submodule(name, resampled[block])
+        other = copy.deepcopy(model, dict(blocks))  # which takes these for copies that it has made
     with torch.no_grad():
         return Resampled(other, float(loss(model)), float(loss(other)))

@@ -88,6 +88,11 @@ def mapped(function: Callable[..., Any], tensors: Sequence[Tensor | None]) -> Ca
 def into_rows(size: int, dims: Sequence[int | None], tensors: Sequence[Tensor | None]) -> Mapped:
     """Of a ``vmap`` over ``size`` states and not over weights: more rows of one call."""
     have = of(tensors, dims)
+    rows = next(  # of each of the `size`
+        x.shape[int(has) + (dim is not None and dim <= int(has))]
+        for x, dim, has in zip(tensors, dims, have, strict=True)
+        if x is not None
+    )
 
     def flat(x: Tensor, dim: int | None, has: bool) -> Tensor:
         at = int(has)  # behind the members
@@ -97,7 +102,7 @@ def into_rows(size: int, dims: Sequence[int | None], tensors: Sequence[Tensor | 
     states = zip(tensors[:-WEIGHTS], dims, have, strict=False)
     found = [None if x is None else flat(x, dim, has) for x, dim, has in states]
     at = int(any(have))
-    return Mapped([*found, *tensors[-WEIGHTS:]], lambda y: (y.unflatten(at, (size, y.shape[at] // size)), at))
+    return Mapped([*found, *tensors[-WEIGHTS:]], lambda y: (y.unflatten(at, (size, rows)), at))
 
 
 def into_members(size: int, dims: Sequence[int | None], tensors: Sequence[Tensor | None]) -> Mapped:

@@ -35,7 +35,7 @@ def draw(init: Initializer, V: Any, W: Any) -> None:
         return
     from torch.distributed.tensor import distribute_tensor
 
-    whole: list[Tensor] = [torch.empty(Z.shape, dtype=Z.dtype, device=Z.device) for Z in (V, W)]
-    init(*whole)
-    for share, drawn in zip((V, W), whole, strict=True):
+    both: list[Tensor] = [torch.empty(Z.shape, dtype=Z.dtype, device=Z.device) for Z in (V, W)]
+    init(*both)
+    for share, drawn in zip((V, W), both, strict=True):
         share.copy_(distribute_tensor(drawn, share.device_mesh, share.placements))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 
 from .activations import get_activation
 
@@ -56,7 +57,11 @@ def check_arguments(
             call = (maps, looks, options, *map(type, options))
             if call in _accepted:
                 return 1.0 / V.shape[0] if scale is None else float(scale)
-        except (AttributeError, TypeError):  # no tensor, a symbolic size, an option that has no hash
+        except (
+            AttributeError,
+            RuntimeError,
+            TypeError,
+        ):  # no tensor, no or symbolic sizes, an option without hash
             call = None
     step = _check_arguments(h, V, W, hidden_bias, output_bias, *options, maps)
     if call is not None and _PLAIN.issuperset(map(type, options)):
@@ -150,7 +155,10 @@ def check_scale(scale: Any) -> float:
         raise TypeError(f"scale: expected a number or None (1/L), got {type(scale).__name__}")
     if not abs(scale) < math.inf:  # which a compiler can ask of a symbol, unlike isfinite
         raise ValueError(f"scale: expected a finite number, got {scale!r}")
-    return float(scale)
+    try:
+        return float(scale)
+    except OverflowError:
+        raise ValueError("scale: expected a number that a float can hold, got a larger one") from None
 
 
 def check_strategy(backward: Any) -> str:
@@ -218,6 +226,8 @@ def check_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected one of {expected}; got {value.dtype}")
     if value.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense (strided) tensor, got {value.layout}; call .to_dense()")
+    if value.is_nested or isinstance(value, UninitializedParameter):
+        raise TypeError(f"{name}: expected a tensor with sizes, got a nested or an uninitialised one")
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], letters: str, V: Tensor) -> None:

@@ -5,14 +5,18 @@
 
 #include "api.h"
 #include "arrays.h"
+#include "cpu/threads.h"
 
 namespace {
 
 struct Header {
   int64_t dtype, activation, batch, dim, hidden, depth, height, width, kernel;
   int64_t save_every, reconstruct, slots, keep_hidden, threads, biases;
+  int64_t stop_after;  // questions whether to stop; -1: never
   double scale;
 };
+
+int64_t questions;
 
 }  // namespace
 
@@ -47,6 +51,9 @@ int main() {
   f.hidden_bias = x.biases ? b.get() : nullptr, f.output_bias = x.biases ? c.get() : nullptr;
   f.threads = static_cast<int>(x.threads);
   f.h = h.get(), f.y = y.get(), f.states = states.get(), f.probe = probe.get(), f.checks = checks.get();
+  questions = x.stop_after;
+  odeblock::Stop stop([] { return questions-- == 0; }, 1 << 30, std::chrono::milliseconds(0));
+  f.stop = x.stop_after < 0 ? nullptr : &stop;
   const Bytes forward_workspace = allocate(kernels.forward_workspace(f));
   f.workspace = forward_workspace.get();
   kernels.forward(f);

@@ -284,3 +284,13 @@ def test_opcheck(plan: checkpointing.Plan, batch: int, dtype: torch.dtype, maps:
     for weight_gradients in (True, False) if dtype == torch.float32 else (True,):
         rest = ("tanh", 0.1, *plan, weight_gradients, True, 0)
         torch.library.opcheck(ops.backward, (grad, h, V, W, b, c, *saved, *rest))
+
+
+def test_equal_blocks_share_a_graph() -> None:
+    torch.compiler.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    for _ in range(10):
+        block = DeepResBlock(4, 6)
+        block.compile(fullgraph=True, backend=counter)
+        block(torch.randn(3, 4, requires_grad=True)).sum().backward()
+    assert counter.frame_count == 1

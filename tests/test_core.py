@@ -54,9 +54,14 @@ def compile_host(folder: Path, compiler: str, *flags: str) -> Path:
 
 
 def run_host(
-    command: list[str], case: Case, dtype: torch.dtype, plan: checkpointing.Plan, threads: int
+    command: list[str],
+    case: Case,
+    dtype: torch.dtype,
+    plan: checkpointing.Plan,
+    threads: int,
+    stop_after: int = -1,
 ) -> dict[str, Tensor]:
-    """What ``oracle.run`` returns, from the program."""
+    """What ``oracle.run`` returns, from the program; of a call that is stopped, some numbers."""
     tensors = [case.tensors[name] for name in NAMES]
     depth, dim, hidden, *kernel = tensors[1].shape
     maps = (*tensors[0].shape[2:], kernel[0]) if kernel else (0, 0, 0)
@@ -71,7 +76,7 @@ def run_host(
     ]
     scale = 1 / depth if case.scale is None else case.scale
     biases = tensors[3] is not None
-    header = struct.pack("15qd", *sizes, *plan, threads, biases, scale)
+    header = struct.pack("16qd", *sizes, *plan, threads, biases, stop_after, scale)
     given = [t for t in (*tensors, case.grad) if t is not None]
     arrays = [*(t.to(dtype) for t in given), probe(tensors[0][0].numel(), state_dtype(dtype))]
     data = [t.contiguous().view(torch.uint8).numpy().tobytes() for t in arrays]
@@ -124,6 +129,7 @@ def check_program(command: list[str], activation: str = "tanh", shapes: Any = (*
             case = rounded(case, dtype)
             results = run_host(command, case, dtype, plan, threads=1 + (i + j) % 3)
             check_results(results, case, dtype, rebuilt=plan.reconstruct)
+            run_host(command, case, dtype, plan, threads=1 + (i + j) % 3, stop_after=3 * (i + j))
 
 
 @pytest.mark.skipif(
@@ -150,6 +156,8 @@ def test_threads_do_not_race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             plan = make_plan(shape[3])
             results = run_host([str(program)], case, torch.float32, plan, threads=4)
             check_results(results, case, torch.float32, rebuilt=plan.reconstruct)
+            for stop_after in (0, 3, 12, 20):  # at once, in the forward, at its end, in the backward
+                run_host([str(program)], case, torch.float32, plan, 4, stop_after)
 
 
 @pytest.mark.parametrize("build", ["baseline", *BUILDS])

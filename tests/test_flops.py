@@ -124,3 +124,28 @@ def test_a_trace_names_the_ops() -> None:
     names = {event.key: event.count for event in trace.key_averages()}
     assert names["odeblock::deep_residual"] == 1
     assert names["odeblock::deep_residual_backward"] == 1
+
+
+def test_to_look_for_the_counter_is_not_to_import_it() -> None:
+    program = """
+import importlib.util, torch, odeblock
+importlib.util.find_spec("torch.utils.flop_counter")
+from torch.utils.flop_counter import FlopCounterMode
+block = odeblock.DeepResBlock(4, 6)
+with FlopCounterMode(display=False) as counter, torch.no_grad():
+    block(torch.randn(3, 4))
+assert counter.get_total_flops() == 2 * 2 * 6 * 3 * 4 * 4
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_members_of_an_adjoint_are_counted_by_their_evaluations() -> None:
+    x, V, W = torch.randn(3, 4), torch.randn(64, 4, 4), torch.randn(64, 4, 4)
+
+    def loss(x: Tensor) -> Tensor:
+        return functional.deep_residual(x, V, W, backward="adjoint").sum()
+
+    one = counted(torch.func.grad(loss), x)
+    mapped = counted(torch.vmap(torch.func.grad(loss)), x[None])
+    again = 2 * 2 * 64 * 3 * 4 * 4
+    assert mapped in (one, one + again)

@@ -352,3 +352,57 @@ def test_the_adjoint_is_judged_once_for_all(kind: str) -> None:
         vmap(grad(loss))(params)
     with pytest.raises(DriftError, match='use backward="auto"'):  # the derivative of a gradient, too
         torch.autograd.grad(loss(dict(blocks[1].named_parameters())), blocks[1].V, create_graph=True)
+
+
+# ---- what others transform -------------------------------------------------------------------------------
+
+
+def reference_and_ours() -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]:
+    tensors = [torch.randn(*shape, dtype=torch.float64) for shape in ((3, 4), (6, 4, 5), (6, 5, 4))]
+    return reference.deep_residual, deep_residual, tensors
+
+
+def test_a_compiler_takes_transforms_apart() -> None:
+    loop, ours, (h, V, W) = reference_and_ours()
+
+    def gradients(function: Callable[..., Tensor]) -> Any:
+        def compute(h: Tensor, V: Tensor) -> Any:
+            of_both = torch.func.grad(lambda h, V: function(h, V, W).sum(), (0, 1))(h, V)
+            return *of_both, torch.func.jvp(lambda V: function(h, V, W), (V,), (V,))[1]
+
+        return compute
+
+    torch.compiler.reset()
+    found = torch.compile(gradients(ours), backend="eager", fullgraph=True)(h, V)
+    torch.testing.assert_close(found, gradients(loop)(h, V))
+
+
+@pytest.mark.parametrize("strategy", ["store", "adjoint"])
+def test_batched_gradients_can_be_differentiated(strategy: str) -> None:
+    loop, ours, (h, V, W) = reference_and_ours()
+
+    def second(function: Callable[..., Tensor], **options: str) -> Tensor:
+        x = V.clone().requires_grad_()
+        jacobian = torch.autograd.functional.jacobian(
+            lambda V: function(h, V, W, scale=0.01, **options), x, vectorize=True, create_graph=True
+        )
+        return torch.autograd.grad(jacobian.square().sum(), x)[0]
+
+    torch.testing.assert_close(second(ours, backward=strategy), second(loop))
+
+
+def test_forward_over_reverse_needs_no_graph() -> None:
+    loop, ours, (h, V, W) = reference_and_ours()
+
+    def moving(function: Callable[..., Tensor]) -> Tensor:
+        with forward_ad.dual_level():
+            x = forward_ad.make_dual(V.clone().requires_grad_(), W.transpose(1, 2))
+            (gradient,) = torch.autograd.grad(function(h, x, W).sum(), x)
+            return forward_ad.unpack_dual(gradient).tangent
+
+    torch.testing.assert_close(moving(ours), moving(loop))
+
+
+def test_vmap_over_nothing() -> None:
+    block = DeepResBlock(4, 6)
+    assert torch.vmap(block)(torch.randn(0, 3, 4)).shape == (0, 3, 4)

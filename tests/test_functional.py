@@ -56,6 +56,8 @@ REFUSED = [
     ({"activation": torch.tanh}, TypeError, "activation: expected a name"),
     ({"scale": float("nan")}, ValueError, "scale: expected a finite number, got nan"),
     ({"scale": float("inf")}, ValueError, "scale: expected a finite number, got inf"),
+    ({"scale": 10**400}, ValueError, "scale: expected a number that a float can hold"),
+    ({"V": nn.UninitializedParameter()}, TypeError, "V: expected a tensor with sizes"),
     ({"scale": "0.1"}, TypeError, "scale: expected a number"),
     ({"scale": True}, TypeError, "scale: expected a number"),
     ({"backward": "reversible"}, ValueError, "backward: expected one of auto, .*got 'reversible'"),

@@ -28,7 +28,7 @@ def test_a_small_call_costs_no_more_than_its_operators(work: str) -> None:
     torch.set_num_threads(1)  # two threads take PyTorch longer
     for _ in range(8):  # others may have the machine for a while
         found = overhead.ratios(overhead.least_seconds(work, rounds=100))
-        if max(found.values()) <= 1:
+        if max(found.values()) <= ALLOWED:
             break
     assert max(found.values()) <= ALLOWED, found
 

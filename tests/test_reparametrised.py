@@ -218,3 +218,48 @@ def test_parameters_beneath_move_at_the_rate_of_the_flow() -> None:
     (group,) = gradient_flow_groups(block, lr=0.5)
     assert group["lr"] == 0.5 * DEPTH
     assert set(group["params"]) == set(block.parameters())
+
+
+class Same(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def right_inverse(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Tied(nn.Module):
+    """One layer's weights for all."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.expand(12, *x.shape[1:])
+
+    def right_inverse(self, x: Tensor) -> Tensor:
+        return x[:1]
+
+
+@pytest.mark.parametrize("kind", [Same, Tied])
+def test_what_is_drawn_anew_goes_through_the_inverse_alone(kind: type[nn.Module]) -> None:
+    block = DeepResBlock(4, 12)
+    parametrize.register_parametrization(block, "V", kind())
+    before = block.V.clone()
+    block.reset_parameters()
+    assert not torch.equal(block.V, before)
+
+
+def test_without_an_inverse_nothing_is_drawn_in_place() -> None:
+    block = DeepResBlock(4, 12)
+    parametrize.register_parametrization(block, "V", nn.Identity())
+    before = block.V.clone()
+    with pytest.raises(RuntimeError, match="right_inverse"):
+        block.reset_parameters()
+    assert torch.equal(block.V, before)
+
+
+def test_a_pruned_model_is_resampled() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), DeepResBlock(4, 6))
+    prune.l1_unstructured(model[1], "V", 0.5)
+    x = torch.randn(3, 4)
+    found = limit.resample(model, 6, lambda model: model(x).sum())
+    assert found.before == found.after
+    assert limit.ode_gap(model[1], x) < 1

@@ -52,6 +52,7 @@ struct FewShared {
   Progress* progress;  // [threads] sums that a thread has left
   T* sums[2];          // [chunks][R][q padded], in turn
   T* seen;             // [threads][q padded]  adjoint: what see_rows leaves of a thread's rows of W
+  bool* ended;         // [2] whether the first thread has found the call stopped, in turn
 };
 
 // And what each has for itself. R = batch; q, m, u are padded sizes, u of its hidden units.
@@ -76,7 +77,8 @@ FewShared<T> few_shared(const Problem& p, bool backward, Arena& arena) {
   const int64_t q = round_up(p.dim, kLanes<T>), sums = chunk_count(p) * p.batch * q;
   return {arena.take<Progress>(few_threads(p)),
           {arena.take<T>(sums), arena.take<T>(sums)},
-          arena.take<T>(backward && p.reconstruct ? few_threads(p) * q : 0)};
+          arena.take<T>(backward && p.reconstruct ? few_threads(p) * q : 0),
+          arena.take<bool>(2)};
 }
 
 template <class S, class T = Compute<S>>
@@ -142,7 +144,7 @@ class Few {
     T *states = static_cast<T*>(f.states), *checks = static_cast<T*>(f.checks), *h = scratch.h;
     load_rows(static_cast<const S*>(f.h), h);
     int64_t saved = 0, checked = 0;
-    for (int64_t k = 0; k < p.depth; k++) {
+    for (int64_t k = 0; k < p.depth && !ended; k++) {
       const Layer<T> weights = layer_part(k);
       if (t == 0 && p.save_every && k % p.save_every == 0 && (k > 0 || !p.reconstruct))
         store_rows(h, saved_state<T>(states, p, saved++, 0));
@@ -213,8 +215,11 @@ class Few {
   }
   void store_block(const T* from, T* block) const {
     for (int64_t i = 0; i < p.dim; i++) {
-      store(block + i * W, Vec<T>{});
-      for (int64_t r = 0; r < R; r++) block[i * W + r] = from[r * q + i];
+      Vec<T> v{};
+#pragma GCC unroll 4
+      for (int r = 0; r < kFewRows<T>; r++)
+        if (r < R) v[r] = from[r * q + i];
+      store(block + i * W, v);
     }
   }
   T project(const T* row) const {
@@ -247,7 +252,6 @@ class Few {
 
   // z of this thread's units at h.
   void hidden(const Layer<T>& weights, const T* h, int64_t k, int64_t direction, T* z) {
-    if (stopped(p, k)) return;
     products.dots(weights.W.data + first * p.dim, p.dim, units, p.dim, ahead(k, direction, W * p.dim), h, q,
                   weights.hidden_bias ? weights.hidden_bias + first : nullptr, z, u);
   }
@@ -256,7 +260,7 @@ class Few {
   // so that all see the same.
   void increment(const Layer<T>& weights, const T* s, int64_t k, int64_t direction, T* f) {
     const int64_t fetch = ahead(k, direction, W * p.hidden);
-    for (int64_t c = chunks.begin; c < chunks.end && !stopped(p, k); c++)
+    for (int64_t c = chunks.begin; c < chunks.end; c++)
       products.dots(weights.V.data + c * size, p.hidden, p.dim, units_of(c), fetch, s + c * size - first, u,
                     c == 0 ? weights.output_bias : nullptr, sums(c), q);
     meet();
@@ -284,9 +288,11 @@ class Few {
       sweep_chain<T>(
           scratch.h, bottom, top, p.slots, [&](int64_t j) { return scratch.slots + j * R * (q + u); },
           [&](const T* h, int64_t k, T* slot) {
+            if (ended) return;
             run_forward(layer_part(k), h, k, slot, p.keep_hidden ? slot + R * q : scratch.z);
           },
           [&](const T* h, int64_t k, const T* slot) {
+            if (ended) return;
             const Layer<T> weights = layer_part(k);
             const bool held = slot && p.keep_hidden, kept = held || saves_hidden(p);
             if (!kept) hidden(weights, h, k, -1, scratch.z);
@@ -316,7 +322,7 @@ class Few {
     reconstruction.reset(0, 1, p.dim);
     see_part(p.depth - 1);
     meet();
-    for (int64_t k = p.depth - 1; k >= 0; k--) {
+    for (int64_t k = p.depth - 1; k >= 0 && !ended; k--) {
       const Layer<T> weights = layer_part(k);
       see_all();
       reconstruction.enter(p.dim);
@@ -365,15 +371,6 @@ class Few {
   // The equations of backward.h for this thread's units, at the state h, with s and sigma'(z) in the scratch. fetch:
   // whether to ask for W of the next layer, which nobody has done for this one.
   void adjoint_step(const BackwardProblem& b, const Layer<T>& weights, int64_t k, const T* h, bool fetch) {
-    if (!stopped(p, k)) gradients(b, weights, k, h, fetch);
-    meet();
-    T* a = scratch.a;
-    for (int64_t r = 0; r < R; r++)
-      for (int64_t i = 0; i < q; i += W) store(a + r * q + i, load(a + r * q + i) + total(r, i));
-  }
-
-  // Of it what comes before the threads meet.
-  void gradients(const BackwardProblem& b, const Layer<T>& weights, int64_t k, const T* h, bool fetch) {
     T *a = scratch.a, *g = scratch.g;
     products.combine(weights.V.data + first, p.hidden, p.dim, units, ahead(k, -1, 8 * p.hidden), a, q, g, u);
     for (int64_t r = 0; r < R; r++)
@@ -398,6 +395,9 @@ class Few {
     for (int64_t c = chunks.begin; c < chunks.end; c++)
       products.combine(weights.W.data + c * size * p.dim, p.dim, units_of(c), p.dim,
                        fetch ? ahead(k, -1, 8 * p.dim) : 0, g + c * size - first, u, sums(c), q);
+    meet();
+    for (int64_t r = 0; r < R; r++)
+      for (int64_t i = 0; i < q; i += W) store(a + r * q + i, load(a + r * q + i) + total(r, i));
   }
 
   int64_t units_of(int64_t chunk) const {
@@ -408,14 +408,17 @@ class Few {
 
   // Returns once every thread has left the sums of its chunks. The other array of sums is free then: what it held,
   // every thread has added up before it came here.
+  // The threads meet a different number of times in each layer: the first one says whether all leave after it.
   void meet() {
+    bool& leave = shared.ended[meetings % 2];
+    if (t == 0) leave = stopped(p, meetings);
     meetings++;
-    if (n == 1) return;
-    shared.progress[t].advance();
+    if (n > 1) shared.progress[t].advance();
     for (int i = 0; i < n; i++)
       if (i != t) shared.progress[i].wait(meetings);
+    ended = leave;
   }
-  Vec<T> total(int r, int64_t i) const {
+  Vec<T> total(int64_t r, int64_t i) const {
     const T* sum = shared.sums[(meetings - 1) % 2] + r * q + i;
     Vec<T> y = load(sum);
     for (int64_t c = 1; c < chunk_count(p); c++) y += load(sum + c * R * q);
@@ -434,6 +437,7 @@ class Few {
   const int64_t first, units;  // their units
   const int64_t u;             // padded
   int64_t meetings = 0;
+  bool ended = false;
   Activate<T> sigma;
   ActivateSlope<T> sigma_slope;
   FewScratch<T> scratch{};

@@ -53,7 +53,7 @@ constexpr int kSpins = 2000;  // some 20 to 60 microseconds: longer than threads
 // not load where that is older.
 template <class Done>
 void sleep_until(std::condition_variable& changed, std::unique_lock<std::mutex>& lock, Done done) {
-  while (!changed.wait_for(lock, std::chrono::hours(1), done)) {
+  while (!changed.wait_until(lock, std::chrono::system_clock::now() + std::chrono::hours(1), done)) {
   }
 }
 
@@ -65,7 +65,24 @@ void relax() {
 
 }  // namespace
 
-bool has_openmp() { return GOMP_parallel && omp_get_thread_num && omp_get_num_threads; }
+// Whether threads of a region have numbers of their own: the three might be of two libraries.
+bool has_openmp() {
+  static const bool found = [] {
+    if (!GOMP_parallel || !omp_get_thread_num || !omp_get_num_threads) return false;
+    struct Seen {
+      std::atomic<int> threads{0}, numbers{0}, count{0};
+    } seen;
+    const auto region = [](void* data) {
+      Seen& s = *static_cast<Seen*>(data);
+      s.threads++;
+      s.numbers += omp_get_thread_num();
+      s.count = omp_get_num_threads();
+    };
+    GOMP_parallel(region, &seen, 2, 0);
+    return seen.threads == seen.count && seen.numbers == seen.count - 1;  // 0, or 0 and 1
+  }();
+  return found;
+}
 
 void run_threads(int threads, void (*run)(void* context, int thread, int count), void* context) {
   Call call = {run, context, float_mode()};
@@ -99,15 +116,16 @@ void run_threads(int threads, void (*run)(void* context, int thread, int count),
   for (std::thread& thread : others) thread.join();
 }
 
-constexpr std::chrono::milliseconds kBetweenQuestions(50);
 constexpr int64_t kWorkBetweenLooks = 1 << 18;  // some 10 microseconds
 
-Stop::Stop(bool (*asked)(), int64_t work)
+Stop::Stop(bool (*asked)(), int64_t work, std::chrono::milliseconds every)
     : asked_(asked),
+      every_(every),
       skipped_(0),
       stopped_(false),
       thread_(std::this_thread::get_id()),
-      next_(std::chrono::steady_clock::now() + kBetweenQuestions) {
+      next_(std::chrono::steady_clock::now() + every) {
+  if (work < 1) work = 1;
   while ((skipped_ + 1) * work < kWorkBetweenLooks) skipped_ = 2 * skipped_ + 1;
 }
 
@@ -115,7 +133,7 @@ void Stop::ask() {
   if (std::this_thread::get_id() != thread_ || stopped_.load(std::memory_order_relaxed)) return;
   if (std::chrono::steady_clock::now() < next_) return;
   if (asked_()) stopped_.store(true, std::memory_order_relaxed);
-  next_ = std::chrono::steady_clock::now() + kBetweenQuestions;
+  next_ = std::chrono::steady_clock::now() + every_;
 }
 
 Barrier::Barrier() : arrived_(0), round_(0) {}

@@ -16,6 +16,8 @@
 #include <mutex>
 #include <thread>
 
+#include "../problem.h"
+
 namespace odeblock {
 
 // run(context, thread, count) on `count` threads, the caller's among them: at most `threads`, fewer where the system
@@ -37,13 +39,13 @@ void on_threads(int threads, Run run) {
 // their loops, and meet where they have to, so that none waits for one that has gone.
 class Stop {
  public:
-  // asked() once in a while, on the thread that makes this, and that makes the call. work: multiply-adds of a layer for
-  // one row or map; of layers with little only some look at the clock.
-  Stop(bool (*asked)(), int64_t work);
+  // asked() every so often, on the thread that makes this, and that makes the call. work: multiply-adds of a layer; of
+  // layers with little only some look at the clock.
+  Stop(bool (*asked)(), int64_t work, std::chrono::milliseconds every);
   Stop(const Stop&) = delete;
   Stop& operator=(const Stop&) = delete;
   // On any thread, at layer k: whether it is to be skipped.
-  bool at(int64_t k) {
+  ODEBLOCK_INLINE bool at(int64_t k) {
     if ((k & skipped_) == 0) ask();
     return stopped_.load(std::memory_order_relaxed);
   }
@@ -51,6 +53,7 @@ class Stop {
  private:
   void ask();
   bool (*const asked_)();
+  const std::chrono::milliseconds every_;
   int64_t skipped_;  // a power of two less 1
   std::atomic<bool> stopped_;
   const std::thread::id thread_;
