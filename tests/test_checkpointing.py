@@ -11,7 +11,7 @@ from oracle import NAMES, make_case
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from odeblock import DeepResBlock, checkpointing, functional, native, ops, reference
+from odeblock import DeepResBlock, checkpointing, native, ops, reference
 from odeblock.functional import deep_residual
 
 
@@ -130,7 +130,7 @@ def test_the_native_core_uses_all_of_a_budget(shape: tuple[int, ...]) -> None:
     def held(plan: checkpointing.Plan, slots: int) -> int:
         workspaces = [
             native.core.backward_workspace(
-                *ops._sizes(h, V, "gelu"), plan.save_every, False, n, False, threads
+                *ops._sizes(h, V, "gelu"), plan.save_every, False, n, plan.keep_hidden, threads
             )
             for n in (0, slots)
         ]
@@ -139,7 +139,7 @@ def test_the_native_core_uses_all_of_a_budget(shape: tuple[int, ...]) -> None:
 
     for states in (3, 5, 9):
         budget = states * h.numel() * 4
-        plan = checkpointing.plan("checkpoint", 50, 0, budget, *functional._sizes(h, V, "gelu", budget)[:2])
+        plan = ops.plan(h, V, "gelu", "checkpoint", 0, budget)
         assert held(plan, plan.slots) <= budget
         assert plan.slots == plan.save_every - 1 or held(plan, plan.slots + 1) > budget
 
