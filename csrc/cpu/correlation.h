@@ -197,8 +197,11 @@ ODEBLOCK_NOINLINE void channel_sums(const Maps& maps, const T* map, int64_t chan
   constexpr int W = kLanes<T>;
   for (int64_t c = 0; c < channels; c++) {
     Vec<T> sum{};
-    for (int64_t y = 0; y < maps.rows; y++)
-      for (int64_t x = 0; x < maps.width; x++) sum += load(map + maps.map.at(c, y, x) * W);
+    for (int64_t y = 0; y < maps.rows; y++) {  // row by row: of many pixels one after the other the rounding adds up
+      Vec<T> row{};
+      for (int64_t x = 0; x < maps.width; x++) row += load(map + maps.map.at(c, y, x) * W);
+      sum += row;
+    }
     T total = 0;
     for (int lane = 0; lane < W; lane++) total += sum[lane];
     out[c] = scale * total + (add ? out[c] : T(0));
