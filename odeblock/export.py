@@ -12,8 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
 from . import ops, reference
 
 
@@ -27,21 +25,11 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     return {ops.forward: _loop}
 
 
-def _loop(
-    h: Tensor,
-    V: Tensor,
-    W: Tensor,
-    hidden_bias: Tensor | None,
-    output_bias: Tensor | None,
-    activation: str,
-    scale: float,
-    save_every: int,
-    reconstruct: bool,
-    keep_hidden: bool,
-) -> Any:
+def _loop(*arguments: Any) -> Any:
     """The op ``deep_residual`` where no states are saved."""
+    *tensors, activation, scale, save_every, reconstruct, _ = arguments
     if save_every or reconstruct:
         return NotImplemented
-    y = reference.loop(h, V, W, hidden_bias, output_bias, activation=activation, scale=scale)
-    nothing = h.new_empty(0, dtype=reference.state_dtype(h.dtype))
+    y = reference.loop(*tensors, activation=activation, scale=scale)
+    nothing = y.new_empty(0, dtype=reference.state_dtype(y.dtype))
     return y, nothing, nothing.clone()

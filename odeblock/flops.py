@@ -39,27 +39,9 @@ def forward(h: Tensor, V: Tensor, *_: Any, **__: Any) -> int:
     return 2 * V.shape[0] * product(h, V)
 
 
-def backward(
-    grad: Tensor,
-    h: Tensor | None,
-    V: Tensor,
-    W: Tensor,
-    hidden_bias: Tensor | None,
-    output_bias: Tensor | None,
-    states: Tensor,
-    checks: Tensor,
-    activation: str,
-    scale: float,
-    save_every: int,
-    reconstruct: bool,
-    slots: int,
-    keep_hidden: bool,
-    weight_gradients: bool,
-    strict: bool,
-    record: int,
-    **_: Any,
-) -> int:
+def backward(grad: Tensor, h: Tensor | None, V: Tensor, *others: Any, **_: Any) -> int:
     """Two products a step for dh, two for dV and dW, and those that give z again."""
+    save_every, reconstruct, slots, keep_hidden, weight_gradients, _strict, record = others[-7:]
     depth = V.shape[0]
     products: float = (4 if weight_gradients else 2) * depth
     if reconstruct:

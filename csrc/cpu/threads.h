@@ -35,8 +35,8 @@ void on_threads(int threads, Run run) {
   run_threads(threads, call, &run);
 }
 
-// What ends a call early: no layer is computed any more, what was to be written is left as it is. Threads go on through
-// their loops, and meet where they have to, so that none waits for one that has gone.
+// What ends a call early: no layer is computed any more, what was to be written is left as it is. None may wait for a
+// thread that has gone: threads go on through their loops and meet where they have to, or agree when to leave (few.h).
 class Stop {
  public:
   // asked() every so often, on the thread that makes this, and that makes the call. work: multiply-adds of a layer; of
