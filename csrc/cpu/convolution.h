@@ -31,6 +31,7 @@ constexpr int kChannels = ODEBLOCK_SUM_REGISTERS >= 24 ? 4 : 2;
 constexpr int kTilesAtOnce = 6;
 // What channels are rounded up to in weights and in sums of them.
 constexpr int kChannelPadding = 4;
+static_assert(kChannelPadding * kChannelPadding % kLanes<float> == 0);  // points are made in vectors
 ODEBLOCK_INLINE int64_t padded_channels(int64_t n) { return divide_up(n, kChannelPadding) * kChannelPadding; }
 
 ODEBLOCK_INLINE int64_t point_count(const Maps& maps) { return maps.winograd ? 16 : maps.kernel * maps.kernel; }
@@ -61,9 +62,6 @@ ODEBLOCK_INLINE int64_t points_size(const Maps& maps, int64_t rows, int64_t cols
   return point_count(maps) * padded_channels(rows) * padded_channels(cols);
 }
 
-ODEBLOCK_INLINE float constant(float, double x) { return static_cast<float>(x); }
-ODEBLOCK_INLINE double constant(double, double x) { return x; }
-
 // Rows of G x.
 template <class V>
 ODEBLOCK_INLINE void times_G(V x0, V x1, V x2, V (&y)[4]) {
@@ -77,29 +75,28 @@ ODEBLOCK_INLINE void times_G(V x0, V x1, V x2, V (&y)[4]) {
 // The points of weights [rows, cols, k, k], left in `data`.
 template <class T>
 ODEBLOCK_NOINLINE Points<T> make_points(const T* weights, int64_t rows, int64_t cols, const Maps& maps, T* data) {
-  const int64_t taps = maps.kernel * maps.kernel, row_step = padded_channels(cols),
-                step = padded_channels(rows) * row_step;
-  for (int64_t i = 0; i < point_count(maps) * step; i++) data[i] = T(0);
+  constexpr int W = kLanes<T>;
+  const int64_t taps = maps.kernel * maps.kernel, width = padded_channels(cols), step = padded_channels(rows) * width;
+  if (step != rows * cols) fill_zeros(data, taps * step);
   for (int64_t r = 0; r < rows; r++)
-    for (int64_t c = 0; c < cols; c++) {
-      const T* w = weights + (r * cols + c) * taps;
-      T* to = data + r * row_step + c;
-      if (!maps.winograd) {
-        for (int64_t i = 0; i < taps; i++) to[i * step] = w[i];
-        continue;
-      }
-      T half[3][4];  // (G K)ᵀ
+    for (int64_t c = 0; c < cols; c++)
+      for (int64_t tap = 0; tap < taps; tap++) data[tap * step + r * width + c] = *weights++;
+  // The taps of W kernels are read before their points take the place.
+  for (int64_t at = 0; maps.winograd && at < step; at += W) {
+    T* d = data + at;
+    Vec<T> half[3][4];  // (G K)ᵀ
 #pragma GCC unroll 3
-      for (int x = 0; x < 3; x++) times_G(w[x], w[3 + x], w[6 + x], half[x]);
+    for (int x = 0; x < 3; x++)
+      times_G(load(d + x * step), load(d + (3 + x) * step), load(d + (6 + x) * step), half[x]);
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) {
-        T y[4];
-        times_G(half[0][i], half[1][i], half[2][i], y);
+    for (int i = 0; i < 4; i++) {
+      Vec<T> y[4];
+      times_G(half[0][i], half[1][i], half[2][i], y);
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) to[(i * 4 + j) * step] = y[j];
-      }
+      for (int j = 0; j < 4; j++) store(d + (i * 4 + j) * step, y[j]);
     }
-  return {data, rows, cols, row_step, 1, step, point_count(maps), maps.winograd, false};
+  }
+  return {data, rows, cols, width, 1, step, point_count(maps), maps.winograd, false};
 }
 
 // What becomes of the sums of a product: out = (base + scale (bias + sum)) ⊙ factor, zero where a lane has no pixel.
@@ -196,11 +193,13 @@ ODEBLOCK_INLINE void times_B(V x0, V x1, V x2, V x3, V (&y)[4]) {
   y[3] = x1 - x3;
 }
 
-// N tiles beside each other, from that of pixel (y, x) on, of all channels: to [16 points][channels][N][W].
+// N tiles beside each other, from that of pixel (y, x) on, of all channels: to the first of [16
+// points][channels][count] vectors.
 template <class T, int N>
-ODEBLOCK_NOINLINE void transform_tiles(const Maps& maps, const T* in, int64_t channels, int64_t y, int64_t x, T* to) {
+ODEBLOCK_NOINLINE void transform_tiles(const Maps& maps, const T* in, int64_t channels, int64_t y, int64_t x,
+                                       int64_t count, T* to) {
   constexpr int W = kLanes<T>;
-  const int64_t pitch = maps.map.pitch * W, point = channels * N * W;
+  const int64_t pitch = maps.map.pitch * W, point = channels * count * W;
   for (int64_t c = 0; c < channels; c++) {
     const T* from = in + maps.map.at(c, y - 1, x - 1) * W;
     Vec<T> column[4][4];  // of the four rows of Bᵀ d; a tile shares two with the one before it
@@ -221,7 +220,7 @@ ODEBLOCK_NOINLINE void transform_tiles(const Maps& maps, const T* in, int64_t ch
         Vec<T> d[4];
         times_B(column[0][i], column[1][i], column[2][i], column[3][i], d);
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) store(to + (i * 4 + j) * point + (c * N + t) * W, d[j]);
+        for (int j = 0; j < 4; j++) store(to + (i * 4 + j) * point + (c * count + t) * W, d[j]);
       }
     }
   }
@@ -258,18 +257,18 @@ ODEBLOCK_INLINE void fold_tiles(const Maps& maps, const T* sums, int64_t point, 
   }
 }
 
-// N tiles from that of pixel (y, x) on, for all rows of A. scratch: 16 (A.cols + kChannels) kTilesAtOnce vectors.
+// N tiles from that of pixel (y, x) on, for all rows of A; transformed, they stay the first N of `tiles` [16][A.cols]
+// [count] vectors. sums: 16 kChannels kTilesAtOnce vectors.
 template <class T, int N>
 ODEBLOCK_NOINLINE void convolve_tiles(const Points<T>& A, const Maps& maps, const T* in, int64_t y, int64_t x,
-                                      T* scratch, const Result<T>& result) {
+                                      int64_t count, T* tiles, T* sums, const Result<T>& result) {
   constexpr int W = kLanes<T>;
-  T *tiles = scratch, *sums = scratch + 16 * A.cols * N * W;
-  transform_tiles<T, N>(maps, in, A.cols, y, x, tiles);
+  transform_tiles<T, N>(maps, in, A.cols, y, x, count, tiles);
   for (int64_t r = 0; r < A.rows; r += kChannels) {
     for (int point = 0; point < 16; point++) {
       Vec<T> sum[kChannels][N] = {};
       accumulate<T, kChannels, N>(A.at(point) + r * A.row_step, A.row_step, A.col_step, A.cols,
-                                  tiles + point * A.cols * N * W, N * W, sum);
+                                  tiles + point * A.cols * count * W, count * W, sum);
 #pragma GCC unroll 4
       for (int i = 0; i < kChannels; i++)
 #pragma GCC unroll 8
@@ -299,8 +298,9 @@ ODEBLOCK_INLINE void in_parts(int64_t count, F f) {
   }
 }
 
+constexpr int64_t kTileSums = 16 * kChannels * kTilesAtOnce;                    // vectors
 ODEBLOCK_INLINE int64_t convolve_scratch(const Maps& maps, int64_t channels) {  // vectors
-  return maps.winograd ? 16 * (channels + kChannels) * kTilesAtOnce : 0;
+  return maps.winograd ? kTileSums + 16 * channels * kTilesAtOnce : 0;
 }
 
 // The result of A * in; in: a map of A.cols channels.
@@ -310,7 +310,8 @@ ODEBLOCK_NOINLINE void convolve(const Points<T>& A, const Maps& maps, const T* i
   if (maps.winograd) {
     for (int64_t y = 0; y < maps.rows; y += 2)
       in_parts(divide_up(maps.width, 2), [&](int64_t t, auto n) {
-        convolve_tiles<T, decltype(n)::value>(A, maps, in, y, 2 * t, scratch, result);
+        constexpr int N = decltype(n)::value;
+        convolve_tiles<T, N>(A, maps, in, y, 2 * t, N, scratch + kTileSums * kLanes<T>, scratch, result);
       });
   } else {
     for (int64_t y = 0; y < maps.rows; y++)

@@ -19,7 +19,8 @@ struct ImageBackwardScratch {
   LayerScratch<T> layer;
   GroupScratch<T> group;
   T *h, *a, *g;        // maps
-  T* sums;             // points of a gradient
+  T* sums[2];          // points of dV and dW
+  T* biases;           // sums of a and g
   T* slots;            // [slots] of a map, and of z if kept
   T *x, *f;            // maps           adjoint, and below
   T *top, *anchor;     // maps: h_L, and a state that is known
@@ -39,11 +40,13 @@ ImageBackwardScratch<T> image_backward_scratch(const Problem& p, const Maps& map
   const int64_t map = map_size<T>(maps, p.dim), adjoint = p.reconstruct ? 1 : 0;
   ImageBackwardScratch<T> scratch{};
   scratch.layer = layer_scratch<S>(p, maps, arena);
-  const int64_t convolution = block_tiles(p, maps), correlation = correlate_scratch(maps, p.dim, p.hidden);
+  const int64_t convolution = block_tiles(p, maps),
+                correlation = correlate_scratch(maps, p.dim > p.hidden ? p.dim : p.hidden);
   scratch.group = group_scratch<T>(p, maps, true, convolution > correlation ? convolution : correlation, arena);
   for (T** array : {&scratch.h, &scratch.a}) *array = arena.take<T>(map);
   scratch.g = arena.take<T>(map_size<T>(maps, p.hidden));
-  scratch.sums = arena.take<T>(points_size(maps, p.dim, p.hidden));
+  for (T** array : {&scratch.sums[0], &scratch.sums[1]}) *array = arena.take<T>(points_size(maps, p.dim, p.hidden));
+  scratch.biases = arena.take<T>(p.dim + p.hidden);
   scratch.slots = arena.take<T>(!p.reconstruct && p.save_every > 1 ? p.slots * slot_size<T>(p, maps) : 0);
   for (T** array : {&scratch.x, &scratch.f, &scratch.top, &scratch.anchor}) *array = arena.take<T>(adjoint * map);
   scratch.increments = arena.take<T>(adjoint * kHistory * map);
@@ -161,7 +164,7 @@ class ImageBackward {
             steps.advance(weights, sigma, z, h, slot);
           },
           [&](const T* h, int64_t k, const T* slot) {
-            if (stopped(p, k)) return weight_gradients(k, h);
+            if (stopped(p, k)) return in_turn(k, [] {});
             const ImageLayer<T> weights = image_layer<S>(p, maps, k, scratch.layer);
             const T* z = p.keep_hidden && slot ? slot + map : saved;
             if (!z) steps.hidden_values(weights, h, scratch.group.z);
@@ -196,7 +199,7 @@ class ImageBackward {
     };
     for (int64_t k = p.depth - 1; k >= 0; k--) {
       if (stopped(p, k)) {
-        weight_gradients(k, h);
+        in_turn(k, [] {});
         continue;
       }
       const ImageLayer<T> weights = image_layer<S>(p, maps, k, scratch.layer);
@@ -229,49 +232,62 @@ class ImageBackward {
   void adjoint_step(const ImageSteps<T>& steps, const ImageLayer<T>& weights, int64_t k, const T* h) {
     const T scale = static_cast<T>(p.scale);
     const Mask<T>* valid = steps.group.valid;
-    T *a = scratch.a, *g = scratch.g, *tiles = scratch.group.tiles;
-    convolve(weights.V.transposed(), maps, a, tiles,
-             {g, maps.map, scale, nullptr, nullptr, scratch.group.slope, valid});
+    const Points<T> Vt = weights.V.transposed(), Wt = weights.W.transposed();
+    T *a = scratch.a, *g = scratch.g, *s = scratch.group.s, *tiles = scratch.group.tiles;
+    const Result<T> to_g = {g, maps.map, scale, nullptr, nullptr, scratch.group.slope, valid},
+                    to_a = {a, maps.map, T(1), nullptr, a, nullptr, valid};
+    if (!p.dV) {
+      convolve(Vt, maps, a, tiles, to_g);
+      exchange_borders(maps, p.hidden, g);
+      convolve(Wt, maps, g, tiles, to_a);
+      exchange_borders(maps, p.dim, a);
+      return;
+    }
+    convolve_and_correlate(Vt, maps, a, s, p.hidden, tiles, scratch.sums[0], to_g);
     exchange_borders(maps, p.hidden, g);
-    weight_gradients(k, h);
-    convolve(weights.W.transposed(), maps, g, tiles, {a, maps.map, T(1), nullptr, a, nullptr, valid});
+    if (p.doutput_bias) channel_sums(maps, a, p.dim, scratch.biases);
+    if (p.dhidden_bias) channel_sums(maps, g, p.hidden, scratch.biases + p.dim);
+    convolve_and_correlate(Wt, maps, g, h, p.dim, tiles, scratch.sums[1], to_a);
     exchange_borders(maps, p.dim, a);
+    in_turn(k, [&] {
+      const int64_t matrix = matrix_size(p);
+      const bool add = group > 0;
+      gradient(p.dV, k, matrix, 0,
+               [&](T* out) { add_correlation(maps, p.dim, p.hidden, scale, add, scratch.sums[0], out); });
+      gradient(p.dW, k, matrix, matrix,
+               [&](T* out) { add_correlation(maps, p.hidden, p.dim, T(1), add, scratch.sums[1], out); });
+      gradient(p.dhidden_bias, k, p.hidden, 2 * matrix,
+               [&](T* out) { add_sums(scratch.biases + p.dim, p.hidden, T(1), add, out); });
+      gradient(p.doutput_bias, k, p.dim, 2 * matrix + p.hidden,
+               [&](T* out) { add_sums(scratch.biases, p.dim, scale, add, out); });
+    });
   }
 
-  // After the groups before this one have left theirs.
-  void weight_gradients(int64_t k, const T* h) {
+  // add() to the gradients of layer k after the groups before this one have.
+  template <class F>
+  void in_turn(int64_t k, F add) {
     if (!p.dV) return;
     if (group > 0) {
       const int64_t before = group - 1;
       shared.progress[before % count].wait(before / count * p.depth + p.depth - k);
     }
-    if (!stopped(p, k)) add_weight_gradients(k, h);
+    if (!stopped(p, k)) add();
     shared.progress[thread].advance();
   }
 
-  void add_weight_gradients(int64_t k, const T* h) {
-    const T scale = static_cast<T>(p.scale), *a = scratch.a, *g = scratch.g, *s = scratch.group.s;
-    const bool add = group > 0, last = group == maps.groups - 1;
-    T* sums = shared.sums + (maps.groups == 1 ? 0 : k * layer_size(p));
-    const auto gradient = [&](void* array, int64_t size, auto sum) {
-      if (!array) return;
-      S* stored = static_cast<S*>(array) + k * size;
-      if constexpr (kWidened<S>) {
-        sum(sums);
-        if (last) narrow(sums, size, stored);
-        sums += size;
-      } else {
-        sum(stored);
-      }
-    };
-    gradient(p.dV, matrix_size(p), [&](T* out) {
-      correlate(maps, a, p.dim, s, p.hidden, scale, add, scratch.group.tiles, scratch.sums, out);
-    });
-    gradient(p.dW, matrix_size(p), [&](T* out) {
-      correlate(maps, g, p.hidden, h, p.dim, T(1), add, scratch.group.tiles, scratch.sums, out);
-    });
-    gradient(p.dhidden_bias, p.hidden, [&](T* out) { channel_sums(maps, g, p.hidden, T(1), add, out); });
-    gradient(p.doutput_bias, p.dim, [&](T* out) { channel_sums(maps, a, p.dim, scale, add, out); });
+  // sum(out) to a gradient of layer k: to the array, or where that is narrower to the layer's sums, `at` from their
+  // begin, and to the array after the last group.
+  template <class F>
+  void gradient(void* array, int64_t k, int64_t size, int64_t at, F sum) {
+    if (!array) return;
+    S* stored = static_cast<S*>(array) + k * size;
+    if constexpr (kWidened<S>) {
+      T* sums = shared.sums + (maps.groups == 1 ? 0 : k * layer_size(p)) + at;
+      sum(sums);
+      if (group == maps.groups - 1) narrow(sums, size, stored);
+    } else {
+      sum(stored);
+    }
   }
 
   const BackwardProblem& p;
