@@ -27,7 +27,7 @@ test-long: $(VENV)/.built  ## what is too long for every push
 
 check: lint $(VENV)/.built  ## lint and types, seconds
 	$(BIN)/mypy
-	$(BIN)/stubtest odeblock._core --ignore-missing-stub --mypy-config-file pyproject.toml
+	$(BIN)/stubtest odeblock._core --ignore-missing-stub --mypy-config-file tests/stubtest.ini
 
 lint: $(VENV)/.dependencies
 	$(BIN)/ruff check .

@@ -168,8 +168,9 @@ def draw_memory(cases: dict[Shape, Entry]) -> Figure:
         points = {L: count / 2**20 for L, count in found.items() if count}
         style = "o-" if name in STRATEGIES else "s--"
         axes.plot(list(points), list(points.values()), style, label=name, markersize=4)
+    scale = "log" if any(len(line.get_xdata()) for line in axes.lines) else "linear"  # none, if tiny
     axes.set(
-        xlabel="depth L", ylabel="MiB beyond parameters and gradients", xscale="log", yscale="log",
+        xlabel="depth L", ylabel="MiB beyond parameters and gradients", xscale="log", yscale=scale,
         title="Peak memory of a training step, B = {}, q = {}, m = {}".format(*sizes),
     )  # fmt: skip
     axes.set_xticks(sorted(depths[sizes]), [str(L) for L in sorted(depths[sizes])])

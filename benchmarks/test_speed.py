@@ -83,7 +83,13 @@ def memory(work: str, name: str, shape: contenders.Shape) -> int | None:
 
 
 @pytest.mark.parametrize("work", contenders.WORKS)
-def test_speed(benchmark: BenchmarkFixture, work: str, shape: contenders.Shape, measure: bool) -> None:
+def test_speed(
+    benchmark: BenchmarkFixture,
+    work: str,
+    shape: contenders.Shape,
+    measure: bool,
+    request: pytest.FixtureRequest,
+) -> None:
     run = contenders.WORKS[work]
     inputs, expected = truth(work, shape)
     ours, peers = contenders.strategies_of(work), contenders.peers_of(work, shape)
@@ -128,6 +134,8 @@ def test_speed(benchmark: BenchmarkFixture, work: str, shape: contenders.Shape, 
     fastest = min(peers, key=lambda name: medians[name])
     operations = contenders.operations(work, shape)
     most = statistics.median(peak)
+    # A process each, of seconds: in short one, for here they have all run.
+    alone = [first] if request.config.getoption("quick") else list(medians)
     benchmark.extra_info.update(
         work=work,
         shape=shape,
@@ -137,5 +145,5 @@ def test_speed(benchmark: BenchmarkFixture, work: str, shape: contenders.Shape, 
         ratio={name: medians[fastest] / medians[name] for name in ours},
         share_of_peak={name: operations / t / most if most else None for name, t in medians.items()},
         errors=errors,
-        peak_bytes={name: memory(work, name, shape) for name in medians},
+        peak_bytes={name: memory(work, name, shape) if name in alone else None for name in medians},
     )

@@ -8,7 +8,7 @@ float32 state: a 16-bit state is tens of percent wrong at depth and would excuse
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -124,7 +124,8 @@ def errors(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, fl
     }
 
 
-def baseline(case: Case, dtype: torch.dtype, truth: dict[str, Tensor]) -> dict[str, float]:
+def eager_errors(case: Case, dtype: torch.dtype, truth: dict[str, Tensor]) -> Iterator[dict[str, float]]:
+    """The largest errors of one eager run, of two, .. of all: the last is the baseline."""
     _, dim, hidden = case.tensors["V"].shape[:3]
     generator = torch.Generator().manual_seed(1)
     worst = dict.fromkeys(truth, 0.0)
@@ -132,6 +133,11 @@ def baseline(case: Case, dtype: torch.dtype, truth: dict[str, Tensor]) -> dict[s
         permutation = (torch.randperm(dim, generator=generator), torch.randperm(hidden, generator=generator))
         found = errors(run(case.reference, case, dtype, permutation), truth)
         worst = {name: max(worst[name], found[name]) for name in worst}
+        yield worst
+
+
+def baseline(case: Case, dtype: torch.dtype, truth: dict[str, Tensor]) -> dict[str, float]:
+    *_, worst = eager_errors(case, dtype, truth)
     return worst
 
 
@@ -157,10 +163,10 @@ def check_strategies(
     """The same for several backward strategies, which share truth and baseline."""
     case = rounded(case, dtype)
     truth = run(case.reference, case, torch.float64)
-    allowed = baseline(case, dtype, truth)
+    eager = Eager(case, dtype, truth)
     for strategy in strategies:
         found = run(function, case, dtype, backward=strategy)
-        _check(found, case, dtype, truth, allowed, strategy == "adjoint", backward=strategy)
+        _check(found, case, dtype, truth, eager, strategy == "adjoint", backward=strategy)
 
 
 def check_results(
@@ -168,7 +174,24 @@ def check_results(
 ) -> None:
     """Assert the rule for the results of a run on a case that ``dtype`` holds exactly."""
     truth = run(case.reference, case, torch.float64)
-    _check(results, case, dtype, truth, baseline(case, dtype, truth), rebuilt, **options)
+    _check(results, case, dtype, truth, Eager(case, dtype, truth), rebuilt, **options)
+
+
+class Eager:
+    """The baseline, as far as it is asked for: a run more can only raise it, so what passes needs none."""
+
+    def __init__(self, case: Case, dtype: torch.dtype, truth: dict[str, Tensor]) -> None:
+        self.worst = dict.fromkeys(truth, 0.0)
+        self._runs = eager_errors(case, dtype, truth)
+
+    def allows(self, name: str, error: float, least: float) -> bool:
+        """Whether an error is at most twice the baseline, or ``least``."""
+        while not error <= max(2 * self.worst[name], least):
+            following = next(self._runs, None)
+            if following is None:
+                return False
+            self.worst = following
+        return True
 
 
 def _check(
@@ -176,7 +199,7 @@ def _check(
     case: Case,
     dtype: torch.dtype,
     truth: dict[str, Tensor],
-    allowed: dict[str, float],
+    eager: Eager,
     rebuilt: bool,
     **options: str,
 ) -> None:
@@ -190,6 +213,6 @@ def _check(
         size = float(torch.maximum(y.abs().max(), h.abs().max()) / increment.abs().max().clamp_min(1e-300))
     for name, error in found.items():
         least = floor * (max(1.0, size) if name == "increment" and y.numel() else 1.0)
-        assert error <= max(2 * allowed[name], least), (
-            f"{name}: error {error:.2e}, eager {allowed[name]:.2e}, floor {least:.2e} ({options})"
+        assert eager.allows(name, error, least), (
+            f"{name}: error {error:.2e}, eager {eager.worst[name]:.2e}, floor {least:.2e} ({options})"
         )
