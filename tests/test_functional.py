@@ -66,7 +66,11 @@ REFUSED = [
     ({"anchors": -1, "backward": "adjoint"}, ValueError, "anchors: expected an int >= 0, got -1"),
     ({"anchors": 2}, ValueError, "anchors: expected 0 unless backward is \"adjoint\", got 2 with 'auto'"),
     ({"memory_budget": 1.5}, TypeError, "memory_budget: expected an int >= 1, got float"),
-    ({"memory_budget": torch.tensor(9, device="meta")}, TypeError, "memory_budget: expected an int >= 1, got"),
+    (
+        {"memory_budget": torch.tensor(9, device="meta")},
+        TypeError,
+        "memory_budget: expected an int >= 1, got",
+    ),
     (
         {"memory_budget": 100, "backward": "store"},
         ValueError,
