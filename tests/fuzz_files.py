@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import copy
 import faulthandler
 import functools
 import gzip
@@ -215,7 +216,7 @@ def replaced(draw: random.Random, value: Any) -> Any:
     if draw.random() < 0.2:
         del where[key]
     else:
-        where[key] = draw.choice((*STRANGE, draw.choice(places)[0]))
+        where[key] = draw.choice((*STRANGE, copy.deepcopy(draw.choice(places)[0])))
     return value
 
 
