@@ -31,6 +31,7 @@ SHARED = {
     "quick",
     "emulated_parts",
     "both",
+    "everyone",
 }
 
 

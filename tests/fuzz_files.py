@@ -43,7 +43,7 @@ import gpu_report
 import report
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
-PATIENCE, ROOM = 30, 2**30
+PATIENCE, ROOM = 120, 2**30
 """Seconds, and bytes beside what the process has, that a reader may take."""
 CHECKED = ("checkpoint", "state", "part")
 """Readers of files with sums, which see every changed bit."""

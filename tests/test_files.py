@@ -73,7 +73,7 @@ def test_what_is_no_file(make: Callable[[Path], None], restored: dict[str, Reade
         assert kind == ("nothing" if name in begun_anew else "refused"), name
 
 
-@pytest.mark.parametrize("calls", [400, pytest.param(100_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("calls", [200, pytest.param(100_000, marks=pytest.mark.long)])
 @pytest.mark.filterwarnings("ignore")
 def test_files_are_read_or_refused(calls: int, tmp_path: Path) -> None:
     outcomes = fuzz(calls, seed=1, folder=tmp_path, found=tmp_path / "found")
