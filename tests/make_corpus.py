@@ -22,7 +22,7 @@ import torch
 
 CORPUS = Path(__file__).resolve().parent / "corpus"
 FOLDER = "cifar-10-batches-bin"
-DOUBLED = b"\x80\x02}" + b"X\x01\x00\x00\x00a" + b"\x86q\x01h\x01h\x01".join([b"2"] * 70) + b"\x86Ns."
+DOUBLED = b"\x80\x02}X\x01\x00\x00\x00a" + b"q\x01h\x01\x86" * 70 + b"Ns."
 """A dict whose key is a tuple of two tuples of two tuples ...: its hash takes 2^70 steps."""
 
 
@@ -136,9 +136,8 @@ def checkpoint(pickled: bytes, tensor: bytes = bytes(4), method: int = zipfile.Z
 
 
 def checkpoints() -> dict[str, bytes]:
-    file, legacy = io.BytesIO(), io.BytesIO()
+    file = io.BytesIO()
     torch.save({"state": torch.ones(100), "settings": {}}, file)
-    torch.save({"state": torch.ones(100)}, legacy, _use_new_zipfile_serialization=False)
     whole, ones = file.getvalue(), torch.ones(2).numpy().tobytes()
     name = b"X%c\0\0\0%s"
     words = [name % (len(word), word) for word in (b"storage", b"0", b"cpu")]
@@ -157,7 +156,7 @@ def checkpoints() -> dict[str, bytes]:
         "has-other-bits": whole.replace(ones, ones[:-1] + b"\x3e", 1),
         "has-no-pickle": archive({"archive/version": b"3\n"}, zipfile.ZIP_STORED),
         "is-a-list": checkpoint(b"\x80\x02]."),
-        "is-of-old-pytorch": legacy.getvalue(),
+        "is-of-old-pytorch": pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2),
         "is-cut": whole[: len(whole) // 2],
         "is-empty": b"",
     }

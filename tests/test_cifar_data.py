@@ -148,10 +148,21 @@ def test_damaged_binary_files(damage: Callable[[Path], None], expected: str, tmp
 def test_files_too_large_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = cifar_files.write_binary(tmp_path, cifar_files.draw())
     archive = cifar_files.pack(folder, tmp_path / "archive.tar.gz")
-    monkeypatch.setattr("odeblock.experiments.cifar.files.LARGEST_BATCH", 30000)
-    for path in (folder, archive):
-        with pytest.raises(DataError, match=r"expected 30000 bytes at most, got 30730"):
-            read(path)
+    with monkeypatch.context() as patched:
+        patched.setattr("odeblock.experiments.cifar.files.LARGEST_BATCH", 30000)
+        for path in (folder, archive):
+            with pytest.raises(DataError, match=r"expected 30000 bytes at most, got 30730"):
+                read(path)
+    monkeypatch.setattr("odeblock.experiments.cifar.files.LARGEST_ARCHIVE", 100_000)
+    with pytest.raises(DataError, match=r"expected 100000 bytes at most, unpacked; got a member of \d+"):
+        read(archive)
+
+
+def test_a_pickle_has_so_many_instructions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cifar_files.write_python(tmp_path, cifar_files.draw())
+    monkeypatch.setattr("odeblock.experiments.unpickle.MOST_INSTRUCTIONS", 20)
+    with pytest.raises(DataError, match="expected a pickle of 20 instructions at most, got more"):
+        read(tmp_path)
 
 
 def test_damaged_archives(tmp_path: Path) -> None:

@@ -9,14 +9,18 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..config import CifarConfig, Refusal
+from ...activations import ACTIVATIONS
+from ...arguments import MAX_SEED
+from ...initializers import INITIALIZERS
+from ...validation import STRATEGIES
+from ..config import CIFAR_DEFAULTS, PRECISIONS, RATES, SCHEDULES, CifarConfig, Refusal
 from ..outputs import atomic_file, provenance, save_checkpoint
 from ..saved import explained, is_file, load_checkpoint
 from .data import Cifar10
@@ -32,6 +36,15 @@ NUMBERS = {
     "result": ("validation_loss", "validation_accuracy"),
 }
 """Of the lines of a log."""
+CHOICES: dict[str, Container[str]] = {
+    "norm": CIFAR_DEFAULTS,
+    "init": INITIALIZERS,
+    "activation": ACTIVATIONS,
+    "backward": STRATEGIES,
+    "schedule": SCHEDULES,
+    "rates": RATES,
+    "precision": PRECISIONS,
+}
 FREE = frozenset({"device", "backward"})
 """Settings that may be others when a run goes on: they change gradients by rounding alone."""
 
@@ -59,9 +72,12 @@ def _check(state: dict[str, Any]) -> None:
     config = CifarConfig(**state["config"])
     for key, usual in asdict(CifarConfig().resolved()).items():
         value = state["config"][key]
-        number = isinstance(usual, float) or key == "images"
+        number = isinstance(usual, (int, float)) or (key == "images" and value is not None)
         if type(value) is not type(usual) and not (number and type(value) is int):
             raise ValueError(f"config: {key} is {type(value).__name__}")
+        least = 1 if type(value) is int and key != "seed" else 0
+        if value not in CHOICES[key] if key in CHOICES else number and not least <= value <= MAX_SEED:
+            raise ValueError(f"config: {key} cannot be {value!r}")
     if state["network"] != network_arguments(config):
         raise ValueError("network: its arguments are not those of the settings")
     with torch.device("meta"):
