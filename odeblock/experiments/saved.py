@@ -7,6 +7,7 @@ than its largest file, and none waits.
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
 from collections.abc import Iterator
@@ -95,21 +96,23 @@ def load_checkpoint(path: Path, what: str) -> dict[str, Any]:
         if not is_file(path):
             raise FileNotFoundError("nothing is there")
         with zipfile.ZipFile(path) as archive:
-            _check_archive(archive, path.stat().st_size)
-        found = torch.load(path, map_location="cpu", weights_only=True)
+            checked = _checked(archive, path.stat().st_size)
+        found = torch.load(checked, map_location="cpu", weights_only=True)
         if not isinstance(found, dict):
             raise ValueError(f"it holds {type(found).__name__}")
         return found
 
 
-def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
-    """Members lie there as they are, so no larger than the file; sums and sizes are what the file says."""
+def _checked(archive: zipfile.ZipFile, size: int) -> io.BytesIO:
+    """The archive anew, once its members' sizes and sums are what it says: PyTorch believes other headers.
+
+    Members lie there as they are, so no larger than the file.
+    """
     members = {entry.filename: entry.file_size for entry in archive.infolist()}
     packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
     if packed or len(members) < len(archive.infolist()) or sum(members.values()) > size:
         raise ValueError("members are packed, or overlap")
-    if damaged := archive.testzip():
-        raise ValueError(f"{damaged} is damaged")
+    contents = {name: archive.read(name) for name in members}
     (pickled,) = (name for name in members if name.endswith("/data.pkl"))
     folder = pickled.removesuffix(".pkl")
 
@@ -119,4 +122,10 @@ def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
         if not isinstance(kind, Name) or count * STORAGES[kind.text] != members[f"{folder}/{number}"]:
             raise ValueError(f"tensor {number} is not as large as it says")
 
-    unpickle(archive.read(pickled), NAMES, stored)
+    unpickle(contents[pickled], NAMES, stored)
+    copy = io.BytesIO()
+    with zipfile.ZipFile(copy, "w") as written:
+        for name, content in contents.items():
+            written.writestr(name, content)
+    copy.seek(0)
+    return copy
