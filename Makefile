@@ -1,4 +1,4 @@
-# Everything a developer runs. Needs Python >= 3.10 and a C++17 compiler; the rest is set up in .venv.
+# Everything a developer runs. Needs Python >= 3.11 and a C++17 compiler; the rest is set up in .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -78,9 +78,11 @@ wheel-check:  ## the wheel against another PyTorch, gigabytes to download: make 
 clean:
 	rm -rf $(VENV) build dist outputs odeblock/_core*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
-$(VENV)/.dependencies: requirements-dev.txt
+$(VENV)/.dependencies: requirements-dev.txt requirements-dev.lock
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c requirements-dev.lock || \
+	  { echo "this package index lacks a version of requirements-dev.lock: others are taken" && \
+	    $(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt; }
 	touch $@
 
 $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)

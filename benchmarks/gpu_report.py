@@ -9,14 +9,15 @@ all shapes, as a share of the matrix product's rate).
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from odeblock.experiments.config import Refusal
 from odeblock.experiments.outputs import save_figure
+from odeblock.experiments.saved import explained, read_json
 
 STYLES = {  # of Okabe and Ito, which the colour-blind tell apart
     "store": ("#0072B2", "o-"),
@@ -26,6 +27,7 @@ STYLES = {  # of Okabe and Ito, which the colour-blind tell apart
     "checkpointed": ("#CC79A7", "s--"),
     "compiled step": ("#999999", "^--"),
 }
+WRITTEN = "what benchmarks/gpu.py writes"
 Step = dict[str, Any]
 
 
@@ -76,19 +78,32 @@ def draw_steps(gpu: str, rates: dict[str, float], steps: list[Step]) -> Figure:
     return figure
 
 
+def write(results: Path, output: Path) -> None:
+    """The figures that the first lines name.
+
+    Raises:
+        Refusal: ``results`` is not what ``benchmarks/gpu.py`` writes, or has no training steps.
+    """
+    with explained(results, WRITTEN):
+        data = read_json(results, WRITTEN)
+        if not data["steps"]:
+            raise ValueError("no training steps; python benchmarks/gpu.py --only step,depth measures some")
+        sweep = sweep_of(data["steps"])
+        others = [step for step in data["steps"] if step not in sweep] or sweep
+        save_figure(output / "gpu_depth.png", draw_depth(data["gpu"], sweep))
+        save_figure(output / "gpu_steps.png", draw_steps(data["gpu"], data["matrix_product"], others))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, help="the JSON of benchmarks/gpu.py")
     parser.add_argument("--output", type=Path, default=Path("docs/images"), help="folder (%(default)s)")
     arguments = parser.parse_args()
-    data = json.loads(arguments.results.read_text())
-    if not data["steps"]:
-        parser.error(f"{arguments.results} has no training steps: python benchmarks/gpu.py --only step,depth")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    sweep = sweep_of(data["steps"])
-    others = [step for step in data["steps"] if step not in sweep] or sweep
-    save_figure(arguments.output / "gpu_depth.png", draw_depth(data["gpu"], sweep))
-    save_figure(arguments.output / "gpu_steps.png", draw_steps(data["gpu"], data["matrix_product"], others))
+    try:
+        write(arguments.results, arguments.output)
+    except Refusal as refused:
+        parser.error(str(refused))
 
 
 if __name__ == "__main__":

@@ -8,27 +8,29 @@ writes speed.md, speedup_by_width.png and memory_by_depth.png.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from odeblock.experiments.config import Refusal
 from odeblock.experiments.outputs import atomic_file, save_figure
+from odeblock.experiments.saved import explained, read_json
 
 STRATEGIES = ("store", "checkpoint", "auto", "adjoint")
 PEERS = ("eager", "compile", "torch.utils.checkpoint", "torchdiffeq", "2022 adjoint")
 MAP_PEERS = ("eager", "channels last", "compile", "torch.utils.checkpoint", "2022 adjoint")
 MAPS = " of maps"
 SHARED = ("store", "auto", "eager")
+WRITTEN = "what make bench writes"
 Entry = dict[str, Any]
 Shape = tuple[int, ...]
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, dict[Shape, Entry]]]:
     """The file; its entries by kind of work, then by shape: (B, q, m, L), of maps (B, C, M, L, H, k)."""
-    data = json.loads(path.read_text())
+    data = read_json(path, WRITTEN)
     works = ("inference", "forward", "training")
     entries: dict[str, dict[Shape, Entry]] = {work + of: {} for of in ("", MAPS) for work in works}
     for benchmark in data["benchmarks"]:
@@ -195,7 +197,8 @@ def markdown(data: dict[str, Any], entries: dict[str, dict[Shape, Entry]]) -> st
     parts += ["### Training step: peak memory, MiB beyond inputs, parameters and gradients\n"]
     parts += [memory_table(training, PEERS), "![Memory by depth](memory_by_depth.png)\n"]
     parts += ["### Forward: peak memory, MiB beyond inputs and result\n", memory_table(forward, PEERS)]
-    parts += ["### Overhead: a call on next to nothing\n", overhead_table(data)]
+    if any("overhead" in b["extra_info"] for b in data["benchmarks"]):
+        parts += ["### Overhead: a call on next to nothing\n", overhead_table(data)]
     inference, training = entries["inference" + MAPS], entries["training" + MAPS]
     if training:
         parts += [
@@ -209,17 +212,31 @@ def markdown(data: dict[str, Any], entries: dict[str, dict[Shape, Entry]]) -> st
     return "\n".join(parts)
 
 
+def write(results: Path, output: Path) -> None:
+    """The files that the first lines name.
+
+    Raises:
+        Refusal: ``results`` is not what ``make bench`` writes.
+    """
+    with explained(results, WRITTEN):
+        data, entries = read(results)
+        text = markdown(data, entries)
+        save_figure(output / "speedup_by_width.png", draw_speedup(entries))
+        save_figure(output / "memory_by_depth.png", draw_memory(entries["training"]))
+    with atomic_file(output / "speed.md") as file:
+        file.write(text.encode())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, help="the JSON of make bench")
     parser.add_argument("--output", type=Path, default=Path("outputs/bench"), help="folder (%(default)s)")
     arguments = parser.parse_args()
-    data, entries = read(arguments.results)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    with atomic_file(arguments.output / "speed.md") as file:
-        file.write(markdown(data, entries).encode())
-    save_figure(arguments.output / "speedup_by_width.png", draw_speedup(entries))
-    save_figure(arguments.output / "memory_by_depth.png", draw_memory(entries["training"]))
+    try:
+        write(arguments.results, arguments.output)
+    except Refusal as refused:
+        parser.error(str(refused))
 
 
 if __name__ == "__main__":

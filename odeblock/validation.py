@@ -198,7 +198,7 @@ def check_size(name: str, value: Any, *, least: int = 1) -> int:
         if isinstance(value, bool):
             raise TypeError
         value = operator.index(value)
-    except TypeError:
+    except (TypeError, RuntimeError):  # the latter from a tensor on the meta device
         raise TypeError(f"{name}: expected an int >= {least}, got {type(value).__name__}") from None
     if value < least:
         raise ValueError(f"{name}: expected an int >= {least}, got {value}")

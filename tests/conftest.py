@@ -32,6 +32,7 @@ SHARED = {
     "emulated_parts",
     "both",
     "outputs",
+    "everyone",
 }
 
 

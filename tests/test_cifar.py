@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from odeblock.experiments.cifar.network import ConvNet, build_network, parameter
 from odeblock.experiments.cifar.processes import Processes
 from odeblock.experiments.cifar.run import CHECKPOINT, Run, initial, read_checkpoint
 from odeblock.experiments.cifar.training import Training, rate
+from odeblock.experiments.outputs import save_checkpoint
 
 SMALL = CifarConfig(**{**CIFAR_QUICK, "epochs": 2, "images": 160, "norm": "none", "batch_size": 24})
 IMAGES = data.load(None, 160)  # 144 for training: 6 batches
@@ -280,6 +283,53 @@ def test_other_images(tmp_path: Path, uninterrupted: Path) -> None:
     state = read_checkpoint(uninterrupted)
     with pytest.raises(Refusal, match="--data: expected the images that this run began with"):
         Run(tmp_path, SMALL, data.load(None, 170), state)
+
+
+def claim(state: dict[str, Any], depth: int) -> None:
+    """A network of that depth, whose weights are all one number in memory."""
+    state["config"]["depth"] = state["network"]["depth"] = depth
+    for name in ("block.V", "block.W", "block.hidden_bias", "block.output_bias"):
+        if name in state["state_dict"]:
+            shape = state["state_dict"][name].shape[1:]
+            state["state_dict"][name] = torch.zeros(1).expand(depth, *shape)
+
+
+MADE_UP: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "nothing": (lambda s: s.clear(), "KeyError: 'config'"),
+    "no step": (lambda s: s.pop("step"), "KeyError: 'step'"),
+    "setting": (lambda s: s["config"].pop("seed"), "KeyError: 'seed'"),
+    "other setting": (lambda s: s["config"].update(exec="true"), "unexpected keyword argument"),
+    "type": (lambda s: s["config"].update(lr="0.1"), "config: lr is str"),
+    "size": (lambda s: s["config"].update(batch_size=0), "config: batch_size cannot be 0"),
+    "choice": (lambda s: s["config"].update(schedule="x" * 9), "config: schedule cannot be 'xxxxxxxxx'"),
+    "rate": (lambda s: s["config"].update(lr=float("nan")), "config: lr cannot be nan"),
+    "arguments": (lambda s: s["network"].update(depth=10**9), "arguments are not those of the settings"),
+    "depth": (lambda s: [s[key].update(depth=10**9) for key in ("config", "network")], "not those of the n"),
+    "large": (lambda s: claim(s, 10**9), "a tensor is larger than its memory"),
+    "weights": (lambda s: s["state_dict"].popitem(), "tensors are not those of the network"),
+    "no log": (lambda s: s["log"].clear(), "log: it is empty"),
+    "line": (lambda s: s["log"][1].pop("train_loss"), "KeyError: 'train_loss'"),
+    "number": (lambda s: s["log"][1].update(lr=float("nan")), "log: a number is not finite"),
+    "text": (lambda s: s["log"][1]["V"].update(max="1"), "TypeError"),
+    "tensor": (lambda s: s["log"][0].update(threads=torch.ones(2)), "got"),
+    "far": (lambda s: s.update(step=10**9), "expected one of the 12"),
+    "position": (lambda s: s["batches"].update(position=3), "expected one of the 12"),
+    "epoch": (lambda s: s["log"].pop(1), "expected one of the 12"),
+    "momentum": (lambda s: s["optimizer"]["state"][0].update(momentum_buffer=torch.ones(1)), "momentum"),
+    "generator": (lambda s: s["batches"].update(generator=torch.ones(2).byte()), "got"),
+}
+
+
+@pytest.mark.parametrize("what", MADE_UP)
+def test_a_checkpoint_that_is_made_up(what: str, tmp_path: Path, uninterrupted: Path) -> None:
+    state = read_checkpoint(uninterrupted)
+    assert state is not None
+    change, expected = MADE_UP[what]
+    change(state)
+    save_checkpoint(tmp_path / CHECKPOINT, state)
+    with pytest.raises(Refusal, match=r"checkpoint\.pt: expected a checkpoint of train") as refused:
+        Run(tmp_path, SMALL, IMAGES, read_checkpoint(tmp_path))
+    assert expected in str(refused.value)
 
 
 def test_a_batch_that_cannot_be_shared() -> None:

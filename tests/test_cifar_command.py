@@ -25,6 +25,7 @@ from cifar_runs import comparable
 
 from odeblock.experiments.cifar.network import network_arguments
 from odeblock.experiments.cifar.run import CHECKPOINT, LOG, read_checkpoint
+from odeblock.experiments.outputs import save_checkpoint
 
 # ---- processes -------------------------------------------------------------------------------------------
 
@@ -194,6 +195,18 @@ def test_a_damaged_checkpoint(
     path.write_bytes(damage((finished / CHECKPOINT).read_bytes()))
     message = refused(capsys, "--quick", "--resume", "--output", str(tmp_path))
     assert f"{path}: expected a checkpoint of train cifar10" in message
+
+
+def test_a_run_from_a_gpu_that_is_not_here(
+    tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = read_checkpoint(finished)
+    assert state is not None
+    state["config"]["device"] = "cuda:99"
+    save_checkpoint(tmp_path / CHECKPOINT, state)
+    here = ("--quick", "--resume", "--output", str(tmp_path))
+    assert "argument --device: expected cpu or one of the" in refused(capsys, *here)
+    assert main(["train", "cifar10", *here, "--device", "cpu"]) == 0
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,7 +86,10 @@ def hostile_pickles() -> dict[str, bytes]:
         "getattr": b"\x80\x02cbuiltins\ngetattr\n.",
         "numpy.load": b"\x80\x02cnumpy\nload\n.",
         "numpy.core.multiarray.fromfile": b"\x80\x02cnumpy.core.multiarray\nfromfile\n.",
-        "os.system": b"(S'true'\nios\nsystem\n.",
+        "the instruction STRING": b"(S'true'\nios\nsystem\n.",
+        "the instruction INST": b"(X\x04\x00\x00\x00trueios\nsystem\n.",
+        "the instruction OBJ": b"\x80\x02(cnumpy\nndarray\no.",
+        "the instruction EXT1": b"\x80\x02\x82\x01.",
         "a dict with": pickle.dumps([1, 2]),
         "found nothing": b"",
         "labels: expected a list": cifar_files.pickle_of_2009({**good, b"labels": "01"}),
@@ -95,8 +98,8 @@ def hostile_pickles() -> dict[str, bytes]:
         "expected shape [n, 3072]": cifar_files.pickle_of_2009({**good, b"data": array[:, 1:]}),
         "dtype uint8": cifar_files.pickle_of_2009({**good, b"data": array.astype(np.float32)}),
         "expected an array, got list": cifar_files.pickle_of_2009({**good, b"data": [0]}),
-        "UnpicklingError": b"\x80\x02X\x01\x00\x00\x000Q.",
-        "expected a whole file": cifar_files.pickle_of_2009(good)[:-9],
+        "the instruction BINPERSID": b"\x80\x02X\x01\x00\x00\x000Q.",
+        "but only 6143 remain": cifar_files.pickle_of_2009(good)[:-9],
     }
 
 
@@ -145,10 +148,21 @@ def test_damaged_binary_files(damage: Callable[[Path], None], expected: str, tmp
 def test_files_too_large_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = cifar_files.write_binary(tmp_path, cifar_files.draw())
     archive = cifar_files.pack(folder, tmp_path / "archive.tar.gz")
-    monkeypatch.setattr("odeblock.experiments.cifar.files.LARGEST_BATCH", 30000)
-    for path in (folder, archive):
-        with pytest.raises(DataError, match=r"expected 30000 bytes at most, got 30730"):
-            read(path)
+    with monkeypatch.context() as patched:
+        patched.setattr("odeblock.experiments.cifar.files.LARGEST_BATCH", 30000)
+        for path in (folder, archive):
+            with pytest.raises(DataError, match=r"expected 30000 bytes at most, got 30730"):
+                read(path)
+    monkeypatch.setattr("odeblock.experiments.cifar.files.LARGEST_ARCHIVE", 100_000)
+    with pytest.raises(DataError, match=r"expected 100000 bytes at most, unpacked; got a member of \d+"):
+        read(archive)
+
+
+def test_a_pickle_has_so_many_instructions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cifar_files.write_python(tmp_path, cifar_files.draw())
+    monkeypatch.setattr("odeblock.experiments.unpickle.MOST_INSTRUCTIONS", 20)
+    with pytest.raises(DataError, match="expected a pickle of 20 instructions at most, got more"):
+        read(tmp_path)
 
 
 def test_damaged_archives(tmp_path: Path) -> None:
@@ -189,7 +203,7 @@ def test_damaged_npz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"length": np.full(5, 7, np.int64)}, "length: expected unsigned bytes [n], got int64 [5]"),
         ({"label": files.train.labels[:4]}, "labels: expected 5, one for each image; got 4"),
         ({"label": files.train.labels[None]}, "label: expected unsigned bytes [n], got uint8 [1, 5]"),
-        ({"label": np.array([Evil()] * 5)}, "allow_pickle"),
+        ({"label": np.array([Evil()] * 5)}, "label: expected unsigned bytes [n], got object [5]"),
         (one(small), "image 0: expected 32x32 pixels, got 32x16"),
         (one(cut_jpeg[:-200]), "image 0: expected a whole file, got OSError"),
         (one(b"GIF89a"), "image 0: expected a whole file, got UnidentifiedImageError"),

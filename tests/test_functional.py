@@ -67,6 +67,11 @@ REFUSED = [
     ({"anchors": 2}, ValueError, "anchors: expected 0 unless backward is \"adjoint\", got 2 with 'auto'"),
     ({"memory_budget": 1.5}, TypeError, "memory_budget: expected an int >= 1, got float"),
     (
+        {"memory_budget": torch.tensor(9, device="meta")},
+        TypeError,
+        "memory_budget: expected an int >= 1, got",
+    ),
+    (
         {"memory_budget": 100, "backward": "store"},
         ValueError,
         "memory_budget: expected None unless .*got 100 with 'store'",

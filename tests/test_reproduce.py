@@ -30,6 +30,7 @@ from odeblock.experiments.config import (
     LongTimeConfig,
     OverParameterisationConfig,
     RefinementConfig,
+    Refusal,
     ReproduceConfig,
     TrainConfig,
 )
@@ -392,9 +393,15 @@ def test_an_interrupted_run_goes_on(
     invented.stop.clear()
     assert invented.run(tmp_path) == (0, ["second"])
     assert (tmp_path / "invented.csv").read_text() == "first,second\n1,3\n"
-    for damaged in ("{", "[]"):  # not ours, or half of it
-        second.with_suffix(".json").write_text(damaged)
+    part = second.with_suffix(".json")
+    changed = part.read_text().replace('"number": 3', '"number": 2')
+    for damaged in ("{", "[]", changed):  # half of it, not ours, or another number
+        part.write_text(damaged)
         assert invented.run(tmp_path) == (0, ["second"])
+    part.unlink()
+    part.mkdir()  # where the results could not be written
+    with pytest.raises(Refusal, match=r"second-.*json: expected a file, found a folder"):
+        invented.run(tmp_path)
 
 
 def test_other_settings_lie_beside(tmp_path: Path, invented: Invented) -> None:

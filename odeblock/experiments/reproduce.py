@@ -23,8 +23,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .config import ReproduceConfig
+from .config import Refusal, ReproduceConfig
 from .outputs import provenance, save_checkpoint, save_csv, save_figure, save_json
+from .saved import explained, is_file, load_checkpoint, read_json
 
 PARTS, RUNS, FORMATS = "parts", "runs", ("pdf", "png")
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -44,7 +45,7 @@ class Run:
         """Called with the number of steps that were made."""
         self.folder = folder
         """For files that stay whatever code comes after them, of all parts; it need not exist."""
-        self._path, self._settings = path, settings
+        self._path, self._settings = path, json.dumps(settings)
 
     def save(self, state: dict[str, Any]) -> None:
         """Keep ``state``, tensors and plain values, for a later call of the same command to ``load``."""
@@ -52,12 +53,10 @@ class Run:
 
     def load(self) -> dict[str, Any] | None:
         """What an interrupted call with the same settings saved last; None if nothing, or nothing whole."""
-        try:
-            saved: dict[str, Any] = torch.load(self._path, weights_only=True)
-            state: dict[str, Any] = saved["state"]
-            return state if saved["settings"] == self._settings else None
-        except Exception:  # a damaged file makes torch.load raise any of a dozen kinds
-            return None
+        saved = _whole(load_checkpoint, self._path)
+        settings = saved.get("settings")
+        same = isinstance(settings, str) and settings == self._settings
+        return saved.get("state") if same else None
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def reproduce(name: str, config: ReproduceConfig, output: Path) -> int:
     Returns the exit code: 0; 130 after Ctrl-C; 1 where a loss was not finite.
 
     Raises:
-        Refusal: an experiment needs data, and there are none.
+        Refusal: an experiment needs data, and there are none; a folder lies where a file of it should.
     """
     console = Console()
     experiment = importlib.import_module(f".{name.replace('-', '_')}", __package__)
@@ -142,7 +141,7 @@ def _run(parts: list[Part], settings: dict[str, Any], output: Path, console: Con
                     found = part.compute(run)
                 except FloatingPointError as error:
                     raise FloatingPointError(f"{part.name}: {error}") from None
-                save_json(path, {**settings, "results": found})
+                save_json(path, {**settings, "results": found, "sha256": _sum(found)})
                 state.unlink(missing_ok=True)
             results[part.name] = found
             done += part.steps
@@ -163,18 +162,34 @@ def _settings(config: ReproduceConfig) -> dict[str, Any]:
     return found
 
 
+def _sum(results: Results | None) -> str:
+    """By which changed bits are seen."""
+    return _hash(json.dumps(results).encode())
+
+
 def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
 def _read(path: Path, settings: dict[str, Any]) -> Results | None:
     """The results of a part in ``path``; None where there are none, or those of other settings."""
+    stored = _whole(read_json, path)
+    results: Results | None = stored.pop("results", None)
+    return results if stored == {**settings, "sha256": _sum(results)} else None
+
+
+def _whole(read: Callable[[Path, str], dict[str, Any]], path: Path) -> dict[str, Any]:
+    """What is in ``path``; nothing if the file is not there, or not whole: it is computed again.
+
+    Raises:
+        Refusal: there is something else than a file, which could not be written, hours later.
+    """
+    with explained(path):
+        is_file(path)
     try:
-        stored = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    results: Results | None = stored.pop("results", None) if isinstance(stored, dict) else None
-    return results if stored == settings else None
+        return read(path, "what reproduce writes")
+    except Refusal:
+        return {}
 
 
 def _table(name: str, findings: Mapping[str, Any]) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ...arguments import device
 from ..config import CifarConfig, Refusal
 from .data import Cifar10, download, load
 from .network import parameter_counts
@@ -57,6 +59,10 @@ def train(config: CifarConfig, given: dict[str, Any], options: Options) -> int:
     if state is not None:
         config = CifarConfig(**state["config"])
     config = replace(config, **given)
+    try:
+        device(config.device)  # which a run that goes on brings from where it was
+    except ArgumentTypeError as error:
+        raise Refusal(f"argument --device: {error}") from None
     with processes(config.device) as group:
         console = Console(quiet=not group.first)
         run = Run(options.output, config, _load(options, config, group), state, group)

@@ -1,31 +1,36 @@
 """CIFAR-10 as it lies on disk: the two official downloads, packed or unpacked, and JPEG files in an .npz.
 
 Nothing in a file is executed, no path in an archive is followed, and sizes are looked at before anything is
-read. Whatever is wrong raises one ``DataError``, which names the file, what was expected and what came.
+read. Whatever is wrong raises one ``DataError``, which names the file, what was expected and what came
+(``saved.py`` says what may be). A link is followed where the user made it, never in an archive.
 """
 
 from __future__ import annotations
 
+import gzip
 import io
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..config import Refusal
-from .unpickle import array, unpickle
+from ..saved import check_size, explained, is_file
+from ..unpickle import ARRAY_NAMES, array, unpickle
 
 Bytes = NDArray[np.uint8]
 
 SIZE, PIXELS, CLASSES = 32, 3 * 32 * 32, 10
 LARGEST_BATCH = 2**26  # bytes; the official files have 2**25 at most
-LARGEST_NPZ = 2**30
+LARGEST_ARCHIVE = LARGEST_NPZ = 2**28  # bytes when unpacked; the official archives have 1.9e8
+MOST_IMAGES = 2**17  # of an .npz
+BLOCK = 512  # bytes; what a tar archive is made of
 
 
 class DataError(Refusal):
@@ -64,15 +69,19 @@ def read(path: Path) -> Files:
     Raises:
         DataError: nothing like that is there, or something in it is wrong.
     """
-    if path.is_dir():
-        return _read_folder(path)
-    if not path.exists():
-        raise DataError(f"{path}: expected a folder with CIFAR-10 or a file of it, found nothing")
-    if path.name.endswith((".tar.gz", ".tgz")):
-        return _read_archive(path)
-    if path.suffix == ".npz":
-        return _read_npz(path)
-    raise DataError(f"{path}: expected a folder, an archive (.tar.gz) or an .npz, got a file of another kind")
+    with _explained(path):
+        if path.is_dir():
+            return _read_folder(path)
+        if not is_file(path):
+            raise ValueError("expected a folder with CIFAR-10 or a file of it, found nothing")
+        if path.name.endswith((".tar.gz", ".tgz")):
+            return _read_archive(path)
+        if path.suffix == ".npz":
+            return _read_npz(path)
+        raise ValueError("expected a folder, an archive (.tar.gz) or an .npz, got a file of another kind")
+
+
+_explained = partial(explained, kind=DataError)
 
 
 def _read_folder(path: Path) -> Files:
@@ -81,9 +90,9 @@ def _read_folder(path: Path) -> Files:
             if (folder / form.names[0]).exists():
                 return form.assemble(partial(_read_file, folder), str(folder))
     for form in FORMS:
-        if (path / form.archive).exists():
+        if (path / form.archive).is_file():
             return _read_archive(path / form.archive)
-    packed = sorted(path.glob("*.npz"))
+    packed = sorted(file for file in path.glob("*.npz") if file.is_file())
     if len(packed) == 1:
         return _read_npz(packed[0])
     found = f"{len(packed)} of the last" if packed else "none of them"
@@ -133,7 +142,7 @@ def decode_binary(content: bytes) -> Images:
 
 def decode_python(content: bytes) -> Images:
     """A pickled dict with b"data", uint8 [n, 3072] in the order of the binary form, and b"labels", n ints."""
-    batch = unpickle(content)
+    batch = unpickle(content, ARRAY_NAMES)
     if not isinstance(batch, dict) or not {b"data", b"labels"} <= batch.keys():
         raise ValueError(f'expected a dict with b"data" and b"labels", got {_shown(batch)}')
     pixels, labels = array(batch[b"data"]), batch[b"labels"]
@@ -164,28 +173,35 @@ FORMS = tuple(
 
 def _read_file(folder: Path, name: str) -> bytes:
     path = folder / name
-    if not path.is_file():
+    if not is_file(path):
         raise ValueError("expected this file beside the others, found nothing")
-    _check_size(path.stat().st_size)
+    check_size(path.stat().st_size, LARGEST_BATCH)
     return path.read_bytes()
 
 
-def _check_size(size: int) -> None:
-    if size > LARGEST_BATCH:
-        raise ValueError(f"expected {LARGEST_BATCH} bytes at most, got {size}")
-
-
 def _read_archive(path: Path) -> Files:
-    """The files of an official archive, read from it one by one; nothing is unpacked to the disk."""
+    """The files of an official archive, read from it one by one; nothing is unpacked to the disk.
+
+    Headers are read one by one as well: tarfile reads those that extend others (pax) before one sees how
+    large they are, and some versions of it take for ever over one.
+    """
     wanted = {f"{form.folder}/{name}" for form in FORMS for name in form.names}
     contents: dict[str, bytes] = {}
-    with _explained(str(path)), tarfile.open(path, "r:gz") as archive:
-        for member in archive:
-            if member.isfile() and member.name in wanted:
-                _check_size(member.size)
-                file = archive.extractfile(member)
-                assert file is not None  # a regular file
-                contents[member.name] = file.read()
+    with _explained(path), gzip.open(path) as file:
+        while any(header := file.read(BLOCK)):  # the end is a block of zeros
+            member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+            rest = LARGEST_ARCHIVE - file.tell()
+            if not 0 <= member.size <= rest:
+                raise ValueError(
+                    f"expected {LARGEST_ARCHIVE} bytes at most, unpacked; got a member of {member.size}"
+                )
+            end = file.tell() + member.size + -member.size % BLOCK
+            if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and member.name in wanted:
+                check_size(member.size, LARGEST_BATCH)
+                contents[member.name] = file.read(member.size)
+            file.seek(end)
+        if len(header) < BLOCK:
+            raise ValueError("expected a whole file, got the first part of one")
     for form in FORMS:
         if f"{form.folder}/{form.names[0]}" in contents:
             return form.assemble(partial(_member, contents, form.folder), str(path))
@@ -203,37 +219,46 @@ def _member(contents: dict[str, bytes], folder: str, name: str) -> bytes:
 
 
 def _read_npz(path: Path) -> Files:
-    with _explained(str(path)):
+    with _explained(path):
+        check_size(path.stat().st_size, LARGEST_NPZ)
         with zipfile.ZipFile(path) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-        if size > LARGEST_NPZ:
-            raise ValueError(f"expected {LARGEST_NPZ} bytes at most, unpacked; got {size}")
-        with np.load(path, allow_pickle=False) as arrays:
-            missing = [name for name in ("jpeg", "length", "label") if name not in arrays]
+            members = {entry.filename: entry.file_size for entry in archive.infolist()}
+            if sum(members.values()) > LARGEST_NPZ:
+                raise ValueError(
+                    f"expected {LARGEST_NPZ} bytes at most, unpacked; got {sum(members.values())}"
+                )
+            missing = [name for name in ("jpeg", "length", "label") if f"{name}.npy" not in members]
             if missing:
                 raise ValueError(
                     f"expected arrays jpeg, length and label, found no {' and no '.join(missing)}"
                 )
-            jpeg, length, label = arrays["jpeg"], arrays["length"], arrays["label"]
-        for name, values in (("jpeg", jpeg), ("length", length), ("label", label)):
-            if (
-                values.ndim != 1
-                or values.dtype.kind != "u"
-                or (name != "length" and values.dtype.itemsize > 1)
-            ):
-                raise ValueError(
-                    f"{name}: expected unsigned bytes [n], got {values.dtype} {list(values.shape)}"
-                )
-        ends = length.astype(np.int64).cumsum()
-        if not len(ends) or ends[-1] != len(jpeg):
+            jpeg, length, label = (_read_array(archive, name) for name in ("jpeg", "length", "label"))
+        if len(length) > MOST_IMAGES:
+            raise ValueError(f"length: expected {MOST_IMAGES} images at most, got {len(length)}")
+        ends = np.cumsum(length, dtype=np.uint64)
+        if not len(ends) or length.max() > len(jpeg) or ends[-1] != len(jpeg):
             total = int(ends[-1]) if len(ends) else 0
             raise ValueError(f"jpeg: expected {total} bytes, the sum of length; got {len(jpeg)}")
-        content = jpeg.tobytes()
         pixels = np.empty((len(ends), 3, SIZE, SIZE), np.uint8)
         for i, (start, end) in enumerate(zip((0, *ends[:-1]), ends, strict=True)):
             with _explained(f"{path}: image {i}"):
-                pixels[i] = _decode_jpeg(content[start:end])
+                pixels[i] = _decode_jpeg(jpeg[start:end].tobytes())
         return Files("JPEG", _images(pixels.reshape(-1, PIXELS), label), None)
+
+
+def _read_array(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
+    """An array [n] of unsigned integers, bytes except for length, whose size is the one that it claims."""
+    with archive.open(f"{name}.npy") as file:
+        npy: Any = np.lib.format  # which has no types
+        if (version := npy.read_magic(file)) != (1, 0):
+            raise ValueError(f"{name}: expected an .npy of version 1.0, got {version[0]}.{version[1]}")
+        shape, _, dtype = npy.read_array_header_1_0(file)
+        if len(shape) != 1 or dtype.kind != "u" or (name != "length" and dtype.itemsize > 1):
+            raise ValueError(f"{name}: expected unsigned bytes [n], got {dtype} {list(shape)}")
+        values = np.frombuffer(file.read(), dtype)
+    if len(values) != shape[0]:
+        raise ValueError(f"{name}: expected the {shape[0]} numbers that it claims, got {len(values)}")
+    return values
 
 
 def _decode_jpeg(content: bytes) -> Bytes:
@@ -260,17 +285,3 @@ def _images(pixels: Bytes, labels: Bytes) -> Images:
     if labels.max() >= CLASSES:
         raise ValueError(f"labels: expected numbers from 0 to {CLASSES - 1}, got {labels.max()}")
     return Images(pixels.reshape(-1, 3, SIZE, SIZE), labels)
-
-
-@contextmanager
-def _explained(where: str) -> Iterator[None]:
-    """Errors in reading ``where`` as one ``DataError``: a damaged file makes readers raise any of a dozen."""
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:
-        text = " ".join(str(error).split())
-        if not isinstance(error, ValueError):  # whose text is most often our own
-            text = f"expected a whole file, got {type(error).__name__}: {text}"
-        raise DataError(f"{where}: {text}") from None

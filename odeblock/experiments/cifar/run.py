@@ -7,22 +7,44 @@ the result. Both are written together and whole, so that they tell the same.
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..config import CifarConfig, Refusal
+from ...activations import ACTIVATIONS
+from ...arguments import MAX_SEED
+from ...initializers import INITIALIZERS
+from ...validation import STRATEGIES
+from ..config import CIFAR_DEFAULTS, PRECISIONS, RATES, SCHEDULES, CifarConfig, Refusal
 from ..outputs import atomic_file, provenance, save_checkpoint
+from ..saved import explained, is_file, load_checkpoint
 from .data import Cifar10
-from .network import parameter_counts
+from .network import ConvNet, network_arguments, parameter_counts
 from .processes import Processes
 from .training import Training
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
+KIND = "a checkpoint of train cifar10"
+NUMBERS = {
+    "start": ("step", "steps", "processes", "threads"),
+    "epoch": ("epoch", "step", "train_loss", "validation_loss", "validation_accuracy", "lr", "seconds"),
+    "result": ("validation_loss", "validation_accuracy"),
+}
+"""Of the lines of a log."""
+CHOICES: dict[str, Container[str]] = {
+    "norm": CIFAR_DEFAULTS,
+    "init": INITIALIZERS,
+    "activation": ACTIVATIONS,
+    "backward": STRATEGIES,
+    "schedule": SCHEDULES,
+    "rates": RATES,
+    "precision": PRECISIONS,
+}
 FREE = frozenset({"device", "backward"})
 """Settings that may be others when a run goes on: they change gradients by rounding alone."""
 
@@ -31,17 +53,49 @@ def read_checkpoint(folder: Path) -> dict[str, Any] | None:
     """What the run in ``folder`` has reached; None where there is none.
 
     Raises:
-        Refusal: the file is there, and is not whole.
+        Refusal: the file is there, and is not whole, or not of such a run.
     """
     path = folder / CHECKPOINT
-    if not path.exists():
-        return None
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        CifarConfig(**state["config"])
-    except Exception as error:  # a damaged file makes torch.load raise any of a dozen kinds
-        raise Refusal(f"{path}: expected a checkpoint of train cifar10, got {type(error).__name__}") from None
-    return state
+    with explained(path, KIND):
+        if not is_file(path):
+            return None
+        state = load_checkpoint(path, KIND)
+        _check(state)
+        return state
+
+
+def _check(state: dict[str, Any]) -> None:
+    """Raises an error of any kind where ``state`` is not as ``Training.state_dict`` makes one.
+
+    Nothing of the sizes that it claims is made before its tensors are seen to have them.
+    """
+    config = CifarConfig(**state["config"])
+    for key, usual in asdict(CifarConfig().resolved()).items():
+        value = state["config"][key]
+        number = isinstance(usual, (int, float)) or (key == "images" and value is not None)
+        if type(value) is not type(usual) and not (number and type(value) is int):
+            raise ValueError(f"config: {key} is {type(value).__name__}")
+        least = 1 if type(value) is int and key != "seed" else 0
+        if value not in CHOICES[key] if key in CHOICES else number and not least <= value <= MAX_SEED:
+            raise ValueError(f"config: {key} cannot be {value!r}")
+    if state["network"] != network_arguments(config):
+        raise ValueError("network: its arguments are not those of the settings")
+    with torch.device("meta"):
+        network = ConvNet(**{**state["network"], "init": "zero_v"})  # the others compute
+    network.to(torch.float64 if config.precision == "float64" else torch.float32)
+    expected = {name: (x.shape, x.dtype) for name, x in network.state_dict().items()}
+    if {name: (x.shape, x.dtype) for name, x in state["state_dict"].items()} != expected:
+        raise ValueError("state_dict: the tensors are not those of the network")
+    if any(x.nbytes > x.untyped_storage().nbytes() for x in state["state_dict"].values()):
+        raise ValueError("state_dict: a tensor is larger than its memory")
+    for line in state["log"]:
+        numbers = [line[key] for key in NUMBERS[line["kind"]]]
+        if line["kind"] == "epoch":
+            numbers += [*line["V"].values(), *line["W"].values()]
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError("log: a number is not finite")
+    if not json.loads(json.dumps(state["log"], allow_nan=False)):
+        raise ValueError("log: it is empty")
 
 
 def agreed(config: CifarConfig, state: dict[str, Any] | None) -> CifarConfig:
@@ -77,7 +131,8 @@ class Run:
         self.folder = folder
         self.training = Training(agreed(config, state), data, processes)
         if state is not None:
-            self.training.load_state_dict(state)
+            with explained(folder / CHECKPOINT, KIND):
+                self.training.load_state_dict(state)
         if not self.training.finished:
             self.training.log.append(self._start())
         self._saved = time.monotonic()

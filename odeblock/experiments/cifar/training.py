@@ -267,11 +267,26 @@ class Training:
 
         Raises:
             Refusal: it was trained on other images.
+            ValueError: it is where no such training can be. One that is none raises errors of other kinds.
         """
         if state["data"] != self.data.fingerprint:
             raise Refusal("argument --data: expected the images that this run began with, got others")
+        step, log = state["step"], state["log"]
+        steps, position = self.batches.steps, state["batches"]["position"]
+        epochs = sum(line["kind"] == "epoch" for line in log)
+        if (
+            not 0 <= step <= self.total_steps
+            or position != (step - 1) % steps + 1 * (step > 0)
+            or epochs != step // steps
+        ):
+            raise ValueError(f"step {step}: expected one of the {self.total_steps}, and a log up to it")
         self.network.load_state_dict(state["state_dict"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        # The groups, rates among them, follow from the settings; the momentum does not.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
+        for parameter, kept in self.optimizer.state.items():
+            if kept["momentum_buffer"].shape != parameter.shape:
+                raise ValueError("optimizer: a momentum of another shape than its parameter's")
         self.batches.load_state_dict(state["batches"])
-        self.step, self.log = state["step"], state["log"]
-        self._losses, self._seconds = state["epoch_losses"], state["epoch_seconds"]
+        self.step, self.log = step, log
+        self._losses, self._seconds = float(state["epoch_losses"]), float(state["epoch_seconds"])
