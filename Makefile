@@ -14,16 +14,22 @@ CXX_SOURCES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.c' -o 
 # The build finds the pinned cmake and ninja of the environment first.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test test-long check lint format bench bench-quick gpu-check accuracy wheel wheel-check package-check docs docs-serve clean
+.PHONY: demo test test-long sanitize coverage check lint format bench bench-quick gpu-check accuracy wheel wheel-check package-check docs docs-serve clean
 
 demo: $(VENV)/.built  ## the main job: train on real digits, smooth against i.i.d. initialisation
 	$(BIN)/python -m odeblock train --output $(OUTPUT)
 
 test: check $(VENV)/.built  ## lint, types and tests; minutes
-	$(BIN)/pytest $(PARALLEL)
+	$(BIN)/pytest $(PARALLEL) --cov
 
 test-long: $(VENV)/.built  ## what is too long for every push
 	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest $(PARALLEL) -m "long or not long"
+
+sanitize: $(VENV)/.built  ## the CPU core and the emulated GPU kernels under address, undefined and thread sanitizers
+	$(BIN)/pytest $(PARALLEL) -m sanitizers
+
+coverage: $(VENV)/.built  ## which lines all tests reach, however long, to outputs/coverage
+	$(BIN)/pytest $(PARALLEL) -m "long or not long" --cov --cov-report=html:outputs/coverage
 
 check: lint $(VENV)/.built  ## lint and types, seconds
 	$(BIN)/mypy

@@ -11,8 +11,9 @@ namespace {
 
 struct Header {
   int64_t dtype, activation, batch, dim, hidden, depth, height, width, kernel;
-  int64_t save_every, reconstruct, slots, keep_hidden, threads, biases;
-  int64_t stop_after;  // questions whether to stop; -1: never
+  int64_t save_every, reconstruct, slots, keep_hidden, threads, hidden_bias, output_bias;
+  int64_t weight_gradients;  // whether any is asked for
+  int64_t stop_after;        // questions whether to stop; -1: never
   double scale;
 };
 
@@ -26,7 +27,8 @@ int main() {
   const size_t stored = x.dtype == 1 ? 8 : x.dtype == 0 ? 4 : 2, computed = stored < 4 ? 4 : stored;
   const size_t pixels = x.kernel ? x.height * x.width : 1, taps = x.kernel ? x.kernel * x.kernel : 1;
   const size_t rows = x.batch * x.dim * pixels * stored, weights = x.depth * x.dim * x.hidden * taps * stored;
-  const size_t hidden = x.biases ? x.depth * x.hidden * stored : 0, output = x.biases ? x.depth * x.dim * stored : 0;
+  const size_t hidden = x.hidden_bias ? x.depth * x.hidden * stored : 0;
+  const size_t output = x.output_bias ? x.depth * x.dim * stored : 0;
   const int64_t padded = odeblock::padded_rows(x.batch),
                 width = x.dim + (x.keep_hidden && x.save_every == 1 ? x.hidden : 0);
   const int64_t check_rows = (x.batch + odeblock::kRowPadding - 1) / odeblock::kRowPadding * odeblock::kRowPadding;
@@ -48,7 +50,7 @@ int main() {
   f.save_every = x.save_every, f.reconstruct = x.reconstruct != 0, f.slots = x.slots;
   f.keep_hidden = x.keep_hidden != 0;
   f.V = V.get(), f.W = W.get();
-  f.hidden_bias = x.biases ? b.get() : nullptr, f.output_bias = x.biases ? c.get() : nullptr;
+  f.hidden_bias = hidden ? b.get() : nullptr, f.output_bias = output ? c.get() : nullptr;
   f.threads = static_cast<int>(x.threads);
   f.h = h.get(), f.y = y.get(), f.states = states.get(), f.probe = probe.get(), f.checks = checks.get();
   questions = x.stop_after;
@@ -65,11 +67,15 @@ int main() {
   const Bytes db = allocate(hidden), dc = allocate(output), report = allocate(4 * sizeof(double));
   g.workspace = backward_workspace.get();
   g.grad = grad.get(), g.h = h.get(), g.states = states.get(), g.probe = probe.get(), g.checks = checks.get();
-  g.dh = dh.get(), g.dV = dV.get(), g.dW = dW.get();
-  g.dhidden_bias = x.biases ? db.get() : nullptr, g.doutput_bias = x.biases ? dc.get() : nullptr;
+  g.dh = dh.get();
+  if (x.weight_gradients) {
+    g.dV = dV.get(), g.dW = dW.get();
+    g.dhidden_bias = hidden ? db.get() : nullptr, g.doutput_bias = output ? dc.get() : nullptr;
+  }
   g.report = reinterpret_cast<double*>(report.get());
   kernels.backward(g);
 
-  write(y, rows), write(dh, rows), write(dV, weights), write(dW, weights), write(db, hidden), write(dc, output);
+  write(y, rows), write(dh, rows);
+  if (x.weight_gradients) write(dV, weights), write(dW, weights), write(db, hidden), write(dc, output);
   return 0;
 }

@@ -1,15 +1,19 @@
 """The native CPU core without Python, built for other processors and under sanitizers, against the oracle.
 
 The sources are plain C++, so the same program (core_host.cpp) shows that the aarch64 build computes the right
-numbers (under emulation; skipped where no cross compiler is installed), and that no access is out of bounds.
+numbers (under emulation; skipped where no cross compiler is installed), that no access is out of bounds, that
+threads do not race, and how much of the sources these problems reach.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import struct
 import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +64,7 @@ def run_host(
     plan: checkpointing.Plan,
     threads: int,
     stop_after: int = -1,
+    weight_gradients: bool = True,
 ) -> dict[str, Tensor]:
     """What ``oracle.run`` returns, from the program; of a call that is stopped, some numbers."""
     tensors = [case.tensors[name] for name in NAMES]
@@ -75,15 +80,16 @@ def run_host(
         *maps,
     ]
     scale = 1 / depth if case.scale is None else case.scale
-    biases = tensors[3] is not None
-    header = struct.pack("16qd", *sizes, *plan, threads, biases, stop_after, scale)
+    biases = [bias is not None for bias in tensors[3:]]
+    options = [threads, *biases, weight_gradients, stop_after]
+    header = struct.pack("18qd", *sizes, *plan, *options, scale)
     given = [t for t in (*tensors, case.grad) if t is not None]
-    arrays = [*(t.to(dtype) for t in given), probe(tensors[0][0].numel(), state_dtype(dtype))]
+    arrays = [*(t.to(dtype) for t in given), probe(tensors[0].shape[1:].numel(), state_dtype(dtype))]
     data = [t.contiguous().view(torch.uint8).numpy().tobytes() for t in arrays]
     out = subprocess.run(command, input=header + b"".join(data), capture_output=True, check=False)
     assert out.returncode == 0, out.stderr.decode()[-3000:]
-    found = torch.frombuffer(bytearray(out.stdout), dtype=dtype).double()
-    names = [name for name in NAMES if case.tensors[name] is not None]
+    found = torch.frombuffer(bytearray(out.stdout), dtype=dtype).double() if out.stdout else torch.empty(0)
+    names = [name for name in NAMES if case.tensors[name] is not None] if weight_gradients else ["h"]
     shapes = [case.tensors[name].shape for name in ("h", *names)]
     parts = found.split([shape.numel() for shape in shapes])
     results = {name: part.view(shape) for name, part, shape in zip(("y", *names), parts, shapes, strict=True)}
@@ -91,9 +97,17 @@ def run_host(
     return results
 
 
-# B, q, m, L: several tiles, tails of every kind, one row, one feature, few rows for several threads; deep
+# B, q, m, L: no row, one, few for several threads, one feature; several tiles, tails of every kind; deep
 # enough for the adjoint.
-SHAPES = [(1, 1, 1, 24), (37, 17, 23, 9), (50, 64, 5, 10), (300, 310, 3, 12), (3, 70, 130, 11)]
+SHAPES = [
+    (0, 5, 3, 2),
+    (1, 1, 1, 24),
+    (2, 70, 130, 11),
+    (37, 17, 23, 9),
+    (50, 64, 5, 10),
+    (300, 310, 3, 12),
+    (3, 70, 130, 11),
+]
 # B, C, M, L, (H, W), k: groups of samples, strips of rows and both; empty strips, odd widths.
 MAPS = [
     (1, 3, 5, 9, (7, 9), 3),
@@ -101,6 +115,7 @@ MAPS = [
     (20, 3, 2, 8, (5, 6), 5),
     (3, 5, 4, 9, (2, 1), 3),
     (6, 4, 3, 7, (9, 7), 1),
+    (0, 2, 3, 2, (3, 3), 3),
 ]
 PLANS = (
     lambda depth: checkpointing.Plan(1, False, 0, True),  # store
@@ -113,23 +128,38 @@ PLANS = (
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def map_case(sizes: Any) -> tuple[Any, dict[str, Any]]:
-    """What ``make_case`` takes, of one of ``MAPS``."""
-    *shape, maps, kernel = sizes
-    return shape, {"maps": maps, "kernel": kernel}
+def check_case(
+    command: list[str],
+    sizes: Any,
+    dtype: torch.dtype,
+    plan: checkpointing.Plan,
+    draw: random.Random,
+    *,
+    threads: int,
+    activation: str = "tanh",
+    stops: Sequence[int] | None = None,
+) -> None:
+    """Rows or maps, by the rule; the same dh without gradients of weights; stopped anywhere."""
+    shape, maps = (sizes, {}) if len(sizes) == 4 else (sizes[:4], {"maps": sizes[4], "kernel": sizes[5]})
+    biases = {"hidden_bias": draw.random() < 0.5, "output_bias": draw.random() < 0.5}
+    case = rounded(make_case(*shape, activation=activation, **biases, **maps), dtype)
+    results = run_host(command, case, dtype, plan, threads)
+    check_results(results, case, dtype, rebuilt=plan.reconstruct)
+    alone = run_host(command, case, dtype, plan, threads, weight_gradients=False)
+    assert all(torch.equal(found, results[name]) for name, found in alone.items())
+    for stop_after in stops or [draw.randrange(30)]:
+        run_host(command, case, dtype, plan, threads, stop_after)
 
 
-def check_program(command: list[str], activation: str = "tanh", shapes: Any = (*SHAPES, *MAPS)) -> None:
-    for i, sizes in enumerate(shapes):
-        shape, maps = (sizes, {}) if len(sizes) == 4 else map_case(sizes)
+def check_program(command: list[str]) -> None:
+    """Every shape and every activation in every dtype; strategies, biases and threads by turns."""
+    for i, sizes in enumerate((*SHAPES, *MAPS)):
         for j, dtype in enumerate(DTYPES):
-            plan = PLANS[(i + 2 * j) % len(PLANS)](shape[3])
-            biases = (i + j) % 2 == 0
-            case = make_case(*shape, activation=activation, hidden_bias=biases, output_bias=biases, **maps)
-            case = rounded(case, dtype)
-            results = run_host(command, case, dtype, plan, threads=1 + (i + j) % 3)
-            check_results(results, case, dtype, rebuilt=plan.reconstruct)
-            run_host(command, case, dtype, plan, threads=1 + (i + j) % 3, stop_after=3 * (i + j))
+            number = len(DTYPES) * i + j
+            activation = list(ACTIVATIONS)[number % len(ACTIVATIONS)]
+            plan, threads = PLANS[(i + j) % len(PLANS)](sizes[3]), 1 + (i + 2 * j) % 3
+            draw = random.Random(number)
+            check_case(command, sizes, dtype, plan, draw, threads=threads, activation=activation)
 
 
 @pytest.mark.skipif(
@@ -138,32 +168,78 @@ def check_program(command: list[str], activation: str = "tanh", shapes: Any = (*
 )
 def test_aarch64_under_emulation(tmp_path: Path) -> None:
     program = compile_host(tmp_path, CROSS, "-O2", "-static", "-pthread")
-    command = [str(EMULATOR), str(program)]
-    check_program(command)
-    for activation in ACTIVATIONS:
-        check_program(command, activation, [SHAPES[1]])
+    check_program([str(EMULATOR), str(program)])
 
 
-def test_threads_do_not_race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without OpenMP, whose own synchronisation the sanitizer does not know."""
-    flags = ["-fsanitize=thread", "-O1", "-pthread", "-Wno-maybe-uninitialized"]  # of a sum's first run
-    program = compile_host(tmp_path, os.environ.get("CXX", "g++"), *flags)
-    monkeypatch.setenv("TSAN_OPTIONS", "halt_on_error=1")
-    rows = [(shape, {}) for shape in ((2, 70, 130, 11), (37, 64, 66, 9), (150, 20, 24, 9))]
-    for shape, maps in [*rows, map_case(MAPS[1]), map_case(MAPS[2])]:
-        case = rounded(make_case(*shape, hidden_bias=True, output_bias=True, **maps), torch.float32)
-        for make_plan in PLANS:
-            plan = make_plan(shape[3])
-            results = run_host([str(program)], case, torch.float32, plan, threads=4)
-            check_results(results, case, torch.float32, rebuilt=plan.reconstruct)
-            for stop_after in (0, 3, 12, 20):  # at once, in the forward, at its end, in the backward
-                run_host([str(program)], case, torch.float32, plan, 4, stop_after)
-
-
-@pytest.mark.parametrize("build", ["baseline", *BUILDS])
-def test_no_access_is_out_of_bounds(build: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+SANITIZERS = {
+    "thread": ["-fsanitize=thread", "-O1", "-Wno-maybe-uninitialized"],  # of a sum's first run
     # Not optimised: half the compiler's time, which is most of it here, and no access is left out.
-    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O0", "-pthread"]
-    program = compile_host(tmp_path, os.environ.get("CXX", "g++"), *sanitizers, *INSTRUCTIONS[build])
-    monkeypatch.setenv("ASAN_OPTIONS", "detect_leaks=0")
-    check_program([str(program)])
+    "address,undefined": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O0"],
+}
+
+
+@pytest.fixture
+def sanitized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], list[str]]:
+    """The command of a build under sanitizers; on own threads, for none knows OpenMP's synchronisation."""
+    # Memory that nobody has written is NaN in every type.
+    monkeypatch.setenv("ASAN_OPTIONS", "detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1000000000")
+    monkeypatch.setenv("TSAN_OPTIONS", "halt_on_error=1")
+
+    def build(sanitizer: str, instructions: str) -> list[str]:
+        flags = [*SANITIZERS[sanitizer], *INSTRUCTIONS[instructions]]
+        return [str(compile_host(tmp_path, os.environ.get("CXX", "g++"), "-pthread", *flags))]
+
+    return build
+
+
+@pytest.mark.sanitizers
+def test_threads_do_not_race(sanitized: Callable[[str, str], list[str]]) -> None:
+    command = sanitized("thread", "baseline")
+    stops = (0, 3, 12, 20)  # at once, in the forward, at its end, in the backward
+    rows = [(2, 70, 130, 11), (37, 64, 66, 9), (150, 20, 24, 9)]
+    for i, sizes in enumerate([*rows, MAPS[1], MAPS[2]]):
+        for j, plan in enumerate(PLANS):
+            dtype, draw = DTYPES[(i + j) % len(DTYPES)], random.Random(j)
+            check_case(command, sizes, dtype, plan(sizes[3]), draw, threads=4, stops=stops)
+
+
+@pytest.mark.sanitizers
+@pytest.mark.parametrize("build", ["baseline", *BUILDS])
+def test_no_access_is_out_of_bounds(build: str, sanitized: Callable[[str, str], list[str]]) -> None:
+    check_program(sanitized("address,undefined", build))
+
+
+@pytest.mark.long
+@pytest.mark.sanitizers
+@pytest.mark.parametrize("build", ["baseline", *BUILDS])
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_core_over_seeds_under_sanitizers(
+    sanitizer: str, build: str, sanitized: Callable[[str, str], list[str]]
+) -> None:
+    command = sanitized(sanitizer, build)
+    for seed in range(200):
+        draw = random.Random(seed)
+        plan = draw.choice(PLANS)
+        depth = draw.randint(9, 16) if plan in PLANS[4:] else draw.randint(1, 12)
+        batch = draw.choice((1, 2, 3, 4, draw.randint(0, 20), draw.randint(0, 300)))
+        if draw.random() < 0.5:
+            sizes: Any = (batch, draw.randint(1, 200), draw.randint(1, 200), depth)
+        else:
+            channels, pixels = ((draw.randint(1, most), draw.randint(1, most)) for most in (20, 12))
+            sizes = (batch % 40, *channels, depth, pixels, draw.choice((1, 3, 5)))
+        options = {"threads": draw.randint(1, 8), "activation": draw.choice(list(ACTIVATIONS))}
+        check_case(command, sizes, draw.choice(DTYPES), plan(depth), draw, **options)
+
+
+@pytest.mark.skipif(shutil.which("gcov") is None, reason="needs GCC's gcov")
+def test_these_problems_reach_the_core(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """Nearly every line of it, in one build; the terminal's summary shows the table (conftest.py)."""
+    flags = ["--coverage", "-fprofile-update=atomic", "-O0", "-pthread"]
+    check_program([str(compile_host(tmp_path, "g++", *flags))])
+    gcovr = [sys.executable, "-m", "gcovr", "--merge-lines", "--fail-under-line", "90"]
+    command = [*gcovr, "--root", str(ROOT), "--filter", f"{CSRC}/", str(tmp_path)]
+    out = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stdout + out.stderr
+    record_property("coverage of the native core", out.stdout)

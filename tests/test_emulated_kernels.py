@@ -314,6 +314,7 @@ def test_an_infinite_number_stays_where_eager_has_it(program: Path) -> None:
         assert torch.equal(y.isfinite(), expected.isfinite())
 
 
+@pytest.mark.sanitizers
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_emulated_forward_under_sanitizers(sanitizer: str, tmp_path: Path) -> None:
     shapes = {
@@ -329,6 +330,7 @@ def test_emulated_forward_under_sanitizers(sanitizer: str, tmp_path: Path) -> No
 
 
 @pytest.mark.long
+@pytest.mark.sanitizers
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_emulated_forward_over_seeds(sanitizer: str, program: Path, tmp_path: Path) -> None:
     """Every kind of product on random shapes and schedules, and under the sanitizers."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import shutil
 import struct
 import subprocess
@@ -264,6 +265,7 @@ def test_emulated_samples_do_not_depend_on_each_other(program: Path) -> None:
         assert torch.equal(results["y"][~reached], others["y"][~reached])
 
 
+@pytest.mark.sanitizers
 @pytest.mark.parametrize(("sanitizer", "products"), zip(SANITIZERS, ("float32", "bfloat16"), strict=True))
 def test_emulated_maps_under_sanitizers(sanitizer: str, products: str, tmp_path: Path) -> None:
     flag = f"-fsanitize={sanitizer}"
@@ -271,6 +273,27 @@ def test_emulated_maps_under_sanitizers(sanitizer: str, products: str, tmp_path:
     program = build_emulated(TESTS / "emulation" / "maps.cpp", tmp_path / "program", flag, objects=objects)
     for look in (check, sweep):
         look(program, make_map_case(4, 18, 7, 2, 6, 5), products)
+
+
+@pytest.mark.long
+@pytest.mark.sanitizers
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_emulated_maps_over_seeds(sanitizer: str, program: Path, tmp_path: Path) -> None:
+    """Every kind of product on random shapes and schedules, and under the sanitizers."""
+    flag = f"-fsanitize={sanitizer}"
+    objects = compile_parts(tmp_path, MAP_PRODUCTS, flag)
+    watched = build_emulated(TESTS / "emulation" / "maps.cpp", tmp_path / "program", flag, objects=objects)
+    for seed in range(40):
+        draw = random.Random(seed)
+        shape = [draw.randint(1, most) for most in (9, 16, 16, 4, 9, 9)]
+        activation, biases = list(ACTIVATIONS)[seed % len(ACTIVATIONS)], draw.random() < 0.5
+        case = make_map_case(*shape, draw.choice((1, 3)), activation=activation, biases=biases)
+        for products in MAP_PRODUCTS:
+            # Rounding decides on the side of a kink.
+            smooth = case if ACTIVATIONS[activation].smooth else replace(case, activation="tanh")
+            for which in (program, watched) if seed < 8 else (program,):
+                check(which, case, products, seed)
+                sweep(which, smooth, products, seed)
 
 
 @pytest.mark.parametrize(("products", "shape"), [(p, s) for p in MAP_PRODUCTS for s in SHAPES], ids=str)

@@ -225,6 +225,7 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: build_emulated(source, folder / name, *flags) for name, flags in sanitizers.items()}
 
 
+@pytest.mark.sanitizers
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_of_emulated_kernels_are_found(name: str, faults: dict[str, Path]) -> None:
     def run(build: str, seed: int) -> subprocess.CompletedProcess[str]:
