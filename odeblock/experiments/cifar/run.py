@@ -1,7 +1,8 @@
 """A run: a training and the folder that it lives in, where it stops and goes on.
 
 ``checkpoint.pt`` is all that goes on; ``log.jsonl`` is its log to read, a line for each start, each epoch and
-the result. Both are written together and whole, so that they tell the same.
+the result. Each is written whole, the log first: of a run that is killed between the two what goes on writes
+the log again, to the end of which a checkpoint has nothing to add.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from ..config import CifarConfig, Refusal
-from ..outputs import atomic_file, provenance, save_checkpoint
+from ..outputs import atomic_file, provenance, remove_partial, save_checkpoint
 from .data import Cifar10
 from .network import parameter_counts
 from .processes import Processes
@@ -78,6 +79,8 @@ class Run:
         self.training = Training(agreed(config, state), data, processes)
         if state is not None:
             self.training.load_state_dict(state)
+        if self.training.processes.first:
+            remove_partial(folder)
         if not self.training.finished:
             self.training.log.append(self._start())
         self._saved = time.monotonic()
@@ -133,10 +136,10 @@ class Run:
     def save(self) -> None:
         """Write both files; of several processes the first one does."""
         if self.training.processes.first:
-            save_checkpoint(self.folder / CHECKPOINT, self.training.state_dict())
             with atomic_file(self.folder / LOG) as file:
                 for line in self.training.log:
                     file.write((json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode())
+            save_checkpoint(self.folder / CHECKPOINT, self.training.state_dict())
         self._saved = time.monotonic()
 
 
