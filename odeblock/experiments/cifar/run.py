@@ -1,8 +1,8 @@
 """A run: a training and the folder that it lives in, where it stops and goes on.
 
 ``checkpoint.pt`` is all that goes on; ``log.jsonl`` is its log to read, a line for each start, each epoch and
-the result. Each is written whole, the log first: of a run that is killed between the two what goes on writes
-the log again, to the end of which a checkpoint has nothing to add.
+the result. Each is written whole, the log first: a run that was killed between the two goes on from the
+checkpoint before, and writes the log again.
 """
 
 from __future__ import annotations
