@@ -185,7 +185,7 @@ class Memory {
       kept.erase(best);
       return;
     }
-    block_.data = ::operator new(size, alignment(size));
+    block_.data = allocate(size);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     if (size >= kHugePage) madvise(block_.data, size, MADV_HUGEPAGE);
 #endif
@@ -213,6 +213,14 @@ class Memory {
   };
   static constexpr size_t kHugePage = 2 << 20, kLine = 64, kMostBytes = 512 << 20, kMostBlocks = 32;
   static std::align_val_t alignment(size_t size) { return std::align_val_t(size < kHugePage ? kLine : kHugePage); }
+  static void* allocate(size_t size) {
+    try {
+      return ::operator new(size, alignment(size));
+    } catch (const std::bad_alloc&) {  // what is kept may be what is missing
+      release();
+      return ::operator new(size, alignment(size));
+    }
+  }
   static size_t release_oldest() {
     const Block oldest = kept_blocks().front();
     ::operator delete(oldest.data, alignment(oldest.size));

@@ -58,7 +58,10 @@ Very deep residual networks, h <- h + V_k s(W_k h) / L for k = 1 .. L, in the re
 Each command explains itself: python -m odeblock COMMAND --help
 """
 
-EXIT_CODES = "exit codes: 0 done; 1 the loss was no longer finite; 2 wrong options; 130 interrupted (Ctrl-C)"
+EXIT_CODES = (
+    "exit codes: 0 done; 1 stopped, for the loss was no longer finite or a file could not be written; "
+    "2 wrong options; 130 interrupted (Ctrl-C)"
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -83,9 +86,20 @@ def main(argv: list[str] | None = None) -> int:
         )
     try:
         code: int = arguments.run(arguments)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         code = INTERRUPTED
+    except OSError as error:
+        code = _stopped(error)
     return code
+
+
+def _stopped(error: OSError) -> int:
+    """Tell on one line which file cannot be written, or read; returns the exit code."""
+    if not isinstance(error, BrokenPipeError):  # of "| head", which has seen enough
+        file = error.filename or "standard output"
+        print(f"python -m odeblock: error: {file}: {error.strerror or error}", file=sys.stderr)
+    return 1
 
 
 # ---- info ------------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from .experiments.outputs import remove_partial
+
 MAX_SEED = 2**63 - 1
 EXTRAS = {"matplotlib", "rich", "sklearn"}
 
@@ -95,10 +97,11 @@ def threads_for(*, small: bool) -> Iterator[None]:
 
 
 def writable(output: Path, parser: argparse.ArgumentParser) -> Path:
-    """The folder, made if need be."""
+    """The folder, made if need be, without what calls that were killed left unfinished."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()
+        remove_partial(output)
     except OSError as error:
         parser.error(
             f"argument --output: expected a folder to write to, got {str(output)!r} ({error.strerror})"

@@ -30,7 +30,10 @@ except ImportError as error:
     )
 else:
     core = _core
-    _wanted, _builds = os.environ.get("ODEBLOCK_CPU"), core.build_info()["cpu_builds"]
+    _wanted = os.environ.get("ODEBLOCK_CPU")
+    # build_info starts OpenMP's threads: in a child that is forked later, PyTorch's operators wait for them
+    # for ever. An import alone must not be what starts them.
+    _builds = core.build_info()["cpu_builds"] if _wanted else ()
     if _wanted and _wanted not in _builds:
         raise ImportError(
             f"ODEBLOCK_CPU: expected one of {', '.join(_builds)} (what this build of odeblock has and this "

@@ -1,5 +1,7 @@
 #include "threads.h"
 
+#include <unistd.h>
+
 #include <exception>
 #include <vector>
 
@@ -47,6 +49,8 @@ struct Call {
   }
 };
 
+const pid_t kLoadedBy = getpid();
+
 constexpr int kSpins = 2000;  // some 20 to 60 microseconds: longer than threads of equal shares differ
 
 // changed.wait(lock, done), which GCC 12 and later compile to a symbol that only their own libstdc++ has: a wheel would
@@ -67,6 +71,7 @@ void relax() {
 
 // Whether threads of a region have numbers of their own: the three might be of two libraries.
 bool has_openmp() {
+  if (getpid() != kLoadedBy) return false;  // a forked child: OpenMP may wait for threads of its parent, for ever
   static const bool found = [] {
     if (!GOMP_parallel || !omp_get_thread_num || !omp_get_num_threads) return false;
     struct Seen {

@@ -22,11 +22,12 @@ namespace odeblock {
 
 // run(context, thread, count) on `count` threads, the caller's among them: at most `threads`, fewer where the system
 // gives no more. OpenMP's, which are PyTorch's too: a second pool would share the processors with the first while that
-// spins; without OpenMP, new ones. All compute in the caller's floating-point mode (rounding, subnormals flushed to
-// zero or not), which else belongs to each thread: the bits of a row must not depend on who computes it.
+// spins; without OpenMP, and in a child forked from the process that loaded this, new ones. All compute in the caller's
+// floating-point mode (rounding, subnormals flushed to zero or not), which else belongs to each thread: the bits of a
+// row must not depend on who computes it.
 void run_threads(int threads, void (*run)(void* context, int thread, int count), void* context);
 
-// Whether there is an OpenMP runtime.
+// Whether there is an OpenMP runtime that can be used. The first call starts its threads.
 bool has_openmp();
 
 template <class Run>

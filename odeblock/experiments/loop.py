@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -96,14 +97,17 @@ class Training:
     def run(self, on_step: Callable[[float], None]) -> None:
         """Train to the end, calling ``on_step(loss)`` after every step.
 
-        Raises FloatingPointError naming the step after which the loss is no longer finite. On
-        KeyboardInterrupt the weights that were reached are recorded before it goes on.
+        Raises FloatingPointError naming the step after which the loss is no longer finite; the weights are
+        then those of the last record. On KeyboardInterrupt the weights that were reached are recorded before
+        it goes on.
         """
         try:
             for _ in range(self.config.epochs):
+                recorded = copy.deepcopy(self.network.state_dict())
                 self.epoch(on_step)
                 self.record()
         except FloatingPointError as error:
+            self.network.load_state_dict(recorded)
             where = f"after step {self.step} of {self.total_steps}"
             raise FloatingPointError(f"{error} {where}; a smaller --lr may help") from None
         except KeyboardInterrupt:

@@ -46,6 +46,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
     Until then it lies beside it under another name: a reader sees the old content or the new, never a part.
     An error or an interruption removes it and leaves ``path`` as it was.
+
+    Raises:
+        OSError: it cannot be written, the disk is full; ``filename`` is ``path``.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -54,7 +57,15 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())  # on the disk before the name: also where the machine stops
         os.replace(partial, path)
+    except OSError as error:  # a write does not know of which file it was
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
+        partial.unlink(missing_ok=True)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what processes that were killed while they wrote left in ``folder``."""
+    for partial in folder.glob(".*.partial"):
         partial.unlink(missing_ok=True)
 
 
@@ -76,8 +87,10 @@ def save_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def save_checkpoint(path: Path, value: dict[str, Any]) -> None:
     """A dict of tensors and plain values, for ``torch.load(path, weights_only=True)``."""
+    whole = io.BytesIO()  # to a full disk torch.save raises a RuntimeError that does not say so
+    torch.save(value, whole)
     with atomic_file(path) as file:
-        torch.save(value, file)
+        file.write(whole.getbuffer())
 
 
 def save_figure(path: Path, figure: Figure) -> None:

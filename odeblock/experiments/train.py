@@ -33,7 +33,7 @@ def train(config: TrainConfig, output: Path) -> int:
     """Run the experiment; write results.json, coefficients.png and two checkpoints to the folder ``output``.
 
     Returns the exit code: 0; 130 after Ctrl-C; 1 when a loss was no longer finite. What was reached is saved
-    and reported in every case.
+    and reported in every case: of a network whose loss was not finite, the last epoch before.
     """
     console = Console()
     experiment = Experiment(config, output)
@@ -102,7 +102,6 @@ class Experiment:
         try:
             training.run(lambda loss: progress.update(task, advance=1, note=f"loss {loss:.4f}"))
         except FloatingPointError as error:
-            del self.runs[init]  # nothing of it is worth keeping
             raise FloatingPointError(f"{INITS[init]} network: {error}") from None
 
     def _measure_costs(self, progress: Progress) -> None:

@@ -48,7 +48,8 @@ def train(config: CifarConfig, given: dict[str, Any], options: Options) -> int:
     finite; 130 after Ctrl-C, or after SIGTERM, which ends it after the step under way.
 
     Raises:
-        Refusal: options that do not fit; the text is one line.
+        Refusal: options that do not fit; the text is one line. OSError: a file cannot be written; the
+            checkpoint is the last one.
     """
     state = read_checkpoint(options.output)
     if state is not None and not options.resume:

@@ -90,5 +90,6 @@ def download(folder: Path) -> None:
         ) from None
     try:
         datasets.CIFAR10(str(folder), download=True)
-    except (OSError, RuntimeError) as error:
-        raise DataError(f"{folder}: the download failed: {error}") from None
+    except Exception as error:  # of urllib, http, tarfile or torchvision
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{folder}: the download failed: {text}") from None

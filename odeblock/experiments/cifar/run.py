@@ -1,7 +1,8 @@
 """A run: a training and the folder that it lives in, where it stops and goes on.
 
 ``checkpoint.pt`` is all that goes on; ``log.jsonl`` is its log to read, a line for each start, each epoch and
-the result. Both are written together and whole, so that they tell the same.
+the result. Each is written whole, the log first: a run that was killed between the two goes on from the
+checkpoint before, and writes the log again.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ...arguments import MAX_SEED
 from ...initializers import INITIALIZERS
 from ...validation import STRATEGIES
 from ..config import CIFAR_DEFAULTS, PRECISIONS, RATES, SCHEDULES, CifarConfig, Refusal
-from ..outputs import atomic_file, provenance, save_checkpoint
+from ..outputs import atomic_file, provenance, remove_partial, save_checkpoint
 from ..saved import explained, is_file, load_checkpoint
 from .data import Cifar10
 from .network import ConvNet, network_arguments, parameter_counts
@@ -133,6 +134,8 @@ class Run:
         if state is not None:
             with explained(folder / CHECKPOINT, KIND):
                 self.training.load_state_dict(state)
+        if self.training.processes.first:
+            remove_partial(folder)
         if not self.training.finished:
             self.training.log.append(self._start())
         self._saved = time.monotonic()
@@ -188,10 +191,10 @@ class Run:
     def save(self) -> None:
         """Write both files; of several processes the first one does."""
         if self.training.processes.first:
-            save_checkpoint(self.folder / CHECKPOINT, self.training.state_dict())
             with atomic_file(self.folder / LOG) as file:
                 for line in self.training.log:
                     file.write((json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode())
+            save_checkpoint(self.folder / CHECKPOINT, self.training.state_dict())
         self._saved = time.monotonic()
 
 
