@@ -140,8 +140,7 @@ class Training:
 
     def _train_step(self) -> Tensor:
         """One step; returns the loss before it and the norm of its gradient, [2]; does not wait for them."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * self._factor(self.step)
+        self._set_rates(self.step)
         self.network.train()
         found = self._differentiate(*self.batches.next())
         self.optimizer.step()
@@ -156,6 +155,11 @@ class Training:
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         return torch.stack([loss.detach(), norm]).double()
+
+    def _set_rates(self, step: int) -> None:
+        """Those of the step after ``step`` steps."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self._factor(step)
 
     def _factor(self, step: int) -> float:
         """Of the rates, after ``step`` steps."""
@@ -288,5 +292,7 @@ class Training:
             if kept["momentum_buffer"].shape != parameter.shape:
                 raise ValueError("optimizer: a momentum of another shape than its parameter's")
         self.batches.load_state_dict(state["batches"])
+        if step > 0:
+            self._set_rates(step - 1)
         self.step, self.log = step, log
         self._losses, self._seconds = float(state["epoch_losses"]), float(state["epoch_seconds"])
