@@ -26,6 +26,7 @@ SHARED = {
     "rest",
     "faults",
     "folder",
+    "tree",
     "uninterrupted",
     "finished",
     "quick",

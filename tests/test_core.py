@@ -34,6 +34,8 @@ FLAGS = [
     "-Wextra",
     "-Werror",
 ]
+LIMIT = 600.0  # seconds a run
+REPORT = struct.Struct("4d")  # estimate, drift, evaluations and order per step
 CROSS = "aarch64-linux-gnu-g++"
 EMULATOR = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
 BUILDS = [name for name in build_info()["cpu_builds"] if name != "baseline"]
@@ -61,7 +63,7 @@ def run_host(
     threads: int,
     stop_after: int = -1,
 ) -> dict[str, Tensor]:
-    """What ``oracle.run`` returns, from the program; of a call that is stopped, some numbers."""
+    """What ``oracle.run`` returns, and the adjoint's report; of a call that is stopped, some numbers."""
     tensors = [case.tensors[name] for name in NAMES]
     depth, dim, hidden, *kernel = tensors[1].shape
     maps = (*tensors[0].shape[2:], kernel[0]) if kernel else (0, 0, 0)
@@ -77,17 +79,21 @@ def run_host(
     scale = 1 / depth if case.scale is None else case.scale
     biases = tensors[3] is not None
     header = struct.pack("16qd", *sizes, *plan, threads, biases, stop_after, scale)
-    given = [t for t in (*tensors, case.grad) if t is not None]
-    arrays = [*(t.to(dtype) for t in given), probe(tensors[0][0].numel(), state_dtype(dtype))]
+    arrays = [t.to(dtype) for t in (*tensors, case.grad) if t is not None]
+    arrays.append(probe(tensors[0][0].numel(), state_dtype(dtype)))
     data = [t.contiguous().view(torch.uint8).numpy().tobytes() for t in arrays]
-    out = subprocess.run(command, input=header + b"".join(data), capture_output=True, check=False)
+    given = header + b"".join(data)
+    out = subprocess.run(command, input=given, capture_output=True, check=False, timeout=LIMIT)
     assert out.returncode == 0, out.stderr.decode()[-3000:]
-    found = torch.frombuffer(bytearray(out.stdout), dtype=dtype).double()
+    size = len(out.stdout) - (REPORT.size if plan.reconstruct else 0)
+    found = torch.frombuffer(bytearray(out.stdout[:size]), dtype=dtype).double()
     names = [name for name in NAMES if case.tensors[name] is not None]
     shapes = [case.tensors[name].shape for name in ("h", *names)]
     parts = found.split([shape.numel() for shape in shapes])
     results = {name: part.view(shape) for name, part, shape in zip(("y", *names), parts, shapes, strict=True)}
     results["increment"] = results["y"] - case.tensors["h"]
+    if plan.reconstruct:
+        results["report"] = torch.tensor(REPORT.unpack(out.stdout[size:]))
     return results
 
 
