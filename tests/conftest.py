@@ -27,6 +27,7 @@ SHARED = {
     "rest",
     "faults",
     "folder",
+    "tree",
     "uninterrupted",
     "finished",
     "quick",

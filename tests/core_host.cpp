@@ -1,7 +1,9 @@
 // The native CPU core without Python: reads one problem from standard input, runs it forward and backward, and
-// writes the results to standard output. test_core.py builds it for other processors and under sanitizers.
+// writes the results, and what the adjoint reports, to standard output. test_core.py builds it for other processors
+// and under sanitizers, test_mutants.py with mistakes.
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
 
 #include "api.h"
 #include "arrays.h"
@@ -18,6 +20,13 @@ struct Header {
 };
 
 int64_t questions;
+
+// For the core to write. It holds NaN of every type: what is read before it is written shows.
+Bytes unwritten(size_t size) {
+  Bytes bytes = allocate(size);
+  std::memset(bytes.get(), 0xff, size);
+  return bytes;
+}
 
 }  // namespace
 
@@ -37,8 +46,8 @@ int main() {
   const int64_t checked = x.reconstruct ? (x.depth - 1) / odeblock::check_every(x.depth) : 0;
   const Bytes h = read(rows), V = read(weights), W = read(weights), b = read(hidden), c = read(output);
   const Bytes grad = read(rows), probe = read(x.dim * pixels * computed);
-  const Bytes states = allocate(saved * padded * width * pixels * computed), y = allocate(rows);
-  const Bytes checks = allocate(checked * check_rows * computed);
+  const Bytes states = unwritten(saved * padded * width * pixels * computed), y = unwritten(rows);
+  const Bytes checks = unwritten(checked * check_rows * computed);
   const odeblock::CpuKernels& kernels = odeblock::cpu_kernels();
 
   odeblock::ForwardProblem f{};
@@ -56,15 +65,15 @@ int main() {
   questions = x.stop_after;
   odeblock::Stop stop([] { return questions-- == 0; }, 1 << 30, std::chrono::milliseconds(0));
   f.stop = x.stop_after < 0 ? nullptr : &stop;
-  const Bytes forward_workspace = allocate(kernels.forward_workspace(f));
+  const Bytes forward_workspace = unwritten(kernels.forward_workspace(f));
   f.workspace = forward_workspace.get();
   kernels.forward(f);
 
   odeblock::BackwardProblem g{};
   static_cast<odeblock::Problem&>(g) = f;
-  const Bytes backward_workspace = allocate(kernels.backward_workspace(g));
-  const Bytes dh = allocate(rows), dV = allocate(weights), dW = allocate(weights);
-  const Bytes db = allocate(hidden), dc = allocate(output), report = allocate(4 * sizeof(double));
+  const Bytes backward_workspace = unwritten(kernels.backward_workspace(g));
+  const Bytes dh = unwritten(rows), dV = unwritten(weights), dW = unwritten(weights);
+  const Bytes db = unwritten(hidden), dc = unwritten(output), report = unwritten(4 * sizeof(double));
   g.workspace = backward_workspace.get();
   g.grad = grad.get(), g.h = h.get(), g.states = states.get(), g.probe = probe.get(), g.checks = checks.get();
   g.dh = dh.get();
@@ -77,5 +86,6 @@ int main() {
 
   write(y, rows), write(dh, rows);
   if (x.weight_gradients) write(dV, weights), write(dW, weights), write(db, hidden), write(dc, output);
+  if (x.reconstruct) write(report, 4 * sizeof(double));
   return 0;
 }

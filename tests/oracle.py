@@ -166,7 +166,7 @@ def check_strategies(
     eager = Eager(case, dtype, truth)
     for strategy in strategies:
         found = run(function, case, dtype, backward=strategy)
-        _check(found, case, dtype, truth, eager, strategy == "adjoint", backward=strategy)
+        check_against(found, case, dtype, truth, eager, strategy == "adjoint", backward=strategy)
 
 
 def check_results(
@@ -174,7 +174,7 @@ def check_results(
 ) -> None:
     """Assert the rule for the results of a run on a case that ``dtype`` holds exactly."""
     truth = run(case.reference, case, torch.float64)
-    _check(results, case, dtype, truth, Eager(case, dtype, truth), rebuilt, **options)
+    check_against(results, case, dtype, truth, Eager(case, dtype, truth), rebuilt, **options)
 
 
 class Eager:
@@ -194,7 +194,7 @@ class Eager:
         return True
 
 
-def _check(
+def check_against(
     results: dict[str, Tensor],
     case: Case,
     dtype: torch.dtype,
@@ -203,6 +203,7 @@ def _check(
     rebuilt: bool,
     **options: str,
 ) -> None:
+    """The same against a truth and a baseline that are known."""
     found = errors(results, truth)
     floor = FLOOR_ULP[dtype] * torch.finfo(dtype).eps
     if rebuilt and dtype == torch.float64:

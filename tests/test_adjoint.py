@@ -257,6 +257,25 @@ def test_features_in_other_units_give_the_same_gradients(unit: float) -> None:
     check_results(run(adjoint({}, strict=True), case, torch.float32), case, torch.float32)
 
 
+@pytest.mark.parametrize("batch", [2, 8])
+def test_negative_weights_see_their_features(batch: int) -> None:
+    case = weights_case("smooth", 64, (batch, 17, 23))
+    case.tensors["W"] = -case.tensors["W"].abs() / 4
+    case = rounded(case, torch.float32)
+    check_results(run(adjoint({}), case, torch.float32), case, torch.float32)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("row", [0, -1])
+@pytest.mark.parametrize("batch", [3, 40, 300])
+def test_no_row_drifts_away_unseen(batch: int, row: int) -> None:
+    """Whichever thread has it."""
+    torch.set_num_threads(3)
+    case = weights_case("smooth", 64, (batch, 40, 50))
+    case.tensors["h"][row, 3] = float("nan")
+    assert catch(lambda: run(adjoint({}), case, torch.float32))[1]
+
+
 def test_a_wrong_input_does_not_hide_behind_a_large_result() -> None:
     """The first step folds, so that its input is found wrong; 60 more make h 7 million times as large."""
     depth, tiny = 61, 1e-10  # h' = h - 4 tanh(h), then h' = 1.3 h
@@ -311,6 +330,22 @@ def test_a_state_that_changed_in_between_is_seen(anchors: int) -> None:
         y.sum().backward()
 
 
+@pytest.mark.parametrize("maps", [None, (4, 5)])
+@pytest.mark.parametrize("batch", [2, 8])
+def test_a_projection_that_changed_in_between_is_seen(batch: int, maps: tuple[int, int] | None) -> None:
+    case = make_case(batch, 17, 23, 64, activation="tanh", smooth=True, maps=maps)
+    tensors = {name: t.float().requires_grad_() for name, t in case.tensors.items() if t is not None}
+
+    def damage(tensor: Tensor) -> Tensor:
+        return tensor * 1.01 if tensor.shape == reference.checks_shape(batch, 64, True) else tensor
+
+    block = deep_residual if maps is None else functional.deep_conv_residual
+    with saved_tensors_hooks(damage, lambda tensor: tensor):
+        y = block(**tensors, activation="tanh", backward="adjoint", strict=True)
+    with pytest.raises(DriftError):
+        y.sum().backward()
+
+
 # ---- anchors -----------------------------------------------------------------------------------------------
 
 
@@ -331,10 +366,11 @@ def test_anchors_are_kept_evenly_and_restart_the_sweep(anchors: int) -> None:
     assert kept == [min(anchors, depth - 1) + 1]
 
 
-def test_anchors_help_where_the_way_back_expands() -> None:
+@pytest.mark.parametrize("batch", [3, 5])
+def test_anchors_help_where_the_way_back_expands(batch: int) -> None:
     """Some directions decay by e^-12 on the way up, so that rounding errors grow as much on the way down."""
     depth = 256
-    case = weights_case("iid", depth, (5, 8, 8), "identity")
+    case = weights_case("iid", depth, (batch, 8, 8), "identity")
     Q, _ = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))
     decay = torch.tensor([0.0, 0, 0, 0, 12, 12, 12, 12], dtype=torch.float64)
     case.tensors["V"] = (-Q * decay).expand(depth, 8, 8).clone()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import NAMES, check_strategies, make_case, run
+from oracle import NAMES, check_rule, check_strategies, make_case, run
 from torch import Tensor, nn
 
 from odeblock import DriftWarning, functional, reference
@@ -163,6 +163,24 @@ def test_the_adjoint_says_when_a_step_cannot_be_inverted() -> None:
     h.requires_grad_()
     with pytest.warns(DriftWarning, match='use backward="auto"'):
         deep_conv_residual(h, V, W, activation="tanh", backward="adjoint").sum().backward()
+
+
+def test_negative_weights_see_their_channels() -> None:
+    case = make_case(3, 4, 5, 64, activation="tanh", maps=(5, 4), smooth=True)
+    case.tensors["W"] = -case.tensors["W"].abs()
+    check_rule(deep_conv_residual, case, torch.float32, backward="adjoint")
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("sample", [0, -1])
+def test_no_sample_drifts_away_unseen(sample: int) -> None:
+    """Whichever thread has it."""
+    torch.set_num_threads(3)
+    tensors = arguments(h=torch.randn(40, 4, 7, 9))
+    tensors["h"][sample, 0, 0, 0] = torch.nan
+    tensors["h"].requires_grad_()
+    with pytest.warns(DriftWarning):
+        deep_conv_residual(**tensors, backward="adjoint").sum().backward()
 
 
 # ---- layouts and shapes ----------------------------------------------------------------------------------

@@ -6,16 +6,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import check_rule, make_case
+from oracle import NAMES, check_rule, make_case, rounded, run
 from torch import Tensor
 
 from odeblock import DeepResBlock, build_info, reference
 from odeblock.activations import ACTIVATIONS
-from odeblock.functional import deep_residual
+from odeblock.checkpointing import Plan
+from odeblock.functional import deep_conv_residual, deep_residual
 
 STRATEGIES = ("auto", "store", "checkpoint", "adjoint")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -86,6 +88,58 @@ def test_several_row_tiles(dtype: torch.dtype, strategy: str) -> None:
     check_rule(deep_residual, make_case(700, 300, 20, 8), dtype, backward=strategy)
 
 
+@pytest.mark.parametrize("strategy", ["store", "adjoint"])
+def test_tiles_of_many_rows(strategy: str) -> None:
+    # So narrow that a tile has more rows than are summed at once.
+    check_rule(deep_residual, make_case(1400, 9, 7, 6), torch.float32, backward=strategy)
+
+
+@pytest.mark.parametrize("batch", [2, 9])
+def test_rounding_does_not_grow_with_the_features(batch: int) -> None:
+    check_rule(deep_residual, make_case(batch, 5000, 3, 2), torch.float32, backward="store")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 17, 40), (37, 17, 23), (5, 3, 4, (5, 6))], ids=str)
+def test_half_precision_is_float32_rounded_once(shape: Any, dtype: torch.dtype) -> None:
+    """To the bit: y and gradients are what float32 gives for the same numbers, rounded to nearest."""
+    *sizes, maps = shape if len(shape) == 4 else (*shape, None)
+    case = rounded(make_case(*sizes, 6, maps=maps), dtype)
+    function = deep_conv_residual if maps else deep_residual
+    for strategy in ("store", "checkpoint"):
+        half, single = (run(function, case, t, backward=strategy) for t in (dtype, torch.float32))
+        for name in ("y", *NAMES):
+            assert torch.equal(half[name], single[name].to(dtype).double()), name
+
+
+@pytest.mark.parametrize("shape", [(3, 17, 40), (37, 17, 23), (5, 3, 4, (5, 6)), (40, 3, 4, (7, 5))], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory_may_hold_anything(dtype: torch.dtype, shape: Any) -> None:
+    """PyTorch fills new tensors with NaN where it is to be deterministic: none is read, none stays in what is
+    saved, beyond the rows of the batch either."""
+    *sizes, maps = shape if len(shape) == 4 else (*shape, None)
+    case = rounded(make_case(*sizes, 6, maps=maps), dtype)
+    inputs = [t.to(dtype) for t in case.tensors.values()]
+    h, V, W, hidden_bias, output_bias = inputs
+    for plan in (Plan(1, False, 0, True), Plan(2, False, 1, True), Plan(0, True, 0), Plan(2, True, 0)):
+        every, reconstruct, slots, keep_hidden = plan
+        options = ("gelu", 0.1, every, reconstruct)
+        found = []
+        for deterministic in (False, True):
+            torch.use_deterministic_algorithms(deterministic)
+            try:
+                y, states, checks = torch.ops.odeblock.deep_residual(*inputs, *options, keep_hidden)
+                gradients = torch.ops.odeblock.deep_residual_backward(
+                    *(case.grad.to(dtype), h, V, W, hidden_bias, output_bias, states, checks, *options),
+                    *(slots, keep_hidden, True, False, 0),
+                )
+            finally:
+                torch.use_deterministic_algorithms(False)
+            found.append((y, states, checks, *gradients))
+        for a, b in zip(*found, strict=True):
+            assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_half_precision_number_passes_through(dtype: torch.dtype) -> None:
     """All 65536 patterns: widened exactly, and rounded as PyTorch rounds, in whole vectors and in tails."""
@@ -139,18 +193,22 @@ FLUSHING = """
 import torch
 from odeblock.functional import deep_residual
 
-def gradients(batch, size, threads):
+def inputs(batch, size):
     torch.manual_seed(0)
-    torch.set_num_threads(threads)
     h, V, W = torch.randn(batch, 128), torch.randn(12, 128, 128) * size, torch.randn(12, 128, 128) / 12
-    tensors = [x.requires_grad_() for x in (h * 1e-39 if batch > 1 else h, V, W)]
+    return h * 1e-39 if batch > 1 else h, V, W
+
+def gradients(tensors, threads):
+    torch.set_num_threads(threads)
+    tensors = [x.clone().requires_grad_() for x in tensors]
     y = deep_residual(*tensors, activation="tanh", backward="adjoint")
     return [y, *torch.autograd.grad(y.sum(), tensors)]
 
 for batch, size in ((1, 1e-39), (200, 0.1)):
-    gradients(batch, 0.1, 2)  # starts the threads
+    tensors = inputs(batch, size)  # while subnormals are made
+    gradients(tensors, 2)  # starts the threads
     torch.set_flush_denormal(True)
-    found = [gradients(batch, size, threads) for threads in (1, 2)]
+    found = [gradients(tensors, threads) for threads in (1, 2)]
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)), batch
     torch.set_flush_denormal(False)
 """
