@@ -110,8 +110,11 @@ def meddled(draw: random.Random, x: Any) -> Any:
 
 
 def compare(function: Callable[..., Tensor], given: Arguments, found: dict[str, Tensor]) -> None:
-    """y and gradients with those of the reference; as near as in these types itself, where a block amplifies
-    what rounding does."""
+    """y and gradients with those of the reference.
+
+    Where a block amplifies what rounding does, at most ten times as far off as the reference in these types:
+    twice, as in the rule of oracle.py, of an error in which luck makes a factor of 5.
+    """
     loop = reference.deep_residual if function is deep_residual else reference.deep_conv_residual
 
     def differentiated(dtype: torch.dtype) -> list[Tensor]:
@@ -134,7 +137,7 @@ def compare(function: Callable[..., Tensor], given: Arguments, found: dict[str, 
     rounded = differentiated(dtype) if far else []
     for i, name, error in far:
         own = float((rounded[i].double() - truth[i]).abs().max())
-        assert error <= 4 * own, f"{name}: off by {error:.1e}, the reference by {own:.1e}"
+        assert error <= 10 * own, f"{name}: off by {error:.1e}, the reference by {own:.1e}"
 
 
 def refused(call: Callable[[], Any], names: tuple[str, ...]) -> str | None:
