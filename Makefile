@@ -19,7 +19,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 demo: $(VENV)/.built  ## the main job: train on real digits, smooth against i.i.d. initialisation
 	$(BIN)/python -m odeblock train --output $(OUTPUT)
 
-test: check $(VENV)/.built  ## lint, types and tests; minutes
+test: check $(VENV)/.built  ## lint, types and tests, with the lines that they reach; minutes
 	$(BIN)/pytest $(PARALLEL) --cov
 
 test-long: $(VENV)/.built  ## what is too long for every push

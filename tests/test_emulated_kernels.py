@@ -107,8 +107,8 @@ def build(folder: Path, names: Iterable[str], *flags: str, source: Path = ALL_WI
     return build_emulated(TESTS / "emulation" / "kernels.cpp", folder / "program", *flags, objects=parts)
 
 
-LIMIT: int | None = None  # seconds of the processor's time, which other work does not spend
-"""Seconds of a program."""
+LIMIT: int | None = None
+"""Seconds of the processor's time for a program, which other work does not spend."""
 
 
 def launch(
