@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 import pytest
 import torch
-from oracle import NAMES, check_rule, check_strategies, make_case, run
+from oracle import NAMES, baseline, check_rule, check_strategies, errors, make_case, rounded, run
 from torch import Tensor, nn
 
 from odeblock import DriftWarning, functional, reference
@@ -20,12 +21,13 @@ ENTRY_POINTS = (functional.deep_conv_residual, reference.deep_conv_residual)
 SHAPES = [
     ((1, 1, 1), (1, 1), 1),
     ((3, 3, 5), (7, 9), 3),
+    ((3, 11, 7), (9, 7), 3),
     ((2, 16, 24), (10, 10), 3),
     ((5, 24, 3), (1, 1), 3),
     ((17, 3, 16), (2, 1), 5),
     ((2, 5, 4), (7, 9), 5),
     ((3, 16, 7), (10, 10), 1),
-    ((2, 3, 16), (32, 32), 3),
+    ((2, 3, 23), (32, 32), 3),
 ]
 
 
@@ -54,7 +56,7 @@ def test_shapes(shape: tuple[int, int, int], maps: tuple[int, int], kernel: int,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation: str, dtype: torch.dtype) -> None:
-    case = make_case(3, 5, 4, 12, activation=activation, maps=(6, 5))
+    case = make_case(3, 9, 8, 12, activation=activation, maps=(6, 5))
     check_strategies(deep_conv_residual, case, dtype, STRATEGIES)
 
 
@@ -62,15 +64,32 @@ def test_activations(activation: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("hidden_bias", "output_bias"), [(False, False), (True, False), (False, True)])
 def test_biases(hidden_bias: bool, output_bias: bool, dtype: torch.dtype) -> None:
     biases = {"hidden_bias": hidden_bias, "output_bias": output_bias}
-    case = make_case(3, 5, 4, 10, scale=0.07, maps=(6, 5), **biases)
+    case = make_case(3, 9, 8, 10, scale=0.07, maps=(6, 5), **biases)
     check_strategies(deep_conv_residual, case, dtype, STRATEGIES)
 
 
 @pytest.mark.parametrize("smooth", [True, False], ids=["smooth", "iid"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_deep(dtype: torch.dtype, smooth: bool) -> None:
-    case = make_case(2, 6, 5, 256, activation="tanh", smooth=smooth, maps=(5, 6))
+    case = make_case(2, 7, 10, 256, activation="tanh", smooth=smooth, maps=(5, 6))
     check_strategies(deep_conv_residual, case, dtype, ["checkpoint", "adjoint"])
+
+
+@pytest.mark.parametrize("channels", [(1, 1), (3, 3), (1, 6)])
+def test_few_channels_round_as_little_as_eager(channels: tuple[int, int]) -> None:
+    """Where a block amplifies what rounding does, and little is summed in which it might cancel."""
+    ratios = []
+    for seed in range(24):
+        maps = ((3, 3), (3, 4), (4, 4), (5, 5), (7, 9), (6, 6))[seed % 6]
+        case = make_case(2, *channels, 3, activation="tanh", scale=1, maps=maps, seed=seed, hidden_bias=False)
+        for name in ("V", "W"):
+            case.tensors[name] *= 6
+        case = rounded(case, torch.float32)
+        truth = run(case.reference, case, torch.float64)
+        worst = baseline(case, torch.float32, truth)
+        found = errors(run(deep_conv_residual, case, torch.float32, backward="store"), truth)
+        ratios.append(max(found[name] / worst[name] for name in truth))
+    assert statistics.median(ratios) <= 1.3
 
 
 @pytest.mark.parametrize("bias", [False, True])

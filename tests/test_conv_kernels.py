@@ -22,7 +22,8 @@ def gradients(
     batch: int, maps: tuple[int, int], kernel: int, strategy: str, dtype: torch.dtype
 ) -> list[Tensor]:
     """y, dh, dV, dW and dbiases of the first samples of a batch of 40."""
-    case = make_case(40, 3, 5, 6, maps=maps, kernel=kernel, scale=0.05)
+    channels = (7, 10) if kernel == 3 else (3, 5)  # of which products are made in tiles, or by taps
+    case = make_case(40, *channels, 6, maps=maps, kernel=kernel, scale=0.05)
     h, *weights = (t.to(dtype) for t in case.tensors.values())
     tensors = [x.clone().requires_grad_() for x in (h[:batch], *weights)]
     y = deep_conv_residual(*tensors, scale=case.scale, backward=strategy)
@@ -63,7 +64,7 @@ def test_nothing_depends_on_the_threads(batch: int, dtype: torch.dtype, strategy
 
 def test_infinite_samples_stay_where_they_are() -> None:
     """And their gradients: the lanes beside them, and those without a sample, are not touched."""
-    case = make_case(5, 3, 4, 6, maps=(6, 5))
+    case = make_case(5, 7, 10, 6, maps=(6, 5))
     tensors = [x.float() for x in case.tensors.values()]
     y = deep_conv_residual(*tensors)
     tensors[0][2] = torch.inf
@@ -76,7 +77,7 @@ def test_infinite_samples_stay_where_they_are() -> None:
 def test_weights_without_samples_have_zero_gradients() -> None:
     for dtype in (torch.float32, torch.float64, torch.float16):
         y, dh, *others = gradients(0, (4, 4), 3, "store", dtype)
-        assert y.shape == dh.shape == (0, 3, 4, 4)
+        assert y.shape == dh.shape == (0, 7, 4, 4)
         assert all(torch.equal(g, torch.zeros_like(g)) for g in others)
 
 

@@ -115,15 +115,17 @@ SHAPES = [
     (300, 310, 3, 12),
     (3, 70, 130, 11),
 ]
-# B, C, M, L, (H, W), k: samples and strips of rows in groups; odd widths; none; more tiles than are kept.
+# B, C, M, L, (H, W), k: samples and strips of rows in groups; odd widths; none; more tiles than are kept;
+# taps where the kernel is not 3 x 3, the maps are small, or the channels few.
 MAPS = [
-    (1, 3, 5, 9, (7, 9), 3),
-    (37, 2, 3, 7, (4, 3), 3),
+    (1, 7, 10, 9, (7, 9), 3),
+    (37, 11, 6, 7, (4, 3), 3),
     (20, 3, 2, 8, (5, 6), 5),
-    (3, 5, 4, 9, (2, 1), 3),
+    (3, 9, 8, 9, (2, 1), 3),
     (6, 4, 3, 7, (9, 7), 1),
-    (0, 2, 3, 2, (3, 3), 3),
-    (16, 48, 1, 7, (14, 13), 3),
+    (0, 9, 8, 2, (3, 3), 3),
+    (16, 48, 2, 7, (14, 13), 3),
+    (5, 3, 5, 7, (5, 7), 3),
 ]
 PLANS = (
     lambda depth: checkpointing.Plan(1, False, 0, True),  # store

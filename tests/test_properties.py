@@ -73,7 +73,7 @@ def problems(draw: st.DrawFn, *, least: int = 0, most: int = 40) -> Problem:
     )
     options: dict[str, Any] = {}
     if draw(st.booleans()):
-        size = st.integers(1, 6)
+        size = st.integers(1, 12)
         options["maps"] = draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
         options["kernel"] = draw(st.sampled_from([1, 3, 5]))
     options["activation"] = draw(st.sampled_from(sorted(ACTIVATIONS)))

@@ -1,8 +1,8 @@
 """Thousands of training steps hold as much memory as a few; what the core keeps between calls is bounded.
 
-Measured in fresh processes, after a warm-up in which libraries, caches and optimisers fill up, and three times
-in a row: the interpreter now and then grows by up to a few hundred blocks at once, a leak grows in every
-stretch. The least of the three is judged:
+Measured in fresh processes, after a warm-up in which libraries, caches and optimisers fill up, and three
+times in a row: the interpreter now and then grows by up to a few hundred blocks at once, a leak grows in
+every stretch. The least of the three is judged:
 
 - bytes that malloc has given out, and Python's own blocks, to the byte and to the block: 1 KiB, and 100
   blocks, are allowed. A leak of one block, or of 16 bytes, a step shows in 200 of them;

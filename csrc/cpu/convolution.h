@@ -5,10 +5,10 @@
 //
 //   out(r, t) = Σ_points  fold( Σ_c A_point(r, c) in_point(c, t) )
 //
-// With a 3 x 3 kernel, on maps of more than 2 pixels, these are the 16 points of Winograd's F(2 x 2, 3 x 3): a tile t
-// is 2 x 2 pixels, in_point is Bᵀ d B of the 4 x 4 pixels around it, A_point = G K Gᵀ of the kernel K, fold is Pᵀ · P:
-// 4 products a pixel instead of 9, of factors that are sums with weights 1 and 1/2 (Lavin & Gray, "Fast algorithms for
-// convolutional neural networks", CVPR 2016; the equations below are theirs),
+// With a 3 x 3 kernel, on maps larger than 2 x 2 that have more than a few channels, these are the 16 points of
+// Winograd's F(2 x 2, 3 x 3): a tile t is 2 x 2 pixels, in_point is Bᵀ d B of the 4 x 4 pixels around it, A_point =
+// G K Gᵀ of the kernel K, fold is Pᵀ · P: 4 products a pixel instead of 9, of factors that are sums with weights 1 and
+// 1/2 (Lavin & Gray, "Fast algorithms for convolutional neural networks", CVPR 2016; the equations below are theirs),
 //
 //        1  0 -1  0        1   0   0         1 1  1  0
 //   Bᵀ = 0  1  1  0    G = ½   ½   ½    Pᵀ =  0 1 -1 -1

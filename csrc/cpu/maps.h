@@ -33,6 +33,8 @@ struct Maps {
 constexpr int64_t kGroups = 4, kMapBytes = 160 << 10;
 // What more strips may cost in rows that are computed for nothing, before larger maps are the lesser evil.
 constexpr double kWaste = 1.1;
+// Pairs of channels whose products go by the taps of the kernel, however large it is (docs/performance.md).
+constexpr int64_t kFewProducts = 64;
 
 ODEBLOCK_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <class N>
@@ -44,8 +46,9 @@ ODEBLOCK_INLINE N smaller(N a, N b) {
 template <class T>
 Maps make_maps(const Problem& p, int64_t n) {
   const int64_t pad = p.kernel / 2, rows = divide_up(p.height, n);
-  // A map as small as a tile has few taps within it: these are less work, and round less.
-  const bool winograd = p.kernel == 3 && p.height > 2 && p.width > 2;
+  // A map as small as a tile has few taps within it: these are less work. Tiles round more than taps, which shows where
+  // few products are summed.
+  const bool winograd = p.kernel == 3 && p.height > 2 && p.width > 2 && p.dim * p.hidden > kFewProducts;
   const int64_t even = winograd ? rows + rows % 2 : rows;
   Maps maps{};
   maps.height = p.height;
