@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,7 +16,16 @@ from oracle import FLOOR_ULP, Case, baseline, check_results, errors, make_case, 
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from odeblock import DeepResBlock, DriftError, DriftWarning, functional, initializers, native, reference
+from odeblock import (
+    DeepConvResBlock,
+    DeepResBlock,
+    DriftError,
+    DriftWarning,
+    functional,
+    initializers,
+    native,
+    reference,
+)
 from odeblock.drift import DriftRecord
 from odeblock.functional import deep_residual
 
@@ -111,18 +121,23 @@ def test_500_times_less_error_than_in_2022_for_half_the_evaluations() -> None:
     assert found[1] >= 500 * found[0]
 
 
-def test_the_pytorch_twin_decides_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    for weights, depth in (("smooth", 128), ("noisy", 64), ("iid", 64)):
-        case = rounded(weights_case(weights, depth), torch.float32)
-        ours: dict[str, float] = {}
-        twin: dict[str, float] = {}
-        run(adjoint(ours), case, torch.float32)
-        with monkeypatch.context() as patch:
-            patch.setattr(native, "core", None)
-            results = run(adjoint(twin), case, torch.float32)
-        check_results(results, case, torch.float32)
-        assert twin["evaluations"] == pytest.approx(ours["evaluations"], rel=0.05)
-        assert twin["order"] == pytest.approx(ours["order"], rel=0.05, abs=0.05)
+DECISIONS = [("smooth", 128, "tanh"), ("noisy", 64, "tanh"), ("iid", 64, "tanh"), ("smooth", 128, "relu")]
+
+
+@pytest.mark.parametrize(("weights", "depth", "activation"), DECISIONS)
+def test_the_pytorch_twin_decides_alike(
+    weights: str, depth: int, activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = rounded(weights_case(weights, depth, activation=activation), torch.float32)
+    ours: dict[str, float] = {}
+    twin: dict[str, float] = {}
+    run(adjoint(ours), case, torch.float32)
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "core", None)
+        results = run(adjoint(twin), case, torch.float32)
+    check_results(results, case, torch.float32)
+    assert twin["evaluations"] == pytest.approx(ours["evaluations"], rel=0.05)
+    assert twin["order"] == pytest.approx(ours["order"], rel=0.05, abs=0.05)
 
 
 def test_a_rough_row_changes_nothing_for_its_neighbours() -> None:
@@ -265,6 +280,24 @@ def test_negative_weights_see_their_features(batch: int) -> None:
     check_results(run(adjoint({}), case, torch.float32), case, torch.float32)
 
 
+@pytest.mark.parametrize("natively", [True, False])
+@pytest.mark.parametrize("batch", [2, 8])
+def test_features_that_every_other_layer_sees(
+    batch: int, natively: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer must not leave errors in what only the others see, however small its own are beside them."""
+    case = weights_case("iid", 64, (batch, 16, 24), seed=2)
+    V, W = case.tensors["V"], case.tensors["W"]
+    for k in range(len(W)):
+        others = slice(8, 16) if k % 2 else slice(8)
+        W[k, :, others] = 0
+        V[k, others] *= 20
+    case = rounded(case, torch.float32)
+    if not natively:
+        monkeypatch.setattr(native, "core", None)
+    check_results(run(adjoint({}), case, torch.float32), case, torch.float32)
+
+
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("row", [0, -1])
 @pytest.mark.parametrize("batch", [3, 40, 300])
@@ -276,10 +309,11 @@ def test_no_row_drifts_away_unseen(batch: int, row: int) -> None:
     assert catch(lambda: run(adjoint({}), case, torch.float32))[1]
 
 
-def test_a_wrong_input_does_not_hide_behind_a_large_result() -> None:
+@pytest.mark.parametrize("batch", [4, 8])
+def test_a_wrong_input_does_not_hide_behind_a_large_result(batch: int) -> None:
     """The first step folds, so that its input is found wrong; 60 more make h 7 million times as large."""
     depth, tiny = 61, 1e-10  # h' = h - 4 tanh(h), then h' = 1.3 h
-    case = weights_case("iid", depth, (4, 8, 8), "tanh")
+    case = weights_case("iid", depth, (batch, 8, 8), "tanh")
     identity = torch.eye(8, dtype=torch.float64).expand(depth, 8, 8)
     case.tensors["h"] = 0.2 + 0.1 * case.tensors["h"].abs()
     case.tensors["W"], case.tensors["V"] = identity * tiny, identity * depth * 0.3 / tiny
@@ -313,6 +347,26 @@ def test_what_is_not_finite_is_seen(where: str, value: float) -> None:
     results, warned = catch(lambda: run(adjoint({}), case, torch.float32))
     # tanh makes an infinite sum finite on the way up; the way down shows it.
     assert warned or not all(torch.isfinite(results[name]).all() for name in GRADIENTS)
+
+
+@pytest.mark.parametrize("natively", [True, False])
+def test_no_step_is_solved_where_a_pixel_is_not_finite(
+    natively: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each says so, whatever its last entries are; the drift of the whole does as well."""
+    case = make_case(3, 4, 5, 16, activation="tanh", smooth=True, maps=(9, 8))
+    tensors = [None if t is None else t.float().requires_grad_() for t in case.tensors.values()]
+    with torch.no_grad():
+        tensors[0][1, 0, 0, 0] = float("nan")
+    if not natively:
+        monkeypatch.setattr(native, "core", None)
+    block = DeepConvResBlock(4, 16, 5, activation="tanh", bias=True, backward="adjoint")
+    with torch.no_grad():
+        for p, t in zip((block.V, block.W, block.hidden_bias, block.output_bias), tensors[1:], strict=True):
+            p.copy_(t)
+    _, warned = catch(lambda: block(tensors[0]).sum().backward())
+    assert warned
+    assert all(math.isnan(block.last_drift[name]) for name in ("estimate", "drift"))
 
 
 @pytest.mark.parametrize("anchors", [0, 3])

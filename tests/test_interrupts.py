@@ -28,7 +28,13 @@ LONG: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...]]] = {
     "few rows": (DeepResBlock, (64, 10000), (1, 64)),
     "maps": (DeepConvResBlock, (16, 1024), (64, 16, 16, 16)),
 }
-BACKWARD = [("rows", "checkpoint"), ("rows", "adjoint"), ("few rows", "adjoint"), ("maps", "checkpoint")]
+BACKWARD = [
+    ("rows", "checkpoint"),
+    ("rows", "adjoint"),
+    ("few rows", "adjoint"),
+    ("a wide layer", "store"),
+    ("maps", "checkpoint"),
+]
 
 
 def interrupted(call: Callable[[], Any], after: float) -> float:

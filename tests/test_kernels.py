@@ -189,6 +189,7 @@ def test_the_scale_may_be_negative_or_zero(dtype: torch.dtype) -> None:
 
 # Rows and increments are subnormal, or nearly: with some threads that flush them to zero and some that do
 # not, rows have other bits, and the threads of a batch of few rows other opinions of how often to evaluate f.
+# Afterwards they are as they were: PyTorch's operators use them too.
 FLUSHING = """
 import torch
 from odeblock.functional import deep_residual
@@ -204,6 +205,7 @@ def gradients(tensors, threads):
     y = deep_residual(*tensors, activation="tanh", backward="adjoint")
     return [y, *torch.autograd.grad(y.sum(), tensors)]
 
+subnormal = torch.full((1 << 20,), 1e-39)
 for batch, size in ((1, 1e-39), (200, 0.1)):
     tensors = inputs(batch, size)  # while subnormals are made
     gradients(tensors, 2)  # starts the threads
@@ -211,6 +213,7 @@ for batch, size in ((1, 1e-39), (200, 0.1)):
     found = [gradients(tensors, threads) for threads in (1, 2)]
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)), batch
     torch.set_flush_denormal(False)
+    assert torch.equal((subnormal * 1).view(torch.int32), subnormal.view(torch.int32)), batch
 """
 
 

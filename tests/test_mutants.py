@@ -285,7 +285,11 @@ def run_tests(tests: Sequence[str], mutant: Mutant | None, tree: Path, folder: P
         mutant.apply(csrc)
     core = tree / "odeblock" / f"_core{sysconfig.get_config_var('EXT_SUFFIX')}"
     core.unlink(missing_ok=True)
-    options = ["-fPIC", "-fvisibility=hidden"]
+    options = [
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-O2",
+    ]  # of which the tests' time is made, and some are of speed
     objects = [str(tree / "bindings.o"), *compile_parts(csrc, folder, *options)]
     subprocess.run([*compiler("-shared"), *objects, "-o", str(core)], check=True)
 
