@@ -119,7 +119,7 @@ SHAPES = [
 # taps where the kernel is not 3 x 3, the maps are small, or the channels few.
 MAPS = [
     (1, 7, 10, 9, (7, 9), 3),
-    (37, 11, 6, 7, (4, 3), 3),
+    (37, 6, 11, 7, (4, 3), 3),
     (20, 3, 2, 8, (5, 6), 5),
     (3, 9, 8, 9, (2, 1), 3),
     (6, 4, 3, 7, (9, 7), 1),
@@ -127,6 +127,17 @@ MAPS = [
     (16, 48, 2, 7, (14, 13), 3),
     (5, 3, 5, 7, (5, 7), 3),
 ]
+# For several threads: few rows, one tile, a tile for each and more of them; groups of maps likewise.
+SHARED: list[Any] = [
+    (2, 70, 130, 11),
+    (37, 64, 66, 9),
+    (150, 20, 24, 9),
+    (600, 9, 7, 6),
+    MAPS[1],
+    MAPS[2],
+]
+# Questions after which these are stopped: at once, in the forward, at its end, in the backward.
+STOPS = (0, 3, 10, 12, 16, 25)
 PLANS = (
     lambda depth: checkpointing.Plan(1, False, 0, True),  # store
     lambda depth: checkpointing.Plan(1, False, 0),  # and only states
@@ -205,12 +216,10 @@ def sanitized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str,
 @pytest.mark.sanitizers
 def test_threads_do_not_race(sanitized: Callable[[str, str], list[str]]) -> None:
     command = sanitized("thread", "baseline")
-    stops = (0, 3, 12, 20)  # at once, in the forward, at its end, in the backward
-    rows = [(2, 70, 130, 11), (37, 64, 66, 9), (150, 20, 24, 9)]
-    for i, sizes in enumerate([*rows, MAPS[1], MAPS[2]]):
+    for i, sizes in enumerate(SHARED):
         for j, plan in enumerate(PLANS):
             dtype, draw = DTYPES[(i + j) % len(DTYPES)], random.Random(j)
-            check_case(command, sizes, dtype, plan(sizes[3]), draw, threads=4, stops=stops)
+            check_case(command, sizes, dtype, plan(sizes[3]), draw, threads=4, stops=STOPS)
 
 
 @pytest.mark.sanitizers

@@ -452,15 +452,19 @@ void clear(void* array, int64_t count) {
   for (int64_t i = 0; array && i < count; i++) static_cast<S*>(array)[i] = S{};
 }
 
+// What there is to write of no samples. matrix: entries of V or W in a layer.
+template <class S>
+void backward_of_none(const BackwardProblem& p, int64_t matrix) {
+  clear<S>(p.dV, p.depth * matrix);
+  clear<S>(p.dW, p.depth * matrix);
+  clear<S>(p.dhidden_bias, p.depth * p.hidden);
+  clear<S>(p.doutput_bias, p.depth * p.dim);
+  if (p.reconstruct) clear<double>(p.report, 4);
+}
+
 template <class S>
 void backward(const BackwardProblem& p) {
-  if (p.batch == 0) {
-    clear<S>(p.dV, p.depth * p.dim * p.hidden);
-    clear<S>(p.dW, p.depth * p.dim * p.hidden);
-    clear<S>(p.dhidden_bias, p.depth * p.hidden);
-    clear<S>(p.doutput_bias, p.depth * p.dim);
-    return;
-  }
+  if (p.batch == 0) return backward_of_none<S>(p, p.dim * p.hidden);
   typedef Compute<S> T;
   const int threads = backward_threads<T>(p);
   Arena arena(p.workspace);

@@ -303,13 +303,7 @@ class ImageBackward {
 
 template <class S>
 void backward_images(const BackwardProblem& p) {
-  if (p.batch == 0) {
-    clear<S>(p.dV, p.depth * matrix_size(p));
-    clear<S>(p.dW, p.depth * matrix_size(p));
-    clear<S>(p.dhidden_bias, p.depth * p.hidden);
-    clear<S>(p.doutput_bias, p.depth * p.dim);
-    return;
-  }
+  if (p.batch == 0) return backward_of_none<S>(p, matrix_size(p));
   typedef Compute<S> T;
   const Maps maps = choose_maps<T>(p);
   const int threads = image_threads<T>(p, maps);
