@@ -59,8 +59,8 @@ Each command explains itself: python -m odeblock COMMAND --help
 """
 
 EXIT_CODES = (
-    "exit codes: 0 done; 1 stopped, for the loss was no longer finite or a file could not be written; "
-    "2 wrong options; 130 interrupted (Ctrl-C)"
+    "exit codes: 0 done; 1 stopped, for the loss was no longer finite, a file could not be written or memory "
+    "ran out; 2 wrong options; 130 interrupted (Ctrl-C)"
 )
 
 
@@ -90,16 +90,26 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         code = INTERRUPTED
     except OSError as error:
-        code = _stopped(error)
+        if not isinstance(error, BrokenPipeError):  # of "| head", which has seen enough
+            _tell(f"{error.filename or 'standard output'}: {error.strerror or error}")
+        code = 1
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        _tell(" ".join(["out of memory, fewer samples at once need less:", *str(error).splitlines()[:1]]))
+        code = 1
     return code
 
 
-def _stopped(error: OSError) -> int:
-    """Tell on one line which file cannot be written, or read; returns the exit code."""
-    if not isinstance(error, BrokenPipeError):  # of "| head", which has seen enough
-        file = error.filename or "standard output"
-        print(f"python -m odeblock: error: {file}: {error.strerror or error}", file=sys.stderr)
-    return 1
+def _is_out_of_memory(error: Exception) -> bool:
+    """PyTorch has a type of its own for a GPU's memory, and none for the CPU's."""
+    own = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return own or "allocate memory" in str(error)
+
+
+def _tell(problem: str) -> None:
+    """Why nothing more is done, on one line."""
+    print(f"python -m odeblock: error: {problem}", file=sys.stderr)
 
 
 # ---- info ------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -115,3 +116,24 @@ def test_a_step_that_finds_no_memory(kind: str, strategy: str, stride: str) -> N
 
 def test_what_is_kept_is_given_back_first() -> None:
     run(KEPT)
+
+
+# Of the command line: 4 GB of weights, and a limit of 1 GB more than PyTorch has mapped.
+COMMAND = (
+    LIMITED
+    + """
+from odeblock.__main__ import main
+
+limit(1000 * MB)
+sys.exit(main(sys.argv[1:]))
+"""
+)
+
+
+def test_a_command_says_that_memory_ran_out(tmp_path: Path) -> None:
+    options = ["--dim", "4096", "--hidden-dim", "4096", "--depth", "30", "--output", str(tmp_path)]
+    command = [sys.executable, "-c", COMMAND, "bench", "--quick", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("python -m odeblock: error: out of memory")
