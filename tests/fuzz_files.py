@@ -32,7 +32,7 @@ import cifar_files
 import torch
 
 from odeblock.experiments import reproduce
-from odeblock.experiments.cifar import data, run
+from odeblock.experiments.cifar import command, data, run
 from odeblock.experiments.cifar.files import read
 from odeblock.experiments.config import CifarConfig, Refusal
 from odeblock.experiments.outputs import save_json
@@ -127,6 +127,7 @@ def going_on(folder: Path, images: data.Cifar10) -> bytes:
     config = CifarConfig(**state["config"])
     if config.images != SMALL.images or config.epochs > SMALL.epochs:
         raise Refusal(f"{folder}: nothing that is wrong, but other images, or more steps")
+    command.check_device(config)
     training = run.Run(folder, config, images, state).training
     with contextlib.suppress(FloatingPointError):
         training.run(

@@ -60,14 +60,19 @@ def train(config: CifarConfig, given: dict[str, Any], options: Options) -> int:
     if state is not None:
         config = CifarConfig(**state["config"])
     config = replace(config, **given)
-    try:
-        device(config.device)  # which a run that goes on brings from where it was
-    except ArgumentTypeError as error:
-        raise Refusal(f"argument --device: {error}") from None
+    check_device(config)
     with processes(config.device) as group:
         console = Console(quiet=not group.first)
         run = Run(options.output, config, _load(options, config, group), state, group)
         return _go(run, options, console)
+
+
+def check_device(config: CifarConfig) -> None:
+    """Of a run that goes on it is the one where it was; a Refusal where there is none here."""
+    try:
+        device(config.device)
+    except ArgumentTypeError as error:
+        raise Refusal(f"argument --device: {error}") from None
 
 
 def _load(options: Options, config: CifarConfig, group: Processes) -> Cifar10:
