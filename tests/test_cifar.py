@@ -303,6 +303,7 @@ MADE_UP: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "size": (lambda s: s["config"].update(batch_size=0), "config: batch_size cannot be 0"),
     "choice": (lambda s: s["config"].update(schedule="x" * 9), "config: schedule cannot be 'xxxxxxxxx'"),
     "rate": (lambda s: s["config"].update(lr=float("nan")), "config: lr cannot be nan"),
+    "no rate": (lambda s: s["config"].update(lr=-0.0), "config: lr cannot be -0.0"),
     "arguments": (lambda s: s["network"].update(depth=10**9), "arguments are not those of the settings"),
     "depth": (lambda s: [s[key].update(depth=10**9) for key in ("config", "network")], "not those of the n"),
     "large": (lambda s: claim(s, 10**9), "a tensor is larger than its memory"),

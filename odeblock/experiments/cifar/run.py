@@ -77,7 +77,11 @@ def _check(state: dict[str, Any]) -> None:
         if type(value) is not type(usual) and not (number and type(value) is int):
             raise ValueError(f"config: {key} is {type(value).__name__}")
         least = 1 if type(value) is int and key != "seed" else 0
-        if value not in CHOICES[key] if key in CHOICES else number and not least <= value <= MAX_SEED:
+        if key in CHOICES:
+            possible = value in CHOICES[key]
+        else:
+            possible = not number or (least <= value <= MAX_SEED and (key != "lr" or value > 0))
+        if not possible:
             raise ValueError(f"config: {key} cannot be {value!r}")
     if state["network"] != network_arguments(config):
         raise ValueError("network: its arguments are not those of the settings")
