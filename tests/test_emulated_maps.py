@@ -165,11 +165,10 @@ def sweep(program: Path, case: Case, products: str, seed: int = 0) -> None:
     gradients = layers.gradients([sums], states, len(a))
     truth = run(case.reference, case, torch.float64)
     torch.testing.assert_close(a.double(), truth["h"], rtol=0.02, atol=0.02)
-    eager = Eager(case, dtype, truth)  # of few terms little may be left
     for name, found in zip(NAMES[1:], gradients, strict=True):
         if found is not None:
-            error = (found.double() / len(states) - truth[name]).abs().max() / truth[name].abs().max()
-            assert eager.allows(name, float(error), 0.02), (name, error)
+            error = (found.double() / len(states) - truth[name]).abs().max()
+            assert error < 0.02 * truth[name].abs().max(), (name, error)
 
 
 def compile_parts(folder: Path, names: Sequence[str], *flags: str) -> list[Path]:
@@ -286,7 +285,9 @@ def test_emulated_maps_over_seeds(sanitizer: str, program: Path, tmp_path: Path)
     watched = build_emulated(TESTS / "emulation" / "maps.cpp", tmp_path / "program", flag, objects=objects)
     for seed in range(40):
         draw = random.Random(seed)
-        shape = [draw.randint(1, most) for most in (9, 16, 16, 4, 9, 9)]
+        # Of one channel a gradient may be a number of which little is left, and sweep() asks for two digits.
+        ranges = ((1, 9), (2, 16), (2, 16), (1, 4), (1, 9), (1, 9))
+        shape = [draw.randint(*between) for between in ranges]
         activation, biases = list(ACTIVATIONS)[seed % len(ACTIVATIONS)], draw.random() < 0.5
         case = make_map_case(*shape, draw.choice((1, 3)), activation=activation, biases=biases)
         for products in MAP_PRODUCTS:
