@@ -67,7 +67,7 @@ ODEBLOCK_INLINE void add_products(const T* const (&x)[kRowsAtOnce], const T* con
     }
 #pragma GCC unroll 4
     for (int i = 0; i < kRowsAtOnce; i++) {
-      const Vec<T> u = load(x[i] + t);
+      const Vec<T> u = in_register(load(x[i] + t));
 #pragma GCC unroll 4
       for (int j = 0; j < kColsAtOnce; j++) sum[i * kColsAtOnce + j] = fma(u, v[j], sum[i * kColsAtOnce + j]);
     }

@@ -89,6 +89,15 @@ ODEBLOCK_INLINE void stream(T* p, Vec<T> v) {
 }
 ODEBLOCK_INLINE void finish_streams() {}
 #endif
+// v, which is loaded here once: of a vector that is multiplied several times the compiler makes an operand in memory of
+// each product, and loads are what there are too few of.
+template <class V>
+ODEBLOCK_INLINE V in_register(V v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
 template <class T>
 ODEBLOCK_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};  // x - 0 is x for every x, and compiles to the broadcast alone
