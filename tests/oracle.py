@@ -1,9 +1,11 @@
 """The one rule by which a kernel passes: its error against float64 autograd of the reference.
 
-At most twice the baseline, the largest error of 8 eager runs in the same dtype with hidden units and features
-(of maps: channels) permuted (an exact symmetry of the block; where rounding is amplified single runs differ
-much in luck), and never asked below a floor of a few ulp. The eager runs of bfloat16 and float16 keep a
-float32 state: a 16-bit state is tens of percent wrong at depth and would excuse anything.
+At most twice the baseline, the largest error of 8 eager runs in the same dtype with hidden units, features
+(of maps: channels) and rows permuted (exact symmetries of the block; where rounding is amplified single runs
+differ much in luck), and never asked below a floor of a few ulp. Rows count because the gradients of weights
+are sums over them: with one feature and one hidden unit all eager runs would otherwise be the same, and of
+float64 the truth itself. The eager runs of bfloat16 and float16 keep a float32 state: a 16-bit state is tens
+of percent wrong at depth and would excuse anything.
 """
 
 from __future__ import annotations
@@ -76,12 +78,14 @@ def make_case(
     return Case(tensors, randn(batch, dim, *pixels), activation, scale)
 
 
-Permutation = tuple[Tensor, Tensor]
+Permutation = tuple[Tensor, Tensor, Tensor]  # of rows, features and hidden units
 
 
 def _permute(name: str, tensor: Tensor, permutation: Permutation) -> Tensor:
-    features, units = permutation
-    if name in ("h", "output_bias", "y"):
+    rows, features, units = permutation
+    if name in ("h", "y"):
+        return tensor[rows][:, features]
+    if name == "output_bias":
         return tensor[:, features]
     if name == "hidden_bias":
         return tensor[:, units]
@@ -95,7 +99,7 @@ def run(
     permutation: Permutation | None = None,
     **options: str,
 ) -> dict[str, Tensor]:
-    """y, y - h and every gradient, in float64 and in the case's own order of features."""
+    """y, y - h and every gradient, in float64 and in the case's own order."""
     inputs: dict[str, Tensor | None] = {}
     for name, tensor in case.tensors.items():
         if tensor is not None and permutation is not None:
@@ -107,8 +111,8 @@ def run(
     gradients = torch.autograd.grad(y, [inputs[name] for name in given], grad.to(dtype))
     results = {"y": y.detach(), **dict(zip(given, gradients, strict=True))}
     if permutation is not None:
-        inverse = (permutation[0].argsort(), permutation[1].argsort())
-        results = {name: _permute(name, value, inverse) for name, value in results.items()}
+        rows, features, units = (order.argsort() for order in permutation)
+        results = {name: _permute(name, value, (rows, features, units)) for name, value in results.items()}
     results = {name: value.double() for name, value in results.items()}
     results["increment"] = results["y"] - case.tensors["h"]
     return results
@@ -126,11 +130,12 @@ def errors(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, fl
 
 def eager_errors(case: Case, dtype: torch.dtype, truth: dict[str, Tensor]) -> Iterator[dict[str, float]]:
     """The largest errors of one eager run, of two, .. of all: the last is the baseline."""
-    _, dim, hidden = case.tensors["V"].shape[:3]
+    batch, (dim, hidden) = len(case.tensors["h"]), case.tensors["V"].shape[1:3]
     generator = torch.Generator().manual_seed(1)
     worst = dict.fromkeys(truth, 0.0)
     for _ in range(RUNS):
-        permutation = (torch.randperm(dim, generator=generator), torch.randperm(hidden, generator=generator))
+        rows, features, units = (torch.randperm(n, generator=generator) for n in (batch, dim, hidden))
+        permutation = (rows, features, units)
         found = errors(run(case.reference, case, dtype, permutation), truth)
         worst = {name: max(worst[name], found[name]) for name in worst}
         yield worst
