@@ -35,7 +35,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, dict[Shape, Entry]]]:
     entries: dict[str, dict[Shape, Entry]] = {work + of: {} for of in ("", MAPS) for work in works}
     for benchmark in data["benchmarks"]:
         entry = benchmark["extra_info"]
-        if "overhead" in entry:
+        if "overhead" in entry or "normalised" in entry:
             continue
         entries[entry["work"] + (MAPS if len(entry["shape"]) > 4 else "")][tuple(entry["shape"])] = entry
     return data, {work: dict(sorted(cases.items())) for work, cases in entries.items()}
@@ -125,6 +125,17 @@ def overhead_table(data: dict[str, Any]) -> str:
     return table(["one row, q = m = 16, L = 1", *head], map(row, found))
 
 
+def normalised_table(found: list[Entry]) -> str:
+    """Everyone over ``store``, and the fastest peer over ours."""
+
+    def row(entry: Entry) -> list[str]:
+        costs = (f"{seconds / entry['seconds']['store']:.2f}" for seconds in entry["seconds"].values())
+        return [named(entry["normalised"]), *costs, *(f"{ratio:.2f}" for ratio in entry["ratio"].values())]
+
+    head = [f"over `store`: {name}" for name in found[0]["seconds"]]
+    return table(["B, C, L, H", *head, *(f"ratio: {name}" for name in found[0]["ratio"])], map(row, found))
+
+
 def memory_table(cases: dict[Shape, Entry], peers: tuple[str, ...]) -> str:
     names = (*STRATEGIES, *peers)
     rows = (
@@ -209,6 +220,9 @@ def markdown(data: dict[str, Any], entries: dict[str, dict[Shape, Entry]]) -> st
         parts += ["### Training step: the fastest peer over ours\n", ratio_table(training)]
         parts += ["### Training step: everyone over `store`\n", cost_table(training, MAP_PEERS)]
         parts += ["### Training step: peak memory, MiB\n", memory_table(training, MAP_PEERS)]
+    normalised = [b["extra_info"] for b in data["benchmarks"] if "normalised" in b["extra_info"]]
+    if normalised:
+        parts += ["### Training step with batch normalisation\n", normalised_table(normalised)]
     return "\n".join(parts)
 
 
