@@ -13,6 +13,11 @@ struct CpuKernels {
   void (*forward)(const ForwardProblem&);
   size_t (*backward_workspace)(const Problem&);
   void (*backward)(const BackwardProblem&);
+  // The same of images with batch normalisation, at least one, which is never reconstructed.
+  size_t (*normalised_forward_workspace)(const Problem&);
+  void (*normalised_forward)(const NormalisedForwardProblem&);
+  size_t (*normalised_backward_workspace)(const Problem&);
+  void (*normalised_backward)(const NormalisedBackwardProblem&);
 };
 
 extern const CpuKernels cpu_kernels_baseline;

@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <memory>
 #include <new>
@@ -167,6 +168,86 @@ void backward(int dtype, int activation, int64_t batch, int64_t dim, int64_t hid
   p.report = pointer<double>(report);
   p.workspace = pointer<void>(workspace);
   run_interruptibly(odeblock::cpu_kernels().backward, p);
+}
+
+// Of batch normalisation: addresses of what comes first of z, then of V * sigma(BN(z)).
+typedef std::array<uintptr_t, 2> Two;
+
+void set_norm(odeblock::Normalisation& norm, double epsilon, Two weight, Two shift, Two mean, Two variance) {
+  norm.epsilon = epsilon;
+  for (int i : {0, 1}) {
+    norm.weight[i] = pointer<const void>(weight[i]);
+    norm.shift[i] = pointer<const void>(shift[i]);
+    norm.mean[i] = pointer<void>(mean[i]);
+    norm.variance[i] = pointer<void>(variance[i]);
+  }
+}
+
+size_t normalised_forward_workspace(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden,
+                                    int64_t depth, int64_t height, int64_t width, int64_t kernel, int threads) {
+  Problem p{};
+  set_sizes(p, dtype, activation, batch, dim, hidden, depth, threads);
+  set_maps(p, height, width, kernel);
+  return odeblock::cpu_kernels().normalised_forward_workspace(p);
+}
+
+void normalised_forward(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth,
+                        int64_t height, int64_t width, int64_t kernel, double scale, uintptr_t h, uintptr_t V,
+                        uintptr_t W, uintptr_t hidden_bias, uintptr_t output_bias, double epsilon, Two weight,
+                        Two shift, Two mean, Two variance, uintptr_t y, uintptr_t states, int64_t save_every,
+                        uintptr_t workspace, int threads) {
+  odeblock::NormalisedForwardProblem p{};
+  set_sizes(p, dtype, activation, batch, dim, hidden, depth, threads);
+  set_maps(p, height, width, kernel);
+  set_weights(p, V, W, hidden_bias, output_bias);
+  set_norm(p.norm, epsilon, weight, shift, mean, variance);
+  p.scale = scale;
+  p.save_every = save_every;
+  p.h = pointer<const void>(h);
+  p.y = pointer<void>(y);
+  p.states = pointer<void>(states);
+  p.workspace = pointer<void>(workspace);
+  run_interruptibly(odeblock::cpu_kernels().normalised_forward, p);
+}
+
+size_t normalised_backward_workspace(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden,
+                                     int64_t depth, int64_t height, int64_t width, int64_t kernel, int64_t save_every,
+                                     int64_t slots, int threads) {
+  Problem p{};
+  set_sizes(p, dtype, activation, batch, dim, hidden, depth, threads);
+  set_maps(p, height, width, kernel);
+  p.save_every = save_every;
+  p.slots = slots;
+  return odeblock::cpu_kernels().normalised_backward_workspace(p);
+}
+
+void normalised_backward(int dtype, int activation, int64_t batch, int64_t dim, int64_t hidden, int64_t depth,
+                         int64_t height, int64_t width, int64_t kernel, double scale, uintptr_t grad, uintptr_t V,
+                         uintptr_t W, uintptr_t hidden_bias, uintptr_t output_bias, double epsilon, Two weight,
+                         Two shift, Two mean, Two variance, uintptr_t states, uintptr_t dh, uintptr_t dV, uintptr_t dW,
+                         uintptr_t dhidden_bias, uintptr_t doutput_bias, Two dweight, Two dshift, int64_t save_every,
+                         int64_t slots, uintptr_t workspace, int threads) {
+  odeblock::NormalisedBackwardProblem p{};
+  set_sizes(p, dtype, activation, batch, dim, hidden, depth, threads);
+  set_maps(p, height, width, kernel);
+  set_weights(p, V, W, hidden_bias, output_bias);
+  set_norm(p.norm, epsilon, weight, shift, mean, variance);
+  p.scale = scale;
+  p.save_every = save_every;
+  p.slots = slots;
+  p.grad = pointer<const void>(grad);
+  p.states = pointer<const void>(states);
+  p.dh = pointer<void>(dh);
+  p.dV = pointer<void>(dV);
+  p.dW = pointer<void>(dW);
+  p.dhidden_bias = pointer<void>(dhidden_bias);
+  p.doutput_bias = pointer<void>(doutput_bias);
+  for (int i : {0, 1}) {
+    p.dweight[i] = pointer<void>(dweight[i]);
+    p.dshift[i] = pointer<void>(dshift[i]);
+  }
+  p.workspace = pointer<void>(workspace);
+  run_interruptibly(odeblock::cpu_kernels().normalised_backward, p);
 }
 
 // Memory of large arrays, kept for the next ones: from the system it comes as pages of zeros, one by one, and goes back
@@ -370,6 +451,10 @@ PYBIND11_MODULE(_core, module) {
   module.def("forward", &forward);
   module.def("backward_workspace", &backward_workspace);
   module.def("backward", &backward);
+  module.def("normalised_forward_workspace", &normalised_forward_workspace);
+  module.def("normalised_forward", &normalised_forward);
+  module.def("normalised_backward_workspace", &normalised_backward_workspace);
+  module.def("normalised_backward", &normalised_backward);
   py::class_<Memory>(module, "_Memory", py::buffer_protocol()).def_buffer([](Memory& memory) {
     return py::buffer_info(memory.data(), 1, "B", 1, {memory.size()}, {static_cast<size_t>(1)});
   });

@@ -93,6 +93,19 @@ struct ForwardProblem : Problem {
   const void* directions;
 };
 
+// Of images, in training: BN(x) = weight (x - mean) / sqrt(var + epsilon) + shift of every channel of z, and of V *
+// sigma(BN(z)) + output_bias. Mean and variance are of all samples and pixels. [0]: of z, [L, M]; [1]: [L, C]; all as
+// computed.
+struct Normalisation {
+  double epsilon;
+  const void *weight[2], *shift[2];  // read
+  void *mean[2], *variance[2];       // written in the forward, read in the backward
+};
+
+struct NormalisedForwardProblem : ForwardProblem {
+  Normalisation norm;
+};
+
 // On a GPU: the adjoint's states, from that of the last layer down to that of the first, each by solving a step for its
 // input (docs/adjoint.md, section 8). The layers are a part of a block's.
 struct ReconstructionProblem : Problem {
@@ -142,6 +155,11 @@ struct BackwardProblem : Problem {
   void* dhidden_bias;  // [L, m]     written, or null
   void* doutput_bias;  // [L, q]     written, or null
   double* report;      // [4] written where reconstruct: estimate, drift, evaluations and order per step
+};
+
+struct NormalisedBackwardProblem : BackwardProblem {
+  Normalisation norm;
+  void *dweight[2], *dshift[2];  // written, as computed
 };
 
 }  // namespace odeblock

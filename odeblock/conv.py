@@ -50,14 +50,15 @@ class DeepConvResBlock(ResBlock):
         output_running_mean, output_running_var: [L, C], buffers.
         num_batches_tracked: a buffer.
 
-    A training step with ``norm`` runs on PyTorch operators, by any strategy: the batch's statistics are kept
-    from the forward for where states are run again or reconstructed, the derivative goes through them, and
-    running statistics change once a call of the block (not in ``trajectory``). Derivatives of gradients are
-    those of the plain loop. ``torch.compile`` leaves it to run eagerly. Under ``DistributedDataParallel``
-    each process has the statistics of its own part of the batch, and takes over the buffers of the first one,
-    as with ``nn.BatchNorm2d``. ``nn.SyncBatchNorm.convert_sync_batchnorm`` leaves a block as it is, and so
-    does ``torch.optim.swa_utils.update_bn``: give ``AveragedModel`` ``use_buffers=True``, which averages
-    running statistics, too.
+    A training step with ``norm`` keeps the batch's statistics from the forward for where states are run again
+    or reconstructed; the derivative goes through them, and running statistics change once a call of the block
+    (not in ``trajectory``). On the CPU it is native, but for ``adjoint``; all threads take a layer together,
+    so the backward holds a segment of states of the whole batch. Elsewhere it runs on PyTorch operators.
+    Derivatives of gradients are those of the plain loop. ``torch.compile`` leaves it to run eagerly. Under
+    ``DistributedDataParallel`` each process has the statistics of its own part of the batch, and takes over
+    the buffers of the first one, as with ``nn.BatchNorm2d``. ``nn.SyncBatchNorm.convert_sync_batchnorm``
+    leaves a block as it is, and so does ``torch.optim.swa_utils.update_bn``: give ``AveragedModel``
+    ``use_buffers=True``, which averages running statistics, too.
 
     Under ``torch.autocast`` convolutions have its dtype; states, normalisation and its statistics float32.
 

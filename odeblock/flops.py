@@ -16,10 +16,9 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from . import checkpointing
+from . import checkpointing, normalised_ops, ops
 from .drift import DriftRecord
 from .products import flat_sizes
 
@@ -53,6 +52,14 @@ def backward(grad: Tensor, h: Tensor | None, V: Tensor, *others: Any, **_: Any) 
     return round(products * product(grad, V))
 
 
+def normalised_backward(grad: Tensor, V: Tensor, *others: Any, **_: Any) -> int:
+    """The same, and that which gives V_k * σ(z) again."""
+    save_every, slots, weight_gradients = others[-3:]
+    depth = V.shape[0]
+    products = (5 if weight_gradients else 3) * depth + products_again(depth, save_every, slots, False)
+    return products * product(grad, V)
+
+
 def products_again(depth: int, save_every: int, slots: int, keep_hidden: bool) -> int:
     """Products by which a backward has the states and hidden values that were not stored."""
     if save_every == 1:
@@ -79,8 +86,13 @@ def products_again(depth: int, save_every: int, slots: int, keep_hidden: bool) -
 
 def register(counter: ModuleType) -> None:
     """Tell PyTorch's counter."""
-    for op, formula in (("deep_residual", forward), ("deep_residual_backward", backward)):
-        counter.register_flop_formula(getattr(torch.ops.odeblock, op), get_raw=True)(formula)
+    for op, formula in (
+        (ops.forward, forward),
+        (ops.backward, backward),
+        (normalised_ops.forward, forward),
+        (normalised_ops.backward, normalised_backward),
+    ):
+        counter.register_flop_formula(op.overloadpacket, get_raw=True)(formula)
 
 
 class _WhenImported(importlib.abc.MetaPathFinder):

@@ -6,7 +6,9 @@ with mean and variance over samples and pixels, for each channel. The forward me
 [L, M] and [L, C]. In the backward, where a state is run again or reconstructed, they are constants, so that a
 sample depends on itself alone and comes out as it was; where a step is differentiated, its derivative is that
 through the mean and the variance of the batch at that state (``Normalise``). The strategies are those of
-``residual_scan`` (``scan.py``), of which a layer's statistics are parameters without a gradient.
+``residual_scan`` (``scan.py``), of which a layer's statistics are parameters without a gradient. Where the
+native core has the data, all steps are its own (``FusedSteps``), but for an adjoint and derivatives of
+gradients.
 """
 
 from __future__ import annotations
@@ -19,19 +21,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import checkpointing, native, normalised_ops
 from .activations import get_activation
 from .autocast import autocasted
 from .base import PARAMETERS
 from .checkpointing import NOTHING
 from .drift import DriftRecord
+from .normalised_ops import EPS
 from .products import CONVOLUTION, shaped
 from .reference import state_dtype
 from .scan import ResidualScan, Steps, plan_for
-from .validation import check_arguments
+from .validation import check_affine, check_arguments
 
-EPS = 1e-5
 MOMENTUM = 0.1
-"""Those of ``nn.BatchNorm2d``."""
+"""That of ``nn.BatchNorm2d``, as EPS is."""
 
 AFFINE = ("hidden_norm_weight", "hidden_norm_bias", "output_norm_weight", "output_norm_bias")
 """γ and β after the first convolution of a step, [L, M], and after the second, [L, C]."""
@@ -152,6 +155,40 @@ class NormalisedSteps(Steps):
             return normalise(CONVOLUTION.apply(s, V, Z.get("output_bias")), output, output_shift)
 
 
+class FusedSteps(NormalisedSteps):
+    """The same on the native core, whose one saved tensor holds all states that the plan asks for."""
+
+    def forward(self, plan: checkpointing.Plan, h: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        y, states, *statistics = normalised_ops.forward(
+            h, *self._all(leaves), self.activation, self.scale, plan.save_every
+        )
+        return y, *statistics, states
+
+    def backward(
+        self,
+        plan: checkpointing.Plan,
+        strict: bool,
+        record: DriftRecord,
+        grad: Tensor,
+        tensors: Sequence[Tensor],
+        needed: Sequence[bool],
+        kept: Sequence[Tensor],
+    ) -> Sequence[Tensor | None]:
+        _, *leaves = tensors
+        options = (self.activation, self.scale, plan.save_every, plan.slots, any(needed[1:]))
+        dh, *found = normalised_ops.backward(grad, *self._all(leaves), *kept, *options)
+        gradients = dict(zip((*PARAMETERS, *AFFINE), found, strict=True))
+        wanted = zip(self.names, leaves, needed[1:], strict=True)
+        return [
+            dh if needed[0] else None,
+            *(gradients[name].to(leaf.dtype) if need else None for name, leaf, need in wanted),
+        ]
+
+    def _all(self, leaves: Sequence[Tensor]) -> list[Tensor | None]:
+        given = dict(zip(self.names, leaves, strict=True))
+        return [given.get(name) for name in (*PARAMETERS, *AFFINE)]
+
+
 def normalised_residual(
     record: DriftRecord,
     h: Tensor,
@@ -172,6 +209,8 @@ def normalised_residual(
     h, V, W, hidden_bias, output_bias = autocasted(h, *weights)
     options = (backward, strict, anchors, memory_budget)
     scale = check_arguments(h, V, W, hidden_bias, output_bias, activation, scale, *options, maps=True)
+    for i, (name, tensor) in enumerate(zip(AFFINE, norm, strict=True)):
+        check_affine(name, tensor, V, hidden=i < 2)
     if h.numel() == h.shape[-3]:
         raise ValueError(
             "h: expected more than one value of each channel, as batch normalisation in training takes their "
@@ -185,10 +224,15 @@ def normalised_residual(
     tensors = zip((*PARAMETERS, *AFFINE), (V, W, hidden_bias, output_bias, *norm), strict=True)
     layer = {name: tensor for name, tensor in tensors if tensor is not None}
     leaves = tuple(layer.values())
-    steps = NormalisedSteps(depth, scale, h.dtype, h.device.type, None, activation, tuple(layer), last)
+    fused = native.runs_natively(h) and not last and backward != "adjoint"
+    kind = FusedSteps if fused else NormalisedSteps
+    steps = kind(depth, scale, h.dtype, h.device.type, None, activation, tuple(layer), last)
     plan = NOTHING
     if torch.is_grad_enabled() and any(t.requires_grad for t in (h, *leaves)):
-        plan = plan_for(maps, depth, backward, anchors, memory_budget)
+        if fused:
+            plan = normalised_ops.plan(maps, V, backward, anchors, memory_budget)
+        else:
+            plan = plan_for(maps, depth, backward, anchors, memory_budget)
     y, *rest = ResidualScan.apply(steps, plan, strict, record, maps, *leaves)  # type: ignore[no-untyped-call]
     found = rest[: steps.measures]
     if h.is_cuda:

@@ -165,6 +165,60 @@ class Steps:
         """The same in the forward, and what it finds that the backward must not find anew."""
         return self.advance(state, layer), ()
 
+    def forward(self, plan: checkpointing.Plan, h: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What ``ResidualScan`` returns."""
+        state = h.to(state_dtype(h.dtype))
+        measured, checks, states = [], [], []
+        for k in range(self.depth):
+            if k > 0 and plan.save_every and k % plan.save_every == 0:
+                states.append(state)
+            if k > 0 and plan.reconstruct and k % check_every(self.depth) == 0:
+                checks.append(_projection(state))
+            state, found = self.measure(state, [leaf[k] for leaf in leaves])
+            measured.append(found)
+        if plan.reconstruct:
+            states.append(state)
+        # A copy where the state is kept: y may be changed in place.
+        y = state.to(h.dtype, copy=plan.reconstruct)
+        stacked = [torch.stack(tensors) for tensors in zip(*measured, strict=True)]
+        return y, *stacked, torch.stack(checks) if checks else state.new_empty(0), *states
+
+    def backward(
+        self,
+        plan: checkpointing.Plan,
+        strict: bool,
+        record: DriftRecord,
+        grad: Tensor,
+        tensors: Sequence[Tensor],
+        needed: Sequence[bool],
+        kept: Sequence[Tensor],
+    ) -> Sequence[Tensor | None]:
+        """dh and gradients of the leaves, None where not needed. kept: what the forward returned after y."""
+        h, *leaves = tensors
+        measured, (checks, *states) = kept[: self.measures], kept[self.measures :]
+        wanted = [*needed[1:], *[False] * len(measured)]
+        adjoint = Adjoint(self, grad, h, [*leaves, *measured], wanted, plan.reconstruct)
+
+        def advance(state: Tensor, k: int) -> Tensor:
+            return self.advance(state, adjoint.layer(k))
+
+        def visit(state: Tensor, k: int) -> None:
+            adjoint.evaluate(state, k)
+            adjoint.descend(k)
+
+        if plan.reconstruct:
+            report = _reconstruct(adjoint, plan, h, checks, states)
+            record.judge(report, drift_tolerance(self.precision, rounded=True), strict)
+        else:
+            known = [h.to(state_dtype(h.dtype)), *states]
+            for n in reversed(range(len(known))):
+                bottom = n * plan.save_every
+                top = min(bottom + plan.save_every, self.depth)
+                checkpointing.sweep(
+                    known[n], bottom, top, plan.slots, *checkpointing.by_layers(advance, visit)
+                )
+        return [adjoint.a.to(h.dtype) if needed[0] else None, *adjoint.gradients[: len(leaves)]]
+
     def run(self, h: Tensor, leaves: Sequence[Tensor]) -> Tensor:
         """The plain loop over all steps."""
         state = h.to(state_dtype(h.dtype))
@@ -221,21 +275,7 @@ class ResidualScan(torch.autograd.Function):
         h: Tensor,
         *leaves: Tensor,
     ) -> tuple[Tensor, ...]:
-        state = h.to(state_dtype(h.dtype))
-        measured, checks, states = [], [], []
-        for k in range(steps.depth):
-            if k > 0 and plan.save_every and k % plan.save_every == 0:
-                states.append(state)
-            if k > 0 and plan.reconstruct and k % check_every(steps.depth) == 0:
-                checks.append(_projection(state))
-            state, found = steps.measure(state, [leaf[k] for leaf in leaves])
-            measured.append(found)
-        if plan.reconstruct:
-            states.append(state)
-        # A copy where the state is kept: y may be changed in place.
-        y = state.to(h.dtype, copy=plan.reconstruct)
-        stacked = [torch.stack(tensors) for tensors in zip(*measured, strict=True)]
-        return y, *stacked, torch.stack(checks) if checks else state.new_empty(0), *states
+        return steps.forward(plan, h, leaves)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -257,7 +297,13 @@ class ResidualScan(torch.autograd.Function):
         if torch.is_grad_enabled():
             gradients = _differentiable_gradients(ctx.steps, grad, tensors, needed)
         else:
-            gradients = _gradients(ctx, grad, tensors, needed, kept)
+            plan = ctx.plan
+            if (
+                plan == checkpointing.NOTHING
+            ):  # under torch.func.jvp the forward does not see who needs gradients
+                plan = checkpointing.Plan(1, False, 0)
+                _, *kept = ctx.steps.forward(plan, tensors[0], tensors[1:])
+            gradients = ctx.steps.backward(plan, ctx.strict, ctx.record, grad, tensors, needed, kept)
         return None, None, None, None, *gradients
 
     @staticmethod
@@ -342,40 +388,6 @@ class Adjoint:
             part = gradient[k : k + len(products)]
             torch.stack(products, out=part).mul_(self.steps.scale)
         self.products.clear()
-
-
-def _gradients(
-    ctx: Any,
-    grad: Tensor,
-    tensors: Sequence[Tensor],
-    needed: Sequence[bool],
-    kept: Sequence[Tensor],
-) -> list[Tensor | None]:
-    """dh and the gradients of the leaves, None where not needed, by the plan of the forward."""
-    steps: Steps = ctx.steps
-    plan: checkpointing.Plan = ctx.plan
-    h, *leaves = tensors
-    measured, (checks, *states) = kept[: steps.measures], kept[steps.measures :]
-    wanted = [*needed[1:], *[False] * len(measured)]
-    adjoint = Adjoint(steps, grad, h, [*leaves, *measured], wanted, plan.reconstruct)
-
-    def advance(state: Tensor, k: int) -> Tensor:
-        return steps.advance(state, adjoint.layer(k))
-
-    def visit(state: Tensor, k: int) -> None:
-        adjoint.evaluate(state, k)
-        adjoint.descend(k)
-
-    if plan.reconstruct:
-        report = _reconstruct(adjoint, plan, h, checks, states)
-        ctx.record.judge(report, drift_tolerance(steps.precision, rounded=True), ctx.strict)
-    else:
-        known = [h.to(state_dtype(h.dtype)), *states]
-        for n in reversed(range(len(known))):
-            bottom = n * plan.save_every
-            top = min(bottom + plan.save_every, steps.depth)
-            checkpointing.sweep(known[n], bottom, top, plan.slots, *checkpointing.by_layers(advance, visit))
-    return [adjoint.a.to(h.dtype) if needed[0] else None, *adjoint.gradients[: len(leaves)]]
 
 
 def _reconstruct(

@@ -230,6 +230,16 @@ def check_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a tensor with sizes, got a nested or an uninitialised one")
 
 
+def check_affine(name: str, value: Any, V: Tensor, *, hidden: bool) -> None:
+    """γ or β of the hidden channels or of the others, on the device of V [L, C, M, k, k]."""
+    check_tensor(name, value)
+    depth, dim, units = V.shape[:3]
+    letters = "[L, M]" if hidden else "[L, C]"
+    _check_shape(name, value, (depth, units if hidden else dim), letters, V)
+    if value.device != V.device:
+        raise ValueError(f"{name}: expected a tensor on {V.device} as V, got one on {value.device}")
+
+
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], letters: str, V: Tensor) -> None:
     if tuple(tensor.shape) != shape:
         expected = f"{letters} = {list(shape)} (from V {list(V.shape)})"

@@ -1,6 +1,6 @@
 // The native CPU core without Python: reads one problem from standard input, runs it forward and backward, and
-// writes the results, and what the adjoint reports, to standard output. test_core.py builds it for other processors
-// and under sanitizers, test_mutants.py with mistakes.
+// writes the results, the batch's statistics and what the adjoint reports, to standard output. test_core.py builds it
+// for other processors and under sanitizers, test_mutants.py with mistakes.
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -16,6 +16,7 @@ struct Header {
   int64_t save_every, reconstruct, slots, keep_hidden, threads, hidden_bias, output_bias;
   int64_t weight_gradients;  // whether any is asked for
   int64_t stop_after;        // questions whether to stop; -1: never
+  int64_t normalised;        // by the batch
   double scale;
 };
 
@@ -51,12 +52,15 @@ int main() {
   if (x.reconstruct) saved = x.save_every ? saved : 1;                  // h_K, .., h_L
   const int64_t checked = x.reconstruct ? (x.depth - 1) / odeblock::check_every(x.depth) : 0;
   const Bytes h = read(rows), V = read(weights), W = read(weights), b = read(hidden), c = read(output);
+  const size_t channels[2] = {x.normalised ? x.depth * x.hidden * computed : 0,
+                              x.normalised ? x.depth * x.dim * computed : 0};
+  const Bytes affine[4] = {read(channels[0]), read(channels[0]), read(channels[1]), read(channels[1])};
   const Bytes grad = read(rows), probe = read(x.dim * pixels * computed);
   const Bytes states = unwritten(saved * padded * width * pixels * computed), y = unwritten(rows);
   const Bytes checks = unwritten(checked * check_rows * computed);
   const odeblock::CpuKernels& kernels = odeblock::cpu_kernels();
 
-  odeblock::ForwardProblem f{};
+  odeblock::NormalisedForwardProblem f{};
   f.dtype = static_cast<odeblock::Dtype>(x.dtype);
   f.activation = static_cast<int>(x.activation);
   f.batch = x.batch, f.dim = x.dim, f.hidden = x.hidden, f.depth = x.depth;
@@ -71,13 +75,25 @@ int main() {
   questions = x.stop_after;
   odeblock::Stop stop(asked, 1 << 30, std::chrono::milliseconds(0));
   f.stop = x.stop_after < 0 ? nullptr : &stop;
-  const Bytes forward_workspace = unwritten(kernels.forward_workspace(f));
+  const Bytes statistics[4] = {unwritten(channels[0]), unwritten(channels[0]), unwritten(channels[1]),
+                               unwritten(channels[1])};
+  f.norm.epsilon = 1e-5;
+  for (int i : {0, 1}) {
+    f.norm.weight[i] = affine[2 * i].get(), f.norm.shift[i] = affine[2 * i + 1].get();
+    f.norm.mean[i] = statistics[2 * i].get(), f.norm.variance[i] = statistics[2 * i + 1].get();
+  }
+  const Bytes forward_workspace =
+      unwritten(x.normalised ? kernels.normalised_forward_workspace(f) : kernels.forward_workspace(f));
   f.workspace = forward_workspace.get();
-  kernels.forward(f);
+  x.normalised ? kernels.normalised_forward(f) : kernels.forward(f);
 
-  odeblock::BackwardProblem g{};
+  odeblock::NormalisedBackwardProblem g{};
   static_cast<odeblock::Problem&>(g) = f;
-  const Bytes backward_workspace = unwritten(kernels.backward_workspace(g));
+  g.norm = f.norm;
+  const Bytes backward_workspace =
+      unwritten(x.normalised ? kernels.normalised_backward_workspace(g) : kernels.backward_workspace(g));
+  const Bytes daffine[4] = {unwritten(channels[0]), unwritten(channels[0]), unwritten(channels[1]),
+                            unwritten(channels[1])};
   const Bytes dh = unwritten(rows), dV = unwritten(weights), dW = unwritten(weights);
   const Bytes db = unwritten(hidden), dc = unwritten(output), report = unwritten(4 * sizeof(double));
   g.workspace = backward_workspace.get();
@@ -87,11 +103,17 @@ int main() {
     g.dV = dV.get(), g.dW = dW.get();
     g.dhidden_bias = hidden ? db.get() : nullptr, g.doutput_bias = output ? dc.get() : nullptr;
   }
+  for (int i = 0; i < 2 && x.weight_gradients; i++)
+    g.dweight[i] = daffine[2 * i].get(), g.dshift[i] = daffine[2 * i + 1].get();
   g.report = reinterpret_cast<double*>(report.get());
-  kernels.backward(g);
+  x.normalised ? kernels.normalised_backward(g) : kernels.backward(g);
 
   write(y, rows), write(dh, rows);
   if (x.weight_gradients) write(dV, weights), write(dW, weights), write(db, hidden), write(dc, output);
+  for (int i = 0; i < 4; i++) {
+    if (x.weight_gradients) write(daffine[i], channels[i / 2]);
+    write(statistics[i], channels[i / 2]);
+  }
   if (x.reconstruct) write(report, 4 * sizeof(double));
   return 0;
 }

@@ -20,10 +20,12 @@ from typing import Any
 import pytest
 import torch
 from oracle import NAMES, Case, check_results, make_case, rounded
+from test_norm_kernels import check_normalised, make_normalised
 from torch import Tensor
 
 from odeblock import build_info, checkpointing, native
 from odeblock.activations import ACTIVATIONS
+from odeblock.normalised import AFFINE, STATISTICS
 from odeblock.reconstruction import probe
 from odeblock.reference import state_dtype
 
@@ -83,22 +85,35 @@ def run_host(
     ]
     scale = 1 / depth if case.scale is None else case.scale
     biases = [bias is not None for bias in tensors[3:]]
-    options = [threads, *biases, weight_gradients, stop_after]
-    header = struct.pack("18qd", *sizes, *plan, *options, scale)
-    given = [t for t in (*tensors, case.grad) if t is not None]
-    arrays = [*(t.to(dtype) for t in given), probe(tensors[0].shape[1:].numel(), state_dtype(dtype))]
+    affine = [case.tensors[name] for name in AFFINE if name in case.tensors]
+    options = [threads, *biases, weight_gradients, stop_after, bool(affine)]
+    header = struct.pack("19qd", *sizes, *plan, *options, scale)
+    computed = state_dtype(dtype)
+    given = [t.to(dtype) for t in tensors if t is not None] + [t.to(computed) for t in affine]
+    arrays = [*given, case.grad.to(dtype), probe(tensors[0].shape[1:].numel(), computed)]
     data = [t.contiguous().view(torch.uint8).numpy().tobytes() for t in arrays]
     problem = header + b"".join(data)
     out = subprocess.run(command, input=problem, capture_output=True, check=False, timeout=LIMIT)
     assert out.returncode == 0, out.stderr.decode()[-3000:]
     size = len(out.stdout) - (REPORT.size if plan.reconstruct else 0)
-    numbers = bytearray(out.stdout[:size])
+    ours = size
+    moved: dict[str, Tensor] = {}
+    for i in reversed(range(len(affine))):  # gradients and statistics, behind the others
+        for name in (STATISTICS[i], AFFINE[i])[: 1 + weight_gradients]:
+            ours -= affine[i].numel() * computed.itemsize
+            part = torch.frombuffer(
+                bytearray(out.stdout[ours:][: affine[i].numel() * computed.itemsize]), dtype=computed
+            )
+            moved[name] = part.view(affine[i].shape).double()
+    numbers = bytearray(out.stdout[:ours])
     found = torch.frombuffer(numbers, dtype=dtype).double() if numbers else torch.empty(0)
     names = [name for name in NAMES if case.tensors[name] is not None] if weight_gradients else ["h"]
     shapes = [case.tensors[name].shape for name in ("h", *names)]
     parts = found.split([shape.numel() for shape in shapes])
     results = {name: part.view(shape) for name, part, shape in zip(("y", *names), parts, shapes, strict=True)}
-    results["increment"] = results["y"] - case.tensors["h"]
+    results |= moved
+    if not affine:
+        results["increment"] = results["y"] - case.tensors["h"]
     if plan.reconstruct:
         results["report"] = torch.tensor(REPORT.unpack(out.stdout[size:]))
     return results
@@ -136,6 +151,14 @@ SHARED: list[Any] = [
     MAPS[1],
     MAPS[2],
 ]
+# The same of maps that are normalised by the batch: strips, taps, threads with several groups each.
+NORMALISED = [
+    (1, 7, 10, 9, (7, 9), 3),
+    (37, 6, 11, 7, (4, 3), 3),
+    (20, 3, 2, 8, (5, 6), 5),
+    (3, 9, 8, 9, (2, 1), 3),
+    (70, 5, 14, 6, (6, 7), 3),
+]
 # Questions after which these are stopped: at once, in the forward, at its end, in the backward.
 STOPS = (0, 3, 10, 12, 16, 25)
 PLANS = (
@@ -172,6 +195,20 @@ def check_case(
         run_host(command, case, dtype, plan, threads, stop_after)
 
 
+def check_normalised_case(
+    command: list[str], sizes: Any, dtype: torch.dtype, number: int, *, threads: int, stops: Sequence[int]
+) -> None:
+    """The same of a batch that is normalised. number: which plan, whether biases."""
+    case = rounded(make_normalised(*sizes, activation="tanh", bias=number % 2 == 1), dtype)
+    plan = PLANS[(1, 3, 2)[number % 3]](sizes[3])._replace(keep_hidden=False)
+    results = run_host(command, case, dtype, plan, threads)
+    check_normalised(results, case=case, dtype=dtype)
+    alone = run_host(command, case, dtype, plan, threads, weight_gradients=False)
+    assert all(torch.equal(found, results[name]) for name, found in alone.items())
+    for stop_after in stops:
+        run_host(command, case, dtype, plan, threads, stop_after)
+
+
 def check_program(command: list[str]) -> None:
     """Every shape and every activation in every dtype; strategies, biases and threads by turns."""
     for i, sizes in enumerate((*SHAPES, *MAPS)):
@@ -181,6 +218,9 @@ def check_program(command: list[str]) -> None:
             plan, threads = PLANS[(i + j) % len(PLANS)](sizes[3]), 1 + (i + 2 * j) % 3
             draw = random.Random(number)
             check_case(command, sizes, dtype, plan, draw, threads=threads, activation=activation)
+    for i, sizes in enumerate(NORMALISED):
+        for j, dtype in enumerate(DTYPES[:3]):
+            check_normalised_case(command, sizes, dtype, i + j, threads=1 + (i + j) % 3, stops=[i + 4 * j])
 
 
 @pytest.mark.skipif(
@@ -220,6 +260,8 @@ def test_threads_do_not_race(sanitized: Callable[[str, str], list[str]]) -> None
         for j, plan in enumerate(PLANS):
             dtype, draw = DTYPES[(i + j) % len(DTYPES)], random.Random(j)
             check_case(command, sizes, dtype, plan(sizes[3]), draw, threads=4, stops=STOPS)
+    for i, sizes in enumerate(NORMALISED):
+        check_normalised_case(command, sizes, DTYPES[i % 3], i, threads=4, stops=STOPS)
 
 
 @pytest.mark.sanitizers

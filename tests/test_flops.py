@@ -112,6 +112,7 @@ import odeblock, torch
 from torch.utils.flop_counter import flop_registry
 assert torch.ops.odeblock.deep_residual in flop_registry
 assert torch.ops.odeblock.deep_residual_backward in flop_registry
+assert torch.ops.odeblock.deep_conv_normalised_backward in flop_registry
 assert not any("WhenImported" in type(finder).__name__ for finder in sys.meta_path)
 """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -21,12 +22,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 # dim, depth, shape of h: what takes a second or more in a call, on two threads.
+NORMALISED = functools.partial(DeepConvResBlock, norm="batch")
 LONG: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...]]] = {
     "rows": (DeepResBlock, (64, 1024), (8192, 64)),
     "narrow rows": (DeepResBlock, (2, 8192, 2), (65536, 2)),
     "a wide layer": (DeepResBlock, (2048, 4), (2048, 2048)),
     "few rows": (DeepResBlock, (64, 10000), (1, 64)),
     "maps": (DeepConvResBlock, (16, 1024), (64, 16, 16, 16)),
+    "normalised maps": (NORMALISED, (16, 1024), (64, 16, 16, 16)),
 }
 BACKWARD = [
     ("rows", "checkpoint"),
@@ -34,6 +37,7 @@ BACKWARD = [
     ("few rows", "adjoint"),
     ("a wide layer", "store"),
     ("maps", "checkpoint"),
+    ("normalised maps", "checkpoint"),
 ]
 
 

@@ -143,7 +143,8 @@ struct SavedMaps {
   static bool are_in_lanes(const Problem& p, const Maps& maps) {
     return maps.strips == 1 && maps.rows == maps.height && maps.groups * kLanes<T> <= padded_rows(p.batch);
   }
-  Pointer state(int64_t n) const { return states + n * padded_rows(p.batch) * saved_width(p) * pixels; }
+  int64_t size() const { return padded_rows(p.batch) * saved_width(p) * pixels; }
+  Pointer state(int64_t n) const { return states + n * size(); }
   // Of the group that begins with a sample.
   Pointer map(int64_t n, int64_t sample) const { return state(n) + (in_lanes ? sample * p.dim * pixels : 0); }
   Pointer hidden(int64_t n, int64_t sample) const {
@@ -296,13 +297,9 @@ void forward_group(const ForwardProblem& p, const Maps& maps, Activate<T> sigma,
   finish_streams();
 }
 
-template <class S, class T = Compute<S>>
-void forward_images(const ForwardProblem& p) {
-  if (p.batch == 0) return;
-  const Activate<T> sigma =
-      with_activation(p.activation, [](auto a) -> Activate<T> { return activate<T, decltype(a)>; });
-  const Maps maps = choose_maps<T>(p);
-  // What is saved has room for more samples than there are.
+// What is saved has room for more samples than there are: zeros there.
+template <class T>
+void clear_saved_padding(const ForwardProblem& p, const Maps& maps) {
   const SavedMaps<T, T*> states = {static_cast<T*>(p.states), p, maps};
   const int64_t samples = states.in_lanes ? maps.groups * kLanes<T> : p.batch;
   for (int64_t n = 0; n < saved_count(p); n++) {
@@ -312,6 +309,15 @@ void forward_images(const ForwardProblem& p) {
     fill_zeros(padding, hidden - padding);
     if (hidden < end) fill_zeros(states.hidden(n, samples), end - states.hidden(n, samples));
   }
+}
+
+template <class S, class T = Compute<S>>
+void forward_images(const ForwardProblem& p) {
+  if (p.batch == 0) return;
+  const Activate<T> sigma =
+      with_activation(p.activation, [](auto a) -> Activate<T> { return activate<T, decltype(a)>; });
+  const Maps maps = choose_maps<T>(p);
+  clear_saved_padding<T>(p, maps);
   clear_checks<T>(p);
   const int64_t most = forward_groups<T>(p, maps);
   on_threads(image_threads<T>(p, maps), [&](int thread, int threads) {

@@ -5,6 +5,8 @@
 #include "forward.h"
 #include "images.h"
 #include "images_backward.h"
+#include "normalised.h"
+#include "normalised_backward.h"
 
 namespace odeblock {
 namespace {
@@ -50,6 +52,16 @@ extern const CpuKernels ODEBLOCK_KERNELS = {
         if (is_image(p)) return backward_images<S>(p);
         is_few<S>(p) ? backward_few<S>(p) : backward<S>(p);
       });
+    },
+    [](const Problem& p) {
+      return with_dtype(p.dtype, [&](auto t) { return normalised_forward_workspace<decltype(t)>(p); });
+    },
+    [](const NormalisedForwardProblem& p) { with_dtype(p.dtype, [&](auto t) { normalised_forward<decltype(t)>(p); }); },
+    [](const Problem& p) {
+      return with_dtype(p.dtype, [&](auto t) { return normalised_backward_workspace<decltype(t)>(p); });
+    },
+    [](const NormalisedBackwardProblem& p) {
+      with_dtype(p.dtype, [&](auto t) { normalised_backward<decltype(t)>(p); });
     },
 };
 
