@@ -31,7 +31,21 @@ import test_adjoint
 import test_core
 import torch
 from oracle import Case, Eager, check_against, check_results, make_case, rounded, run
-from test_core import CSRC, FLAGS, INSTRUCTIONS, MAPS, PLANS, ROOT, SHAPES, SHARED, STOPS, run_host
+from test_core import (
+    CSRC,
+    FLAGS,
+    INSTRUCTIONS,
+    MAPS,
+    NORMALISED,
+    PLANS,
+    ROOT,
+    SHAPES,
+    SHARED,
+    STOPS,
+    check_normalised_case,
+    run_host,
+)
+from test_norm_kernels import make_normalised
 from torch import Tensor
 
 from odeblock import build_info, native
@@ -182,12 +196,26 @@ def check_sanitizer(command: list[str], of_maps: bool, dtypes: Sequence[torch.dt
                     check_results(results, case, torch.float32, rebuilt=plan.reconstruct)
 
 
+def check_normalised(command: list[str], dtypes: Sequence[torch.dtype], stops: Sequence[int] = ()) -> None:
+    """The rule and the bits of batches that are normalised, on any number of threads."""
+    for i, sizes in enumerate(NORMALISED):
+        for dtype in dtypes:
+            for number in (i, i + 1):
+                check_normalised_case(command, sizes, dtype, number, threads=2 + i % 3, stops=stops)
+    case = rounded(make_normalised(*NORMALISED[-1]), torch.float32)
+    for plan in (Plan(1, False, 0), Plan(6, False, 2)):
+        alone, *others = (run_host(command, case, torch.float32, plan, threads) for threads in (1, 2, 3))
+        for other in others:
+            assert all(torch.equal(other[name], found) for name, found in alone.items())
+
+
 # ---- programs ----------------------------------------------------------------------------------------------
 
 Look = Callable[[list[str], bool, Sequence[torch.dtype]], None]
 LOOKS: tuple[Look, ...] = (check_rule, check_bits, check_drift, check_decisions)
 SANITIZERS = {"threads": "-fsanitize=thread", "bounds": "-fsanitize=address"}
 ONLY_MAPS = ("maps.h", "convolution.h", "correlation.h", "images.h", "images_backward.h")
+ONLY_NORMALISED = ("normalised.h", "normalised_backward.h")
 ONLY_ROWS = ("few.h", "few_products.h", "backward.h", "chain.h", "reconstruction.h")
 OTHER_TYPES = Mutant(
     "cpu/kernels.cpp",
@@ -230,10 +258,13 @@ def ask(mutant: Mutant | None, notes: Sequence[str], folder: Path) -> None:
     subprocess.run([*compiler(*flags), f"-I{csrc}", host, *objects, "-o", program], check=True)
 
     file = Path(mutant.file).name if mutant else ""
+    dtypes = test_core.DTYPES if "every type" in notes else [torch.float32]
+    if not mutant or file in ONLY_NORMALISED:
+        check_normalised([program], dtypes[:3], STOPS if flags else ())
     kinds = [of_maps for of_maps, others in ((False, ONLY_MAPS), (True, ONLY_ROWS)) if file not in others]
     for look in (check_sanitizer,) if flags else LOOKS:
-        for of_maps in kinds:
-            look([program], of_maps, test_core.DTYPES if "every type" in notes else [torch.float32])
+        for of_maps in kinds if file not in ONLY_NORMALISED else ():
+            look([program], of_maps, dtypes)
 
 
 BY_PROGRAMS = [name for name, mutant in MUTANTS.items() if not mutant.tests]
