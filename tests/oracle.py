@@ -128,12 +128,14 @@ def errors(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, fl
     }
 
 
-def eager_errors(case: Case, dtype: torch.dtype, truth: dict[str, Tensor]) -> Iterator[dict[str, float]]:
+def eager_errors(
+    case: Case, dtype: torch.dtype, truth: dict[str, Tensor], runs: int = RUNS
+) -> Iterator[dict[str, float]]:
     """The largest errors of one eager run, of two, .. of all: the last is the baseline."""
     batch, (dim, hidden) = len(case.tensors["h"]), case.tensors["V"].shape[1:3]
     generator = torch.Generator().manual_seed(1)
     worst = dict.fromkeys(truth, 0.0)
-    for _ in range(RUNS):
+    for _ in range(runs):
         rows, features, units = (torch.randperm(n, generator=generator) for n in (batch, dim, hidden))
         permutation = (rows, features, units)
         found = errors(run(case.reference, case, dtype, permutation), truth)
@@ -163,12 +165,16 @@ def check_rule(
 
 
 def check_strategies(
-    function: Callable[..., Tensor], case: Case, dtype: torch.dtype, strategies: Sequence[str]
+    function: Callable[..., Tensor],
+    case: Case,
+    dtype: torch.dtype,
+    strategies: Sequence[str],
+    runs: int = RUNS,
 ) -> None:
-    """The same for several backward strategies, which share truth and baseline."""
+    """The same for several backward strategies, which share truth and baseline, the worst of ``runs``."""
     case = rounded(case, dtype)
     truth = run(case.reference, case, torch.float64)
-    eager = Eager(case, dtype, truth)
+    eager = Eager(case, dtype, truth, runs)
     for strategy in strategies:
         found = run(function, case, dtype, backward=strategy)
         check_against(found, case, dtype, truth, eager, strategy == "adjoint", backward=strategy)
@@ -185,9 +191,9 @@ def check_results(
 class Eager:
     """The baseline, as far as it is asked for: a run more can only raise it, so what passes needs none."""
 
-    def __init__(self, case: Case, dtype: torch.dtype, truth: dict[str, Tensor]) -> None:
+    def __init__(self, case: Case, dtype: torch.dtype, truth: dict[str, Tensor], runs: int = RUNS) -> None:
         self.worst = dict.fromkeys(truth, 0.0)
-        self._runs = eager_errors(case, dtype, truth)
+        self._runs = eager_errors(case, dtype, truth, runs)
 
     def allows(self, name: str, error: float, least: float) -> bool:
         """Whether an error is at most twice the baseline, or ``least``."""

@@ -24,6 +24,9 @@ from odeblock.functional import deep_conv_residual, deep_residual
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 EXACT = ("store", "checkpoint", "auto")
+RUNS = 64
+"""Eager runs of which the worst is the baseline. Of thousands of draws, some with a gradient of one or two
+numbers, a few are beyond twice the worst of 8 by luck alone."""
 
 
 def examples(count: int) -> Callable[[Any], Any]:
@@ -110,7 +113,7 @@ def test_the_rule(threads: None, problem: Problem, forms: list[str]) -> None:
         views = (None if x is None else strided(form, x) for form, x in zip(forms, tensors, strict=True))
         return problem.function(*views, **options)
 
-    check_strategies(function, problem.case, problem.dtype, EXACT)
+    check_strategies(function, problem.case, problem.dtype, EXACT, RUNS)
 
 
 @examples(50)
@@ -124,7 +127,7 @@ def test_the_adjoint_is_right_or_says_so(threads: None, problem: Problem, anchor
         event("refused")
         return
     truth = run(case.reference, case, torch.float64)
-    eager, eps = Eager(case, dtype, truth), torch.finfo(dtype).eps
+    eager, eps = Eager(case, dtype, truth, RUNS), torch.finfo(dtype).eps
     for name, error in errors(found, truth).items():
         if name != "increment":  # of y and h, which other strategies have as well
             assert eager.allows(name, error - 20 * DRIFT_TOLERANCE[dtype], 4 * eps), name
