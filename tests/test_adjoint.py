@@ -6,6 +6,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -270,6 +271,29 @@ def test_features_in_other_units_give_the_same_gradients(unit: float) -> None:
     case.tensors["W"][:, :, 3] /= unit
     case = rounded(case, torch.float32)
     check_results(run(adjoint({}, strict=True), case, torch.float32), case, torch.float32)
+
+
+@pytest.mark.parametrize("natively", [True, False])
+@pytest.mark.parametrize("batch", [2, 8])
+def test_hidden_units_in_other_units_change_nothing(
+    batch: int, natively: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """relu(c z) = c relu(z), so with powers of 2 there is no other rounding: neither is there a decision."""
+    case = weights_case("noisy", 64, (batch, 16, 24), "relu")
+    if not natively:
+        monkeypatch.setattr(native, "core", None)
+    found: list[tuple[dict[str, Tensor], dict[str, float]]] = []
+    for exponent in (0, 12):
+        record: dict[str, float] = {}
+        unit = 2.0 ** (exponent * torch.arange(64).remainder(3) - exponent).view(-1, 1, 1)
+        scaled = {"W": case.tensors["W"] * unit, "V": case.tensors["V"] / unit}
+        other = rounded(replace(case, tensors=case.tensors | scaled), torch.float32)
+        results = run(adjoint(record), other, torch.float32)
+        found.append((results | {"W": results["W"] * unit, "V": results["V"] / unit}, record))
+    (results, record), (others, other_record) = found
+    assert record == other_record
+    for name in ("y", "h", "V", "W"):
+        assert torch.equal(results[name], others[name]), name
 
 
 @pytest.mark.parametrize("batch", [2, 8])
