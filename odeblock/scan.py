@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -159,7 +160,8 @@ class Steps:
 
     def add(self, x: Tensor, f: Tensor) -> Tensor:
         """x + scale f in the dtype of x, which is no coarser than that of f."""
-        return torch.add(x, f, alpha=self.scale)
+        held = abs(self.scale) <= torch.finfo(x.dtype).max  # what is not, PyTorch refuses as alpha
+        return torch.add(x, f, alpha=self.scale if held else math.copysign(math.inf, self.scale))
 
     def measure(self, state: Tensor, layer: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
         """The same in the forward, and what it finds that the backward must not find anew."""

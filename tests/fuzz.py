@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import collections
 import random
+import unittest.mock
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from oracle import Case, Eager, errors, run
 from torch import Tensor
 
-from odeblock import DeepConvResBlock, DeepResBlock, DriftError, DriftWarning
+from odeblock import DeepConvResBlock, DeepResBlock, DriftError, DriftWarning, native
 from odeblock.activations import ACTIVATIONS
 from odeblock.functional import deep_conv_residual, deep_residual
 
@@ -171,11 +172,23 @@ def call_function(draw: random.Random) -> str:
     return refusal or "right"
 
 
+def of_block(block: torch.nn.Module, h: Any) -> list[Tensor]:
+    """y, dh and the gradients of a block's parameters."""
+    if isinstance(h, Tensor) and h.dtype in DTYPES:
+        h = h.detach().requires_grad_()
+    block.zero_grad()
+    y = block(h)
+    y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y))
+    return [y.detach(), h.grad, *(p.grad for p in block.parameters())]
+
+
 def call_block(draw: random.Random) -> str:
-    """A block is made and called."""
+    """A block is made and called; right if it is near what PyTorch's operators give."""
     maps = draw.random() < 0.5
     given: Arguments = {"channels" if maps else "dim": draw.randint(1, 5), "depth": draw.randint(1, 4)}
     given |= {"hidden_channels": 3, "kernel_size": 3} if maps else {"hidden_dim": 3}
+    if maps and draw.random() < 0.5:
+        given["norm"] = "batch"
     given |= {
         "activation": "tanh",
         "bias": draw.random() < 0.5,
@@ -193,11 +206,27 @@ def call_block(draw: random.Random) -> str:
     if draw.random() < 0.3:
         h = meddled(draw, h)
 
-    def run() -> None:
-        y = (DeepConvResBlock if maps else DeepResBlock)(**given)(h)
-        assert (y.shape, y.dtype) == (h.shape, h.dtype)
+    found: list[list[Tensor]] = []
 
-    return refused(run, (*NAMES, *BLOCK_NAMES)) or "right"
+    def run() -> None:
+        block = (DeepConvResBlock if maps else DeepResBlock)(**given)
+        found.append(of_block(block, h))
+        with unittest.mock.patch.object(native, "core", None):
+            found.append(of_block(block, h))
+
+    try:
+        refusal = refused(run, (*NAMES, *BLOCK_NAMES))
+    except (DriftError, DriftWarning) as drift:
+        return type(drift).__name__
+    if refusal:
+        return refusal
+    near = 0.01 if given.get("norm") else NEAR[torch.float32]  # a small variance magnifies
+    size = max((float(theirs.abs().max()) for theirs in found[1] if theirs.numel()), default=0.0)
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+        if size < 1e4 and ours.numel():  # and not NaN
+            assert float((ours - theirs).abs().max()) <= near * max(1.0, size)
+    return "right"
 
 
 def fuzz(calls: int, seed: int) -> collections.Counter[str]:

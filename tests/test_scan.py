@@ -407,3 +407,11 @@ def test_modules_stacked_over_depth() -> None:
     torch.testing.assert_close(y, expected)
     (gradient,) = torch.autograd.grad(y.sum(), params["0.weight"])
     torch.testing.assert_close(gradient[7], expected_gradient)
+
+
+def test_a_scale_that_the_dtype_does_not_hold_is_infinite() -> None:
+    """As in the block."""
+    h, params = torch.ones(2, 3), torch.ones(4, 3)
+    for scale in (1e300, -1e300):
+        y = residual_scan(lambda h, Z: h * Z, h, params, scale=scale)
+        assert not y.isfinite().any()
