@@ -170,14 +170,17 @@ def check_strategies(
     dtype: torch.dtype,
     strategies: Sequence[str],
     runs: int = RUNS,
+    floors: int = 1,
 ) -> None:
-    """The same for several backward strategies, which share truth and baseline, the worst of ``runs``."""
+    """The same for several backward strategies, which share truth and baseline, the worst of ``runs``; never
+    asked below so many floors."""
     case = rounded(case, dtype)
     truth = run(case.reference, case, torch.float64)
     eager = Eager(case, dtype, truth, runs)
     for strategy in strategies:
         found = run(function, case, dtype, backward=strategy)
-        check_against(found, case, dtype, truth, eager, strategy == "adjoint", backward=strategy)
+        rebuilt = strategy == "adjoint"
+        check_against(found, case, dtype, truth, eager, rebuilt, floors, backward=strategy)
 
 
 def check_results(
@@ -212,11 +215,12 @@ def check_against(
     truth: dict[str, Tensor],
     eager: Eager,
     rebuilt: bool,
+    floors: int = 1,
     **options: str,
 ) -> None:
     """The same against a truth and a baseline that are known."""
     found = errors(results, truth)
-    floor = FLOOR_ULP[dtype] * torch.finfo(dtype).eps
+    floor = floors * FLOOR_ULP[dtype] * torch.finfo(dtype).eps
     if rebuilt and dtype == torch.float64:
         floor = max(floor, FLOOR_REBUILT)
     # y - h is the difference of numbers of the size of y, each rounded once.

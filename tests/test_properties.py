@@ -25,8 +25,11 @@ NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 EXACT = ("store", "checkpoint", "auto")
 RUNS = 64
-"""Eager runs of which the worst is the baseline. Of thousands of draws, some with a gradient of one or two
-numbers, a few are beyond twice the worst of 8 by luck alone."""
+FLOORS = {torch.float64: 128, torch.float32: 4, torch.bfloat16: 4, torch.float16: 4}
+"""Eager runs of which the worst is the baseline; floors of the oracle's rule that are always allowed. With
+one or two features a sum has the same bits in any order, so that all eager runs are nearly the same one, and
+in float64 nearly the truth: of thousands of draws the kernels are beyond twice its error in a few. That they
+round no more than eager does is what the tests of fixed shapes ask; here mistakes are looked for."""
 
 
 def examples(count: int) -> Callable[[Any], Any]:
@@ -113,7 +116,7 @@ def test_the_rule(threads: None, problem: Problem, forms: list[str]) -> None:
         views = (None if x is None else strided(form, x) for form, x in zip(forms, tensors, strict=True))
         return problem.function(*views, **options)
 
-    check_strategies(function, problem.case, problem.dtype, EXACT, RUNS)
+    check_strategies(function, problem.case, problem.dtype, EXACT, RUNS, FLOORS[problem.dtype])
 
 
 @examples(50)
