@@ -2,8 +2,8 @@
 training on the native core, for ``store`` and ``checkpoint``.
 
 Tensors are those of ``deep_residual`` on maps (``ops.py``), and γ and β after a step's first convolution,
-[L, M], and after its second, [L, C]. Mean and variance have the same shapes, as computed (float32, of float64
-float64), and so have the gradients of γ and β. ``normalised.py`` decides what runs here.
+[L, M], and after its second, [L, C]. Mean and variance have the same shapes, as computed (float32, or
+float64 for float64), and so have the gradients of γ and β. ``normalised.py`` decides what runs here.
 """
 
 from __future__ import annotations

@@ -84,6 +84,7 @@ void put_together(const Moments* moments, int64_t groups, int64_t channels, T* m
     Moments all = {0, 0, 0};
     for (int64_t g = 0; g < groups; g++) all.add(moments[g * channels + c]);
     mean[c] = static_cast<T>(all.mean);
+    // What rounding leaves below zero is zero; NaN stays.
     variance[c] = static_cast<T>(all.squares > 0 ? all.squares / all.count : all.squares - all.squares);
   }
 }
