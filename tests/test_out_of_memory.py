@@ -46,11 +46,12 @@ STEP = (
     + """
 kind, strategy, stride = sys.argv[1], sys.argv[2], float(sys.argv[3])
 torch.manual_seed(0)
-make, sizes, shape = {
-    "rows": (DeepResBlock, (64, 256), (4096, 64)),  # states 268 MB, as many of hidden values; gradients 8 MB
-    "maps": (DeepConvResBlock, (16, 64), (64, 16, 16, 16)),  # 67 MB
+make, sizes, shape, options = {
+    "rows": (DeepResBlock, (64, 256), (4096, 64), {}),  # 268 MB of states and as much hidden; gradients 8 MB
+    "maps": (DeepConvResBlock, (16, 64), (64, 16, 16, 16), {}),  # 67 MB
+    "normalised": (DeepConvResBlock, (16, 64), (64, 16, 16, 16), {"norm": "batch"}),
 }[kind]
-block, h = make(*sizes, init="tied", backward=strategy), torch.randn(shape)
+block, h = make(*sizes, init="tied", backward=strategy, **options), torch.randn(shape)
 
 def step(h):
     y = block(h)
@@ -105,8 +106,9 @@ LONG: Any = pytest.mark.long
         ("rows", "store", "100"),
         *(
             pytest.param(kind, strategy, "1", marks=LONG)
-            for kind in ("rows", "maps")
+            for kind in ("rows", "maps", "normalised")
             for strategy in ("store", "checkpoint", "auto", "adjoint")
+            if (kind, strategy) != ("normalised", "adjoint")  # PyTorch's operators, and 1 MB at a time
         ),
     ],
 )

@@ -58,9 +58,10 @@ def growth(step, steps):
 STEPS = (
     MEASURED
     + """
-def training(make, shape, strategy):
+def training(make, shape, options, strategy):
     torch.manual_seed(0)
-    block = make(*((6, 12) if len(shape) == 2 else (4, 6)), init="tied", bias=True, backward=strategy)
+    sizes = (6, 12) if len(shape) == 2 else (4, 3)
+    block = make(*sizes, init="tied", backward=strategy, **options)
     x, target = torch.randn(shape), torch.randn(shape)
     optimizer = torch.optim.SGD(block.parameters(), 1e-6, momentum=0.9)
 
@@ -72,9 +73,10 @@ def training(make, shape, strategy):
 
 warnings.simplefilter("error", DriftWarning)
 kinds = {
-    "rows": (DeepResBlock, (20, 6)),
-    "few rows": (DeepResBlock, (2, 6)),
-    "maps": (DeepConvResBlock, (3, 4, 6, 6)),
+    "rows": (DeepResBlock, (20, 6), {"bias": True}),
+    "few rows": (DeepResBlock, (2, 6), {"bias": True}),
+    "maps": (DeepConvResBlock, (3, 4, 6, 6), {"bias": True}),
+    "normalised": (DeepConvResBlock, (3, 4, 6, 6), {"norm": "batch", "scale": 0.01}),  # without drift
 }
 steps = int(sys.argv[1])
 print(json.dumps({f"{kind}, {strategy}": growth(training(*kinds[kind], strategy), steps)
@@ -90,7 +92,8 @@ def step(i):
     make, shape = ((DeepResBlock, (1 + i % 6, 6)), (DeepConvResBlock, (1 + i % 3, 4, 5, 5)))[i % 2]
     strategy = ("store", "checkpoint", "auto", "adjoint")[i // 2 % 4]
     dtype = (torch.float32, torch.float64, torch.bfloat16)[i % 3]
-    block = make(shape[1], 10 + i % 5, init="tied", backward=strategy, dtype=dtype)
+    options = {"norm": "batch"} if i % 2 and i // 8 % 2 else {}
+    block = make(shape[1], 10 + i % 5, init="tied", backward=strategy, dtype=dtype, **options)
     y = block(torch.randn(shape, dtype=dtype))
     if i % 5:
         y.square().sum().backward()
