@@ -17,6 +17,7 @@ from . import checkpointing, native
 from .ops import _empty, _library, _sizes
 from .products import flat_sizes
 from .reference import padded_rows, state_dtype, states_shape
+from .validation import check_affine, check_op, check_saved
 
 EPS = 1e-5
 """ε of ``nn.BatchNorm2d``."""
@@ -56,6 +57,28 @@ def _pairs(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
     return pointers[::2], pointers[1::2]
 
 
+def _check(
+    name: str,
+    h: Tensor,
+    V: Tensor,
+    W: Tensor,
+    hidden_bias: Tensor | None,
+    output_bias: Tensor | None,
+    affine: Sequence[Tensor],
+    activation: str,
+    save_every: int,
+    slots: int | None,
+) -> None:
+    """Refuse what must not come to the core; ``name`` of h, and ``slots``, as of ``check_op``."""
+    check_op(h, V, W, hidden_bias, output_bias, activation, save_every, False, slots, name)
+    if V.dim() != 5 or len(h) == 0:
+        raise ValueError(f"{name}: expected maps of at least one sample, got {list(h.shape)}")
+    if not native.runs_natively(h):
+        raise ValueError(f"{name}: expected a tensor on the CPU, and the native core; got one on {h.device}")
+    for i, key in enumerate(("hidden_weight", "hidden_shift", "output_weight", "output_shift")):
+        check_affine(key, affine[i], V, hidden=i < 2)
+
+
 def _forward(
     h: Tensor,
     V: Tensor,
@@ -70,11 +93,11 @@ def _forward(
     scale: float,
     save_every: int,
 ) -> tuple[Tensor, ...]:
-    if len(h) == 0:
-        raise ValueError("h: expected at least one sample")
+    affine: Sequence[Tensor] = (hidden_weight, hidden_shift, output_weight, output_shift)
+    _check("h", h, V, W, hidden_bias, output_bias, affine, activation, save_every, None)
     h, V, W = h.contiguous(), V.contiguous(), W.contiguous()
     hidden_bias, output_bias = native.contiguous(hidden_bias), native.contiguous(output_bias)
-    affine = _computed((hidden_weight, hidden_shift, output_weight, output_shift), h.dtype)
+    affine = _computed(affine, h.dtype)
     statistics = [torch.empty(shape, dtype=state_dtype(h.dtype)) for shape in _statistics_shapes(V)]
     y, states = torch.empty_like(h), _empty(_states_shape(h, V, save_every), state_dtype(h.dtype))
     sizes, threads = _sizes(h, V, activation), torch.get_num_threads()
@@ -108,13 +131,11 @@ def _states_shape(h: Tensor, V: Tensor, save_every: int) -> tuple[int, ...]:
 def _check_saved(
     grad: Tensor, V: Tensor, statistics: Sequence[Tensor], states: Tensor, save_every: int
 ) -> None:
-    """Saved-tensor hooks may have brought these back in another form."""
-    shapes = [*_statistics_shapes(V), _states_shape(grad, V, save_every)]
-    for tensor, shape in zip((*statistics, states), shapes, strict=True):
-        if tensor.shape != shape or tensor.dtype != state_dtype(grad.dtype) or tensor.device != grad.device:
-            expected = f"{list(shape)}, {state_dtype(grad.dtype)} on {grad.device}, as the forward saved it"
-            got = f"{list(tensor.shape)}, {tensor.dtype} on {tensor.device}"
-            raise RuntimeError(f"saved tensor: expected one {expected}; got {got}")
+    like = (state_dtype(grad.dtype), grad.device)
+    names = ("hidden_mean", "hidden_var", "output_mean", "output_var")
+    for name, tensor, shape in zip(names, statistics, _statistics_shapes(V), strict=True):
+        check_saved(name, tensor, shape, *like)
+    check_saved("states", states, _states_shape(grad, V, save_every), *like)
 
 
 def _backward(
@@ -139,13 +160,13 @@ def _backward(
     weight_gradients: bool,
 ) -> tuple[Tensor, ...]:
     statistics = [hidden_mean, hidden_var, output_mean, output_var]
+    affine: Sequence[Tensor] = (hidden_weight, hidden_shift, output_weight, output_shift)
+    _check("grad", grad, V, W, hidden_bias, output_bias, affine, activation, save_every, slots)
     _check_saved(grad, V, statistics, states, save_every)
-    if len(grad) == 0 or save_every < 1:
-        raise ValueError("grad, save_every: expected at least one sample, and states that were saved")
     statistics = _computed(statistics, grad.dtype)
     grad, V, W, states = grad.contiguous(), V.contiguous(), W.contiguous(), states.contiguous()
     hidden_bias, output_bias = native.contiguous(hidden_bias), native.contiguous(output_bias)
-    affine = _computed((hidden_weight, hidden_shift, output_weight, output_shift), grad.dtype)
+    affine = _computed(affine, grad.dtype)
     dh = torch.empty_like(grad)
     weights = [
         _empty(p.shape if weight_gradients and p is not None else (0,), grad.dtype)

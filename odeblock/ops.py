@@ -24,6 +24,7 @@ from .gpu_layers import tf32
 from .products import flat_sizes
 from .reconstruction import REPORT_SIZE, probe
 from .reference import checks_shape, state_dtype, states_shape
+from .validation import check_op, check_saved
 
 LARGE = 64 << 10
 """Bytes from which on memory is kept for the next tensor; the system's allocator would give it back."""
@@ -130,6 +131,7 @@ def _forward(
     reconstruct: bool,
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_op(h, V, W, hidden_bias, output_bias, activation, save_every, reconstruct)
     if h.is_cuda and not keep_hidden and gpu.has_kernels_for(h):
         found = gpu.forward(h, V, W, hidden_bias, output_bias, activation, scale, save_every, reconstruct)
         if found is not None:
@@ -179,16 +181,11 @@ def _check_saved(
     reconstruct: bool,
     keep_hidden: bool,
 ) -> None:
-    """Saved-tensor hooks may have brought these back in another form."""
     depth, (batch, dim, hidden) = V.shape[0], flat_sizes(grad, V)
-    for name, tensor, shape in (
-        ("states", states, states_shape(batch, dim, hidden, depth, save_every, reconstruct, keep_hidden)),
-        ("checks", checks, checks_shape(batch, depth, reconstruct)),
-    ):
-        if tensor.shape != shape or tensor.dtype != state_dtype(grad.dtype) or tensor.device != grad.device:
-            expected = f"{list(shape)}, {state_dtype(grad.dtype)} on {grad.device}, as the forward saved it"
-            got = f"{list(tensor.shape)}, {tensor.dtype} on {tensor.device}"
-            raise RuntimeError(f"{name}: expected a tensor {expected}; got {got}")
+    like = (state_dtype(grad.dtype), grad.device)
+    shape = states_shape(batch, dim, hidden, depth, save_every, reconstruct, keep_hidden)
+    check_saved("states", states, shape, *like)
+    check_saved("checks", checks, checks_shape(batch, depth, reconstruct), *like)
 
 
 def _gradients(
@@ -208,6 +205,11 @@ def _gradients(
     keep_hidden: bool,
     weight_gradients: bool,
 ) -> tuple[Tensor, ...]:
+    check_op(grad, V, W, hidden_bias, output_bias, activation, save_every, reconstruct, slots, "grad")
+    if reconstruct and (h is None or (h.shape, h.dtype, h.device) != (grad.shape, grad.dtype, grad.device)):
+        got = "None" if h is None else f"{list(h.shape)}, {h.dtype} on {h.device}"
+        expected = f"{list(grad.shape)}, {grad.dtype} on {grad.device}"
+        raise ValueError(f"h: expected the input, to measure drift, as grad: {expected}; got {got}")
     on_a_gpu = grad.is_cuda and not keep_hidden and gpu.has_kernels_for(grad)
     if on_a_gpu or native.runs_natively(grad):
         _check_saved(grad, V, states, checks, save_every, reconstruct, keep_hidden)

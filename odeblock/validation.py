@@ -65,10 +65,64 @@ def check_arguments(
             call = None
     step = _check_arguments(h, V, W, hidden_bias, output_bias, *options, maps)
     if call is not None and _PLAIN.issuperset(map(type, options)):
-        if len(_accepted) >= MOST_ACCEPTED:
-            _accepted.clear()
-        _accepted.add(call)
+        _accept(call)
     return step
+
+
+def _accept(call: Any) -> None:
+    if len(_accepted) >= MOST_ACCEPTED:
+        _accepted.clear()
+    _accepted.add(call)
+
+
+def check_op(
+    h: Tensor,
+    V: Tensor,
+    W: Tensor,
+    hidden_bias: Tensor | None,
+    output_bias: Tensor | None,
+    activation: str,
+    save_every: int,
+    reconstruct: bool = False,
+    slots: int | None = None,
+    name: str = "h",
+) -> None:
+    """Refuse what must not come to the core from an op: anybody may call it, also a program that was saved.
+
+    name: what errors call ``h``; it is "grad" in a backward, which has ``slots``.
+    """
+    tensors = [
+        None if t is None else (t.shape, t.dtype, t.device, t.layout)
+        for t in (h, V, W, hidden_bias, output_bias)
+    ]
+    call = (*tensors, activation, save_every, reconstruct, slots, name)
+    if call in _accepted:
+        return
+    check_tensor("V", V)
+    maps = V.dim() == 5
+    options = (activation, 1.0, "store", False, 0, None, maps)
+    _check_arguments(h, V, W, hidden_bias, output_bias, *options, name=name)
+    if h.dim() != (4 if maps else 2):
+        raise ValueError(
+            f"{name}: expected shape {'[B, C, H, W]' if maps else '[B, q]'}, got {list(h.shape)}"
+        )
+    least = 0 if slots is None or reconstruct else 1
+    if not least <= save_every <= len(V):
+        raise ValueError(f"save_every: expected from {least} to L = {len(V)} steps, got {save_every}")
+    if slots is not None:
+        least = 1 if save_every > 1 and not reconstruct else 0
+        if not least <= slots <= len(V):
+            raise ValueError(f"slots: expected from {least} to L = {len(V)} states, got {slots}")
+    _accept(call)
+
+
+def check_saved(name: str, tensor: Any, shape: tuple[int, ...], dtype: torch.dtype, device: Any) -> None:
+    """A tensor that the forward saved: hooks of saved tensors may have brought it back in another form."""
+    check_tensor(name, tensor)
+    if (tensor.shape, tensor.dtype, tensor.device) != (shape, dtype, device):
+        expected = f"{list(shape)}, {dtype} on {device}, as the forward saved it"
+        got = f"{list(tensor.shape)}, {tensor.dtype} on {tensor.device}"
+        raise RuntimeError(f"{name}: expected a tensor {expected}; got {got}")
 
 
 def _look(tensor: Any) -> Any:
@@ -91,29 +145,30 @@ def _check_arguments(
     anchors: int,
     memory_budget: int | None,
     maps: bool,
+    name: str = "h",
 ) -> float:
-    check_tensor("h", h)
+    check_tensor(name, h)
     check_tensor("V", V)
     check_tensor("W", W)
     (_check_kernels if maps else _check_matrices)(V)
     q, m, taps = ("C", "M", ", k, k") if maps else ("q", "m", "")
     depth, dim, hidden, *kernel = V.shape
     _check_shape("W", W, (depth, hidden, dim, *kernel), f"[L, {m}, {q}{taps}]", V)
-    (check_maps if maps else check_rows)(h, dim, f" ({q} of V {list(V.shape)})")
+    (check_maps if maps else check_rows)(h, dim, f" ({q} of V {list(V.shape)})", name)
     if maps and (h.shape[-1] < 1 or h.shape[-2] < 1):
-        raise ValueError(f"h: expected maps of at least one pixel, H, W >= 1; got {list(h.shape)}")
+        raise ValueError(f"{name}: expected maps of at least one pixel, H, W >= 1; got {list(h.shape)}")
     weights = {"V": V, "W": W}
     biases = {"hidden_bias": (hidden_bias, hidden, m), "output_bias": (output_bias, dim, q)}
-    for name, (bias, size, letter) in biases.items():
+    for key, (bias, size, letter) in biases.items():
         if bias is not None:
-            check_tensor(name, bias)
-            _check_shape(name, bias, (depth, size), f"[L, {letter}]", V)
-            weights[name] = bias
-    for name, tensor in weights.items():
+            check_tensor(key, bias)
+            _check_shape(key, bias, (depth, size), f"[L, {letter}]", V)
+            weights[key] = bias
+    for key, tensor in weights.items():
         if tensor.dtype != h.dtype:
-            raise TypeError(f"{name}: expected the dtype of h, {h.dtype}; got {tensor.dtype}")
+            raise TypeError(f"{key}: expected the dtype of {name}, {h.dtype}; got {tensor.dtype}")
         if tensor.device != h.device:
-            raise ValueError(f"{name}: expected the device of h, {h.device}; got {tensor.device}")
+            raise ValueError(f"{key}: expected the device of {name}, {h.device}; got {tensor.device}")
     get_activation(activation)
     check_options(backward, strict, anchors, memory_budget)
     return 1.0 / depth if scale is None else check_scale(scale)
@@ -136,17 +191,17 @@ def _check_kernels(V: Tensor) -> None:
         )
 
 
-def check_rows(h: Tensor, dim: int, source: str = "") -> None:
+def check_rows(h: Tensor, dim: int, source: str = "", name: str = "h") -> None:
     """Rows of ``dim`` features; ``source``: what errors say of where that comes from."""
     if h.dim() < 1 or h.shape[-1] != dim:
-        raise ValueError(f"h: expected shape [..., {dim}]{source}, got {list(h.shape)}")
+        raise ValueError(f"{name}: expected shape [..., {dim}]{source}, got {list(h.shape)}")
 
 
-def check_maps(h: Tensor, channels: int, source: str = "") -> None:
+def check_maps(h: Tensor, channels: int, source: str = "", name: str = "h") -> None:
     """One map, or a batch of maps, of ``channels``; ``source`` as of ``check_rows``."""
     if h.dim() not in (3, 4) or h.shape[-3] != channels:
         expected = f"[B, {channels}, H, W] or [{channels}, H, W]{source}"
-        raise ValueError(f"h: expected shape {expected}, got {list(h.shape)}")
+        raise ValueError(f"{name}: expected shape {expected}, got {list(h.shape)}")
 
 
 def check_scale(scale: Any) -> float:

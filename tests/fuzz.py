@@ -3,7 +3,7 @@
 ``python tests/fuzz.py --calls 1000000 --seed 0`` says how many of each there were. An answer is right if it
 is near the reference's in float64, or where rounding is amplified as near as the rule of oracle.py asks.
 Anything but a TypeError or ValueError that begins with an argument's name is a defect, and so is the end of
-the process.
+the process. Of an op that is called by itself PyTorch refuses some arguments: a RuntimeError with its name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,15 @@ import torch
 from oracle import Case, Eager, errors, run
 from torch import Tensor
 
-from odeblock import DeepConvResBlock, DeepResBlock, DriftError, DriftWarning, native
+from odeblock import (
+    DeepConvResBlock,
+    DeepResBlock,
+    DriftError,
+    DriftWarning,
+    native,
+    normalised_ops,
+    ops,
+)
 from odeblock.activations import ACTIVATIONS
 from odeblock.functional import deep_conv_residual, deep_residual
 
@@ -229,6 +237,51 @@ def call_block(draw: random.Random) -> str:
     return "right"
 
 
+def call_op(draw: random.Random) -> str:
+    """An op beneath and then its backward, whose arguments a strategy would choose. Right if y is, and the
+    gradients if nothing was meddled with; with batch normalisation if all ends well."""
+    function, given = valid(draw)
+    L, q, m = given["V"].shape[:3]
+    normalised = function is deep_conv_residual and len(given["h"]) > 0 and draw.random() < 0.4
+    steps = draw.randint(0, L)
+    given |= {"scale": given["scale"] or 0.5, "save_every": steps, "slots": draw.randint(1, max(1, steps))}
+    given |= {"reconstruct": draw.random() < 0.3, "keep_hidden": draw.random() < 0.5}
+    given |= {"weight_gradients": draw.random() < 0.8, "strict": False, "record": 0}
+    given |= {f"hidden_{name}": torch.randn(L, m) for name in ("weight", "shift")}
+    given |= {f"output_{name}": torch.randn(L, q) for name in ("weight", "shift")}
+    touched = False
+
+    def call(op: Any) -> dict[str, Tensor]:
+        nonlocal touched
+        names = [argument.name for argument in op._schema.arguments]
+        for _ in range(draw.choice((0, 0, 0, 1, 1, 2))):
+            name = draw.choice(names)
+            value = meddled(draw, given[name])
+            if not (isinstance(value, Tensor) and value.is_meta):  # for which PyTorch takes the fake version
+                given[name], touched = value, True
+        found = op(**{name: given[name] for name in names})
+        return dict(zip([result.name for result in op._schema.returns], found, strict=True))
+
+    kind: Any = normalised_ops if normalised else ops
+    try:
+        saved = call(kind.forward)
+        if not normalised:
+            compare(given, {"y": saved["y"]})
+        given.update(saved, grad=torch.ones_like(saved["y"]))
+        gradients = call(kind.backward)
+    except (DriftError, DriftWarning) as drift:
+        return type(drift).__name__
+    except (TypeError, ValueError, RuntimeError) as error:
+        ours = (*(f"{name}:" for name in given), "odeblock::", "Cannot access storage of SparseTensorImpl")
+        if not str(error).startswith(ours):
+            raise
+        return type(error).__name__
+    if not (touched or normalised):
+        found = {name[1:]: gradient for name, gradient in gradients.items() if given[name[1:]] is not None}
+        compare(given, found if given["weight_gradients"] else {"h": found["h"]})
+    return "right"
+
+
 def fuzz(calls: int, seed: int) -> collections.Counter[str]:
     """How many calls ended in which way. Call i is the same whatever the number of calls."""
     outcomes: collections.Counter[str] = collections.Counter()
@@ -236,7 +289,8 @@ def fuzz(calls: int, seed: int) -> collections.Counter[str]:
     for i in range(calls):
         draw = random.Random(f"{seed} {i}")
         torch.manual_seed(i)
-        call = call_block if draw.random() < 0.15 else call_function
+        kind = draw.random()
+        call = call_block if kind < 0.15 else call_op if kind < 0.3 else call_function
         try:
             outcomes[call(draw)] += 1
         except Exception as error:

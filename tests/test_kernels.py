@@ -140,6 +140,46 @@ def test_memory_may_hold_anything(dtype: torch.dtype, shape: Any) -> None:
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"W": torch.ones(1, 1, 1)}, r"W: expected shape \[L, m, q\] = \[4, 6, 5\]"),
+        ({"W": torch.ones(4, 6, 5).double()}, "W: expected the dtype of h"),
+        ({"hidden_bias": torch.ones(4, 6).to_sparse()}, "hidden_bias: expected a dense"),
+        ({"V": None}, "V: expected a torch.Tensor"),
+        ({"h": torch.ones(2, 7, 5)}, r"h: expected shape \[B, q\]"),
+        ({"activation": "sine"}, "activation: expected one of"),
+        ({"save_every": -1}, "save_every: expected from 0 to L = 4"),
+        ({"save_every": 5}, "save_every: expected from 0 to L = 4"),
+        ({"grad": torch.ones(7, 4)}, "grad: expected shape"),
+        ({"states": None}, "states: expected a torch.Tensor"),
+        ({"states": torch.ones(2, 16, 4)}, "states: expected a tensor"),
+        ({"slots": 0}, "slots: expected from 1 to L = 4"),
+        ({"slots": 5}, "slots: expected from 1 to L = 4"),
+        ({"save_every": 0}, "save_every: expected from 1 to L = 4"),
+        ({"reconstruct": True}, "h: expected the input"),
+    ],
+    ids=str,
+)
+def test_ops_by_themselves_check_what_goes_to_the_core(changed: dict[str, Any], message: str) -> None:
+    """Those of a program that was saved, too: with such arguments the core would read what is not theirs."""
+    tensors = {"h": torch.ones(7, 5), "V": torch.ones(4, 5, 6), "W": torch.ones(4, 6, 5)}
+    options = {"activation": "relu", "scale": 0.1, "save_every": 2, "reconstruct": False}
+    biases = {"hidden_bias": None, "output_bias": None}
+    given: dict[str, Any] = tensors | biases | options | {"keep_hidden": False}
+    y, states, checks = torch.ops.odeblock.deep_residual(**given)
+    more = {"h": None, "grad": y, "states": states, "checks": checks}
+    more |= {"slots": 1, "weight_gradients": True, "strict": False, "record": 0}
+
+    def both(changed: dict[str, Any]) -> None:
+        torch.ops.odeblock.deep_residual(**given | {k: v for k, v in changed.items() if k in given})
+        torch.ops.odeblock.deep_residual_backward(**given | more | changed)
+
+    both({})
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=message):
+        both(changed)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_half_precision_number_passes_through(dtype: torch.dtype) -> None:
     """All 65536 patterns: widened exactly, and rounded as PyTorch rounds, in whole vectors and in tails."""
