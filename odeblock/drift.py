@@ -63,7 +63,7 @@ class DriftRecord:
         _records[self.number] = self
         self.last: Drift = {} if last is None else last
         self.waiting: deque[tuple[Tensor, Any, float]] = deque()
-        self.captured: deque[tuple[Tensor, float]] = deque(maxlen=self.MOST_WAITING)
+        self.captured: deque[list[Any]] = deque(maxlen=self.MOST_WAITING)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return DriftRecord, (dict(self.last),)  # what a GPU has is of the original
@@ -77,10 +77,9 @@ class DriftRecord:
         """A report on a GPU: on its way to the CPU, which nothing waits for. In a CUDA graph every replay
         writes it, and it stays there until it is asked for."""
         if torch.cuda.is_current_stream_capturing():
-            self.captured.append((report, tolerance))
+            self.captured.append([report, tolerance, None])
             return
-        self.captured.clear()  # no graph is replayed any more
-        arriving = torch.empty(REPORT_SIZE, dtype=torch.float64, pin_memory=True)
+        arriving = torch.empty(REPORT_SIZE, dtype=torch.float64, device="cpu", pin_memory=True)
         arriving.copy_(report, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record(torch.cuda.current_stream(report.device))
@@ -98,8 +97,11 @@ class DriftRecord:
         """The last report, waited for; None before there was one."""
         while self._take(wait=True):
             pass
-        for report, tolerance in self.captured:
-            self.judge(report, tolerance)
+        for captured in self.captured:
+            report, tolerance, seen = captured
+            captured[2] = report.tolist()
+            if captured[2] != seen:  # written since
+                self.judge(report, tolerance)
         return dict(self.last) or None
 
     def _take(self, wait: bool) -> bool:
@@ -127,7 +129,7 @@ class DriftRecord:
         message = (
             f"the adjoint reconstructed the activations with a relative error above {tolerance:g}: its "
             "gradients are unreliable. The residual steps are too large to be inverted at this depth; use "
-            'backward="auto" or "checkpoint", or more anchors. last_drift has the figures.'
+            'backward="auto" or "checkpoint", or more anchors. The last_drift of a block has the figures.'
         )
         if strict:
             raise DriftError(f"{message} (estimate {estimate:.1e}, drift {drift:.1e})")

@@ -18,7 +18,7 @@ from .autograd import DeepResidual
 from .drift import DriftRecord
 from .eager import Call, EagerDeepResidual, transformed
 from .products import shaped
-from .scan import residual_scan
+from .scan import is_exporting, residual_scan
 from .validation import check_arguments
 
 __all__ = ["deep_conv_residual", "deep_residual", "residual_scan"]
@@ -164,9 +164,6 @@ def conv_recorded(record: DriftRecord, *arguments: Any) -> Tensor:
     if h.dim() == 4:
         return _apply(record, scale, *arguments)
     return shaped(_apply(record, scale, h[None], *others), h)
-
-
-is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch >= 2.7
 
 
 def _apply(record: DriftRecord, step: float, *arguments: Any) -> Tensor:

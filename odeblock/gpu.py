@@ -57,7 +57,7 @@ _agreed: dict[tuple[torch.device, torch.dtype, bool, bool], bool] = {}
 
 def has_kernels_for(tensor: Tensor) -> bool:
     """Whether the GPU of a tensor has kernels for rows [B, q], or maps [B, C, H, W], of its dtype that are
-    right there (asked once)."""
+    right there (asked once, or again where memory did not do)."""
     device, dtype, maps = tensor.device, tensor.dtype, tensor.dim() == 4
     if dtype not in native.NATIVE_DTYPES or not has_kernels(device.index):
         return False
@@ -68,13 +68,23 @@ def has_kernels_for(tensor: Tensor) -> bool:
         if capturing:  # which nothing may wait for
             warnings.warn(
                 f"a CUDA graph captures odeblock's first call with {dtype} on {device}, before its kernels "
-                "could be compared with PyTorch: it will replay slower PyTorch operators; call the block "
-                "once before",
+                "could be compared with PyTorch: it will replay slower PyTorch operators, and no adjoint; "
+                "call the block once before",
                 RuntimeWarning,
                 stacklevel=2,
             )
             return False
-        _agreed[key] = kernels_agree(device, dtype, maps)
+        try:
+            _agreed[key] = kernels_agree(device, dtype, maps)
+        except torch.OutOfMemoryError:
+            warnings.warn(
+                f"too little memory is free on {device} to compare odeblock's kernels with PyTorch, as the "
+                f"first call with {dtype} does: it runs on slower PyTorch operators; call the block once "
+                "before memory is full",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return False
     return _agreed[key]
 
 
@@ -104,6 +114,8 @@ def kernels_agree(device: torch.device, dtype: torch.dtype, maps: bool = False) 
                 try:
                     error = max(_errors(batch, *tensors), default=0.0)
                     fault = None if error <= tolerance else f"error {error:.1e}"
+                except torch.OutOfMemoryError:
+                    raise
                 except RuntimeError as raised:
                     fault = str(raised)
                 if fault is not None:

@@ -41,6 +41,11 @@ def _sight(W: Tensor) -> Tensor:
 @functools.cache  # and held: CUDA graphs have its address
 def _direction(dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The direction of (15): [SIGHT_WIDTH]. Copied there once, which waits."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"a CUDA graph captures the first adjoint of {dim} features on {device}, which has to copy a "
+            "tensor there; call the block once before"
+        )
     return F.pad(probe(dim, dtype), (0, SIGHT_WIDTH - dim)).to(device)
 
 

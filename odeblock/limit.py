@@ -120,7 +120,7 @@ class VectorField(nn.Module):
 
     What ``block.vector_field()`` returns: a callable for any ODE solver that takes dh/ds = f(s, h) on
     0 <= s <= 1, such as ``torchdiffeq.odeint``. Its parameters are those of the block itself. Of a block with
-    batch normalisation it is the field of evaluation, by running statistics, which are interpolated as well.
+    batch normalisation it is the field of evaluation, by running statistics, which are interpolated linearly.
 
     Arguments:
         block: a ``DeepResBlock`` or ``DeepConvResBlock``.
@@ -149,7 +149,11 @@ class VectorField(nn.Module):
             raise ValueError(f"s: expected one number, got a tensor of shape {list(time.shape)}")
         position = time.reshape(1) * block.depth
         stacks = block._current_stacks()
-        at_time = (None if p is None else interpolate(p, position, self.interpolation) for p in stacks)
+        at_time = (
+            # A cubic through variances may be negative between them.
+            None if p is None else interpolate(p, position, "linear" if fixed else self.interpolation)
+            for p, fixed in zip(stacks, (name in block._buffers for name in block.stacks), strict=True)
+        )
         V, W, hidden_bias, output_bias = (
             None if p is None else p[0].to(h.dtype) for p in block._weights(*at_time)
         )

@@ -17,10 +17,13 @@ from . import checkpointing, native
 from .ops import _empty, _library, _sizes
 from .products import flat_sizes
 from .reference import padded_rows, state_dtype, states_shape
-from .validation import check_affine, check_op, check_saved
+from .validation import check_affine, check_devices, check_op, check_saved
 
 EPS = 1e-5
 """ε of ``nn.BatchNorm2d``."""
+
+AFFINE = ("hidden_weight", "hidden_shift", "output_weight", "output_shift")
+"""What the ops call γ and β."""
 
 _library.define(
     "deep_conv_normalised(Tensor h, Tensor V, Tensor W, Tensor? hidden_bias, Tensor? output_bias, "
@@ -75,7 +78,7 @@ def _check(
         raise ValueError(f"{name}: expected maps of at least one sample, got {list(h.shape)}")
     if not native.runs_natively(h):
         raise ValueError(f"{name}: expected a tensor on the CPU, and the native core; got one on {h.device}")
-    for i, key in enumerate(("hidden_weight", "hidden_shift", "output_weight", "output_shift")):
+    for i, key in enumerate(AFFINE):
         check_affine(key, affine[i], V, hidden=i < 2)
 
 
@@ -213,6 +216,8 @@ def _forward_fake(
     save_every: int,
 ) -> tuple[Tensor, ...]:
     affine = (hidden_weight, hidden_shift, output_weight, output_shift)
+    named = dict(zip(AFFINE, affine, strict=True))
+    check_devices(h=h, V=V, W=W, hidden_bias=hidden_bias, output_bias=output_bias, **named)
     computed = state_dtype(h.dtype)
     states = h.new_empty(_states_shape(h, V, save_every), dtype=computed)
     return h.new_empty(h.shape), states, *(p.new_empty(p.shape, dtype=computed) for p in affine)
@@ -245,6 +250,8 @@ def _backward_fake(
 
     weights = [like(p, grad.dtype) for p in (V, W, hidden_bias, output_bias)]
     affine = (hidden_weight, hidden_shift, output_weight, output_shift)
+    named = dict(zip(AFFINE, affine, strict=True), states=states)
+    check_devices(grad=grad, V=V, W=W, hidden_bias=hidden_bias, output_bias=output_bias, **named)
     return grad.new_empty(grad.shape), *weights, *(like(p, state_dtype(grad.dtype)) for p in affine)
 
 

@@ -24,22 +24,28 @@ from .gpu_layers import tf32
 from .products import flat_sizes
 from .reconstruction import REPORT_SIZE, probe
 from .reference import checks_shape, state_dtype, states_shape
-from .validation import check_op, check_saved
+from .validation import check_devices, check_op, check_saved
 
 LARGE = 64 << 10
 """Bytes from which on memory is kept for the next tensor; the system's allocator would give it back."""
+
+_tags = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []  # torch >= 2.9
+"""The CUDA graphs of ``torch.compile`` allow no memory that outlives a call: reports of adjoints do, and what
+is copied to a GPU once. (Graphs that a user captures do.)"""
 
 _library = torch.library.Library("odeblock", "DEF")
 _library.define(
     "deep_residual(Tensor h, Tensor V, Tensor W, Tensor? hidden_bias, Tensor? output_bias, str activation, "
     "float scale, int save_every, bool reconstruct, bool keep_hidden) -> "
-    "(Tensor y, Tensor states, Tensor checks)"
+    "(Tensor y, Tensor states, Tensor checks)",
+    tags=_tags,
 )
 _library.define(
     "deep_residual_backward(Tensor grad, Tensor? h, Tensor V, Tensor W, Tensor? hidden_bias, "
     "Tensor? output_bias, Tensor states, Tensor checks, str activation, float scale, int save_every, "
     "bool reconstruct, int slots, bool keep_hidden, bool weight_gradients, bool strict, int record) -> "
-    "(Tensor dh, Tensor dV, Tensor dW, Tensor dhidden_bias, Tensor doutput_bias)"
+    "(Tensor dh, Tensor dV, Tensor dW, Tensor dhidden_bias, Tensor doutput_bias)",
+    tags=_tags,
 )
 
 
@@ -323,6 +329,7 @@ def _forward_fake(
     reconstruct: bool,
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_devices(h=h, V=V, W=W, hidden_bias=hidden_bias, output_bias=output_bias)
     depth, (batch, dim, hidden) = V.shape[0], flat_sizes(h, V)
     computed = state_dtype(h.dtype)
     shape = states_shape(batch, dim, hidden, depth, save_every, reconstruct, keep_hidden)
@@ -351,6 +358,7 @@ def _backward_fake(
     strict: bool,
     record: int,
 ) -> tuple[Tensor, ...]:
+    check_devices(grad=grad, V=V, W=W, hidden_bias=hidden_bias, output_bias=output_bias, states=states)
     dV, dW, dhidden, doutput = (
         p.new_empty(p.shape) if weight_gradients and p is not None else grad.new_empty(0)
         for p in (V, W, hidden_bias, output_bias)

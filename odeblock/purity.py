@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 if TYPE_CHECKING:
@@ -23,7 +25,8 @@ def check_purity(steps: FunctionSteps, h: Tensor, leaves: Sequence[Tensor]) -> N
 
     It is called on copies, so that nothing of the user's is changed.
     """
-    point, layer = h.detach().clone(), [leaf[0].detach().clone() for leaf in leaves]
+    # detach leaves tangents where they are
+    point, *layer = (forward_ad.unpack_dual(x.detach()).primal.clone() for x in (h, *(p[0] for p in leaves)))
     located, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(layer, steps.spec))
     arguments = {"h": point, **{"Z_k" + pytree.keystr(path): z for path, z in located}}
     versions = {name: tensor._version for name, tensor in arguments.items()}
@@ -35,6 +38,13 @@ def check_purity(steps: FunctionSteps, h: Tensor, leaves: Sequence[Tensor]) -> N
             "f: expected to need gradients only through h and Z_k, but it uses another tensor that requires "
             "one, which would not get it; pass that tensor, stacked over depth, in params"
         )
+    if forward_ad.unpack_dual(found).tangent is not None:
+        raise ValueError(
+            "f: expected to move only with h and Z_k, but it uses another tensor with a tangent, which would "
+            "be lost; pass that tensor, stacked over depth, in params"
+        )
+    if isinstance(found, FakeTensor):
+        return
     if any(not torch.equal(a, b) for a, b in zip(random, _random_states(h), strict=True)):
         raise ValueError(
             "f: expected a function without random numbers, which the backward could not repeat, but it drew "

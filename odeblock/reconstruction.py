@@ -67,10 +67,20 @@ def check_count(depth: int) -> int:
     return (depth - 1) // check_every(depth)
 
 
-@functools.lru_cache(maxsize=64)
 def probe(dim: int, dtype: torch.dtype) -> Tensor:
-    """The direction r [dim] that states are projected on, standard normal: the mean of (rᵀδ)² is |δ|²."""
-    return torch.randn(dim, generator=torch.Generator().manual_seed(dim), dtype=torch.float64).to(dtype)
+    """The direction r [dim] that states are projected on, standard normal: the mean of (rᵀδ)² is |δ|².
+
+    On the CPU, whatever the default device.
+    """
+    if torch._C._len_torch_dispatch_stack():  # it may be a fake tensor, which no other call must get
+        return _probe.__wrapped__(dim, dtype)
+    return _probe(dim, dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _probe(dim: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(dim)
+    return torch.randn(dim, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
 
 
 def visibility(W: Tensor) -> Tensor:
@@ -193,7 +203,7 @@ class Reconstruction:
             relative = moved / torch.maximum(norm, size)
             rest = left.clamp_min(0.01)
             error = torch.where(settled, relative, torch.where(fix, self.rate * relative / rest, error))
-            self.unsettled = torch.where(lost, _largest(self.unsettled, relative / rest), self.unsettled)
+            self.unsettled = torch.where(lost, torch.maximum(self.unsettled, relative / rest), self.unsettled)
             corrected |= fix | lost
             change = torch.where(active, moved, change)
             active = still & ~hopeless
@@ -218,7 +228,7 @@ class Reconstruction:
         """(14), (15): the distance ``error`` of a row from what it should be, and the size of the row."""
         ratio = torch.where(error == 0, 0, error / norm)
         if ratio.numel():
-            self.drift = _largest(self.drift, ratio.max())
+            self.drift = torch.maximum(self.drift, ratio.max())
         self.peak.zero_()
 
     def compare_state(self, found: Tensor, true: Tensor, top: Tensor) -> None:
@@ -231,7 +241,7 @@ class Reconstruction:
 
     def report(self) -> Tensor:
         """float64 [REPORT_SIZE]."""
-        estimate = _largest((self.squares / max(1, self.steps)).sqrt(), self.unsettled)
+        estimate = torch.maximum((self.squares / max(1, self.steps)).sqrt(), self.unsettled)
         steps = max(1, self.steps * len(estimate))
         values = [
             estimate.max() if len(estimate) else self.drift,
@@ -249,7 +259,7 @@ class Reconstruction:
         """(2): Δ_k ≈ Σ_j (-1)^j C(p, j+1) Δ_{k+1+j}, every row with its own order p."""
         delta = torch.zeros_like(above)
         for j, increment in enumerate(self.increments[:MAX_ORDER]):
-            c = torch.tensor([(-1) ** j * math.comb(p, j + 1) for p in range(HISTORY)]).to(above)
+            c = above.new_tensor([(-1) ** j * math.comb(p, j + 1) for p in range(HISTORY)])
             used = self.order > j
             delta = torch.where(used, delta + c[self.order] * increment, delta)
         return delta
@@ -274,8 +284,3 @@ class Reconstruction:
 def _row_norm(x: Tensor) -> Tensor:
     """The maximum norm of each row: [B, q] -> [B, 1]."""
     return x.abs().amax(dim=1, keepdim=True)
-
-
-def _largest(a: Tensor, b: Tensor) -> Tensor:
-    """max that keeps NaN."""
-    return torch.maximum(a, b)

@@ -34,6 +34,8 @@ from .validation import check_options, check_scale, check_tensor
 GATHERED, GATHERED_BYTES = 32, 1 << 20
 """Layers whose gradients are put in their places together, fewer where they have that many bytes."""
 
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch >= 2.7
+
 SIGHT = 16
 """A feature counts in full as long as the adjoint sees it at least 1/16 as well as the best one."""
 
@@ -102,7 +104,8 @@ def residual_scan(
     device = h.device.type
     autocast = torch.get_autocast_dtype(device) if autocasts(device) else None
     steps = FunctionSteps(depth, scale, h.dtype, device, autocast, f, spec)
-    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (h, *leaves))):
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (h, *leaves))
+    if not trains or is_exporting():  # what torch.export makes has no backward
         return steps.run(h, leaves)
     train = _train
     if torch.compiler.is_compiling():  # it would unroll the loops

@@ -116,6 +116,14 @@ def check_op(
     _accept(call)
 
 
+def check_devices(**tensors: Tensor | None) -> None:
+    """All are where the first is; of a meta tensor among others PyTorch would ask what none has computed."""
+    (first, like), *others = tensors.items()
+    for name, tensor in others:
+        if tensor is not None and like is not None and tensor.device != like.device:
+            raise ValueError(f"{name}: expected the device of {first}, {like.device}; got {tensor.device}")
+
+
 def check_saved(name: str, tensor: Any, shape: tuple[int, ...], dtype: torch.dtype, device: Any) -> None:
     """A tensor that the forward saved: hooks of saved tensors may have brought it back in another form."""
     check_tensor(name, tensor)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from oracle import FLOOR_ULP, Case, baseline, check_results, errors, make_case, rounded, run
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from odeblock import (
@@ -28,7 +29,7 @@ from odeblock import (
     reference,
 )
 from odeblock.drift import DriftRecord
-from odeblock.functional import deep_residual
+from odeblock.functional import deep_residual, residual_scan
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -348,6 +349,27 @@ def test_a_wrong_input_does_not_hide_behind_a_large_result(batch: int) -> None:
     assert wrong(results, case, torch.float32)
     assert record["estimate"] < 1e-5  # every step was solved
     assert warned
+
+
+@pytest.mark.parametrize("made", ["meta", "fake"])
+def test_a_default_device_and_fake_tensors_leave_nothing_behind(made: str) -> None:
+    """The direction of projections is kept for all calls of as many features, and made on the CPU."""
+    dim = {"meta": 211, "fake": 223}[made]  # that no other test has
+    h, Z = torch.randn(2, dim), torch.full((3, dim), 0.1, requires_grad=True)
+
+    def f(h: Tensor, Z: Tensor) -> Tensor:
+        return torch.tanh(h * Z)
+
+    if made == "meta":
+        with torch.device("meta"):
+            residual_scan(f, h, Z, backward="adjoint").sum().backward()
+    else:
+        with FakeTensorMode() as mode:
+            y = residual_scan(f, mode.from_tensor(h), mode.from_tensor(Z), backward="adjoint")
+        assert y.shape == h.shape
+    block = DeepResBlock(dim, 3, 4, init="zero_v", backward="adjoint")
+    block(h).sum().backward()
+    assert block.last_drift is not None
 
 
 def test_repeated_warnings_are_one_at_the_line_of_the_user() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -102,7 +103,7 @@ def test_kernels_that_are_wrong_on_a_gpu_are_left_alone(
     def backward(grad: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
         *given, slots, weight_gradients = arguments
         if tuple(grad.shape) in broken:
-            raise RuntimeError("too many resources requested for launch")
+            raise fault_of_a_launch
         gradients = reference.backward(grad, *given, slots, False, weight_gradients)
         if tuple(grad.shape) in wrong["dW"]:
             gradients[2][0, 0, 0] += 100 * gradients[2].abs().max()
@@ -117,6 +118,7 @@ def test_kernels_that_are_wrong_on_a_gpu_are_left_alone(
     monkeypatch.setattr(gpu, "MAP_BATCHES", (1, 300))
     monkeypatch.setattr(gpu, "forward", forward)
     monkeypatch.setattr(gpu, "backward", backward)
+    fault_of_a_launch = RuntimeError("too many resources requested for launch")
     assert agree()
     for fault, shape in (("state", (40, 96)), ("dW", (64, 32)), ("adjoint", (70, 13))):
         wrong[fault].append(shape)
@@ -131,6 +133,18 @@ def test_kernels_that_are_wrong_on_a_gpu_are_left_alone(
     wrong["adjoint"].clear()
     with pytest.warns(RuntimeWarning, match="1000 rows of 13 features: too many resources"):
         assert not agree()
+    fault_of_a_launch = torch.OutOfMemoryError("CUDA out of memory")  # which says nothing of the kernels
+    with pytest.raises(torch.OutOfMemoryError):
+        agree()
+    monkeypatch.setattr(gpu, "has_kernels", lambda index: True)
+    monkeypatch.setattr(gpu, "_agreed", {})
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    row = torch.empty(1, 13, dtype=dtype)
+    with pytest.warns(RuntimeWarning, match="too little memory is free on cpu"):
+        assert not gpu.has_kernels_for(row)
+    broken.clear()
+    assert gpu.has_kernels_for(row)  # asked again
 
 
 def test_a_gpu_without_kernels_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,6 +111,31 @@ def test_gradients_within_a_model_are_exported() -> None:
     torch.testing.assert_close(program.module()(x), model(x))
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_residual_of_ones_own_is_exported(strict: bool) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return odeblock.functional.residual_scan(lambda h, Z: torch.tanh(h @ Z), x, self.weight)
+
+    model, x = Model(), torch.randn(2, 3)
+    program = torch.export.export(model, (x,), strict=strict).module()
+    torch.testing.assert_close(program(x), model(x))
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.half, lambda W: W.to("meta"), lambda W: W[:1]], ids=str)
+def test_a_program_whose_weights_were_changed_says_so(change: Callable[[Tensor], Tensor]) -> None:
+    """Nothing checks its arguments but the op."""
+    x = torch.randn(5, 3)
+    program = torch.export.export(DeepResBlock(3, 4), (x,)).module()
+    program.W = nn.Parameter(change(program.W.detach()))
+    with pytest.raises((TypeError, ValueError), match="W: expected"):
+        program(x)
+
+
 def test_an_op_that_saves_states_stays_as_it_is() -> None:
     (written_out,) = odeblock.export.decompositions().values()
     block = DeepResBlock(4, 6)

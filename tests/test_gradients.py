@@ -270,8 +270,10 @@ def test_the_report_of_a_gpu_is_judged_when_it_has_arrived(monkeypatch: pytest.M
     assert again.last_drift == {"estimate": 1e-3, "drift": 0, "evaluations": 1, "order": 2}
     assert block.last_drift == {"estimate": 1e-6, "drift": 0, "evaluations": 1, "order": 2}
     replayed = report(1e-7)  # by a CUDA graph, every time anew
-    block._drift.captured.append((replayed, 1e-5))
+    block._drift.captured.append([replayed, 1e-5, None])
     assert block.last_drift["estimate"] == 1e-7
+    block._drift.waiting.append((report(1e-8), Event(True), 1e-5))  # of a call outside of it
+    assert block.last_drift["estimate"] == 1e-8
     replayed[0] = 1
     with pytest.warns(DriftWarning):
         assert block.last_drift["estimate"] == 1

@@ -239,6 +239,14 @@ def test_depth() -> None:
     assert limit.ode_gap(block, x) < 0.1
 
 
+def test_a_cubic_in_depth_keeps_variances_positive() -> None:
+    block = DeepConvResBlock(3, 8, norm="batch").eval()
+    for var in (block.hidden_running_var, block.output_running_var):
+        var.copy_(torch.tensor([2.9, 0.01] * 4)[:, None].expand_as(var))
+    field, h = block.vector_field("cubic"), torch.randn(2, 3, 4, 4)
+    assert all(field(i / 50, h).isfinite().all() for i in range(51))
+
+
 def test_copies_and_state_dicts() -> None:
     block = make_block()
     block(torch.randn(4, 3, 5, 5))

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from odeblock.functional import residual_scan
 
@@ -64,6 +65,24 @@ def test_what_is_not_pure_is_refused(name: str) -> None:
         residual_scan(f, h, params)
     assert torch.equal(h, before[0])
     assert torch.equal(Z, before[1])
+
+
+def test_a_tangent_that_would_be_lost_is_refused() -> None:
+    """Where params need gradients; where they do not, the loop has it."""
+    h, Z, moving = torch.randn(3, 4), torch.randn(5, 4), torch.randn(4)
+
+    def tangent(params: Tensor) -> Tensor:
+        def run(x: Tensor) -> Tensor:
+            return residual_scan(lambda h, Z: x * h * Z, h, params)
+
+        return torch.func.jvp(run, (moving,), (torch.ones(4),))[1]
+
+    assert tangent(Z).abs().max() > 0
+    with pytest.raises(ValueError, match="f: expected to move only with h and Z_k"):
+        tangent(Z.requires_grad_())
+    with forward_ad.dual_level():  # those of h are not lost
+        dual = forward_ad.make_dual(h, torch.ones_like(h))
+        assert forward_ad.unpack_dual(residual_scan(torch.mul, dual, Z)).tangent is not None
 
 
 def test_what_is_pure_is_not_refused() -> None:
