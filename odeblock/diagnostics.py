@@ -36,6 +36,9 @@ def smoothness(weights: Tensor) -> dict[str, float]:
         the number of entries of a layer, so that they read as the change of a typical coefficient. As L grows
         they stay bounded for weights that are smooth in depth and grow like L for independent ones.
         Both 0 for L = 1.
+
+    Raises:
+        ValueError: ``weights`` has no dimension, or no layer.
     """
     flat = _flat(weights)
     steps = (flat[1:] - flat[:-1]).norm(dim=1) / flat.shape[1] ** 0.5
@@ -49,6 +52,12 @@ def largest_step(weights: Tensor) -> float:
     """max_k ‖Z_{k+1} - Z_k‖ in the Frobenius norm, the quantity of the paper's theorems; 0 for L = 1.
 
     Like 1/L for weights smooth in depth, like a constant for independent ones.
+
+    Arguments:
+        weights: shape [L, ...].
+
+    Raises:
+        ValueError: ``weights`` has no dimension, or no layer.
     """
     flat = _flat(weights)
     return float((flat[1:] - flat[:-1]).norm(dim=1).max()) if len(flat) > 1 else 0.0
@@ -67,6 +76,9 @@ def spectrum(weights: Tensor) -> Tensor:
 
     Returns:
         shape [L], float64, on the device of ``weights``.
+
+    Raises:
+        ValueError: ``weights`` has no dimension, or no layer.
     """
     flat = _flat(weights)
     depth = flat.shape[0]
@@ -82,6 +94,12 @@ def high_frequencies(weights: Tensor) -> float:
 
     For independent layers 1/2 if they are many (1 for two, 2/3 for four), like L^-3 or less for weights
     smooth in depth, 0 where nothing varies.
+
+    Arguments:
+        weights: shape [L, ...].
+
+    Raises:
+        ValueError: ``weights`` has no dimension, or no layer.
     """
     power = spectrum(weights)[1:]
     total = float(power.sum())
@@ -93,6 +111,12 @@ def roughness(weights: Tensor) -> float:
     """Von Neumann's ratio Σ_k ‖Z_{k+1} - Z_k‖² / 2 Σ_k ‖Z_k - mean‖²: about 1 for independent layers.
 
     Like 1/L² for weights smooth in depth; 0 where all layers are the same.
+
+    Arguments:
+        weights: shape [L, ...].
+
+    Raises:
+        ValueError: ``weights`` has no dimension, or no layer.
     """
     flat = _flat(weights)
     variation = float((flat - flat.mean(0)).square().sum())
@@ -104,12 +128,15 @@ def distance(weights: Tensor, limit: Tensor, at: Tensor | None = None) -> float:
     """The distance of two functions of depth, (∫ ‖𝒵(s) - 𝒵*(s)‖² ds)^½, in the Frobenius norm.
 
     Arguments:
-        weights: shape [L, ...], for 𝒵, linear in depth between its layers.
+        weights: shape [L, ...] with L >= 1, for 𝒵, linear in depth between its layers.
         limit: shape [n, ...], for 𝒵*, at n > L depths: the integral is the mean over them.
         at: these depths s, shape [n], evenly in [0, 1]; k/n, the layers of a network, by default. Depths that
             are layers of both show less than there is between them.
 
     Like 1/L for a network whose weights discretise 𝒵*. Computed in float32, or float64 for such weights.
+
+    Raises:
+        ValueError: layers of another shape in ``limit``, or none; not as many depths ``at`` as there.
     """
     if weights.shape[1:] != limit.shape[1:]:
         raise ValueError(f"limit: expected shape [n, {list(weights.shape[1:])}], got {list(limit.shape)}")
@@ -176,7 +203,8 @@ class Monitor:
     limit, "NAME.distance".
 
     Raises:
-        ValueError: the model has no block, or no parameter of a name in ``limit``.
+        TypeError, ValueError: ``every`` is not a whole number >= 1; the model has no block, or no parameter
+            of a name in ``limit``.
     """
 
     def __init__(self, model: nn.Module, every: int = 1, limit: Mapping[str, Tensor] | None = None) -> None:

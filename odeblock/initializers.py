@@ -49,6 +49,10 @@ def depth_scale(depth: int, beta: float = 1.0) -> float:
     Arguments:
         depth: L, >= 1.
         beta: β, any finite number; 1 is what ``DeepResBlock`` takes by default.
+
+    Raises:
+        TypeError, ValueError: ``depth`` is not a whole number >= 1; ``beta`` is not a finite number.
+        OverflowError, ZeroDivisionError: L^β is beyond a float, or 0 in it.
     """
     return 1.0 / math.pow(check_size("depth", depth), check_number("beta", beta))
 
@@ -129,6 +133,9 @@ class GaussianProcess:
             value 1 at 0 that is positive definite; ValueError at use where it is not.
         length_scale: ℓ, > 0.
 
+    Raises:
+        TypeError, ValueError: ``kernel`` is no function or known name; ``length_scale`` no finite number > 0.
+
     The default is ``init="smooth"``. A named squared exponential is factored in O(L r²) time, where the rank
     r is about 20 for the default and grows like 1/ℓ, up to L; every other kernel takes a Cholesky factor
     [L, L].
@@ -163,7 +170,10 @@ class Fourier:
 
     Arguments:
         modes: J, >= 0; 0 is tied weights.
-        decay: p; the larger, the smoother.
+        decay: p, any finite number; the larger, the smoother.
+
+    Raises:
+        TypeError, ValueError: ``modes`` is not a whole number >= 0; ``decay`` is not a finite number.
 
     The factors c_j are scaled such that the variance is 1/q (W) and 1/m (V) at every depth.
     """
@@ -190,6 +200,9 @@ class Polynomial:
     Arguments:
         degree: n, >= 0.
 
+    Raises:
+        TypeError, ValueError: ``degree`` is not a whole number >= 0.
+
     The coefficients a_j are independent and such that the variance is 1/q (W) and 1/m (V) on average over
     0 <= s <= 1, and so on average over layers if these are many; it is larger at both ends.
     """
@@ -213,8 +226,12 @@ class Fields:
     """The user's own V_k = 𝒱(k/L), W_k = 𝒲(k/L), as they are: nothing is drawn, nothing scaled.
 
     Arguments:
-        V: s -> [q, m], of a float 0 < s <= 1.
-        W: s -> [m, q].
+        V: s -> [q, m], of a float 0 < s <= 1; a block of convolutions wants kernels, [C, M, k, k].
+        W: s -> [m, q], or [M, C, k, k].
+
+    Raises:
+        TypeError: V or W is not a function.
+        ValueError: at use, where one returns no tensor, or one of another shape.
     """
 
     V: Callable[[float], Tensor]

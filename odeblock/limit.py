@@ -35,7 +35,7 @@ def interpolate(weights: Tensor, position: Tensor, kind: str = "linear") -> Tens
     Differentiable in both arguments.
 
     Arguments:
-        weights: shape [L, ...], Z_k at position k.
+        weights: shape [L, ...] with L >= 1, Z_k at position k.
         position: shape [n]; below 1 it counts as 1, above L as L.
         kind: ``"linear"`` between two layers, or ``"cubic"``, the polynomial of Lagrange through the four
             nearest (of lower degree where L < 4). For a smooth 𝒵 the error is O(1/L²), or O(1/L⁴);
@@ -45,6 +45,9 @@ def interpolate(weights: Tensor, position: Tensor, kind: str = "linear") -> Tens
     Returns:
         shape [n, ...], of the dtype of ``weights``; half precision is interpolated in float32. A whole
         position k gives Z_k itself, and linear interpolation of equal neighbours gives exactly themselves.
+
+    Raises:
+        ValueError: an unknown ``kind``.
     """
     _check_kind("kind", kind)
     depth = weights.shape[0]
@@ -105,6 +108,9 @@ def fields(block: ResBlock, interpolation: str = "linear") -> dict[str, Field]:
     Arguments:
         block: a ``DeepResBlock`` or ``DeepConvResBlock``.
         interpolation: ``"linear"`` or ``"cubic"``, see ``interpolate``.
+
+    Raises:
+        ValueError: an unknown ``interpolation``.
     """
     _check_kind("interpolation", interpolation)
     stacks = zip(block.stacks, block._current_stacks(), strict=True)
@@ -125,6 +131,10 @@ class VectorField(nn.Module):
     Arguments:
         block: a ``DeepResBlock`` or ``DeepConvResBlock``.
         interpolation: of the weights in depth, ``"linear"`` or ``"cubic"``, see ``interpolate``.
+
+    Raises:
+        ValueError: an unknown ``interpolation``.
+        TypeError, ValueError: at a call, as ``forward``.
     """
 
     def __init__(self, block: ResBlock, interpolation: str = "linear") -> None:
@@ -191,8 +201,8 @@ def solve(
 
     Arguments:
         block: a ``DeepResBlock`` or ``DeepConvResBlock``.
-        h: shape [..., q]. In float32 rounding makes tolerances below 1e-6 unreachable: use float64 (the
-            block's weights are cast to the dtype of h).
+        h: shape [..., q], or maps. In float32 rounding makes tolerances below 1e-6 unreachable: use float64
+            (the block's weights are cast to the dtype of h).
         rtol, atol, method: of ``torchdiffeq.odeint``.
         interpolation: of the weights in depth, ``"linear"`` or ``"cubic"``.
 
@@ -220,6 +230,9 @@ def ode_gap(block: ResBlock, h: Tensor, *, interpolation: str = "linear", tol: f
         h: inputs, shape [..., q] or maps, of any floating-point dtype.
         interpolation: see ``interpolate``.
         tol: rtol and atol of the solver.
+
+    Raises:
+        ImportError, TypeError, ValueError: as ``solve``.
     """
     exact = block.resample(block.depth).double().eval()  # a copy, also of weights that are computed
     truth = solve(exact, h.double(), rtol=tol, atol=tol, interpolation=interpolation)
