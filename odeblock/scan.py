@@ -76,7 +76,8 @@ def residual_scan(
               again. The gradients have the bits of ``"store"``.
             - ``"adjoint"``: only the last state is kept, the others are reconstructed from it: memory O(1),
               and for large L with parameters that are smooth in depth about one evaluation per step.
-              Exact to rounding where the steps are small; a ``DriftWarning`` says when they were not.
+              Exact to rounding where the steps are small; a ``DriftWarning`` says when they were not, at
+              once: the backward waits for a GPU, and leaves the gradients as they are.
               Each index of the first dimension is a row that settles by itself; a vector is one row. Where f
               mixes rows of very different size, ``h[None]`` makes them one.
             - ``"auto"``: ``store`` where its states fit O(√L) or the ``memory_budget``, else ``checkpoint``.
