@@ -29,7 +29,7 @@ from odeblock.experiments import loop, memory, speed
 from odeblock.experiments.config import QUICK, TrainConfig
 from odeblock.experiments.digits import load_digits
 from odeblock.experiments.networks import build_network, eager_twin, network_arguments
-from odeblock.experiments.outputs import atomic_file
+from odeblock.experiments.outputs import atomic_file, remove_partial
 from odeblock.experiments.train import CHECKPOINTS, FIGURE, RESULTS
 
 SMALL = TrainConfig(**QUICK)
@@ -231,6 +231,51 @@ def test_atomic_file_keeps_the_old_content_on_errors(tmp_path: Path) -> None:
         interrupted_write()
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_only_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = [
+        tmp_path / f".results.json.{pid}.partial" for pid in (ended.pid, os.getpid(), 9999999)
+    ]  # none has the last
+    kept = [
+        tmp_path / name
+        for name in (
+            ".movie.mkv.partial",
+            ".7.partial",
+            ".a.0.partial",
+            ".a.20260102.partial",
+            f"a.{ended.pid}.partial",
+        )
+    ]
+    kept.append(tmp_path / f".results.json.{os.getppid()}.partial")  # it runs
+    for path in (*left, *kept):
+        path.write_bytes(b"half")
+    for name in (".x.partial", f".x.{ended.pid}.partial"):
+        kept.append(tmp_path / name)
+        kept[-1].mkdir()
+    kept.append(tmp_path / f".y.{ended.pid}.partial")
+    kept[-1].symlink_to(kept[0])
+    remove_partial(tmp_path)
+    assert set(tmp_path.iterdir()) == set(kept)
+
+
+def test_another_process_finishes_what_it_writes(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from odeblock.experiments.outputs import atomic_file\n"
+        "with atomic_file(Path(sys.argv[1])) as file:\n"
+        "    print(flush=True), sys.stdin.readline(), file.write(b'new')"
+    )
+    path = tmp_path / "file"
+    command = [sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        remove_partial(tmp_path)
+        process.communicate("\n", timeout=60)
+    assert process.returncode == 0
+    assert path.read_bytes() == b"new"
 
 
 # ---- interruption and divergence -------------------------------------------------------------------------

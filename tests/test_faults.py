@@ -174,7 +174,7 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_bit(kills: int, tmp_path: Pat
 
 def test_a_run_of_an_experiment_removes_what_a_killed_one_left(tmp_path: Path) -> None:
     """In the folders that ``reproduce`` makes for trainings of its own."""
-    (tmp_path / f".{CHECKPOINT}.7.partial").write_bytes(b"half")
+    (tmp_path / f".{CHECKPOINT}.9999999.partial").write_bytes(b"half")
     config = CifarConfig(**{**CIFAR_QUICK, "norm": "none", "images": 160, "batch_size": 24})
     Run(tmp_path, config, data.load(None, 160))
     assert names(tmp_path) == set()

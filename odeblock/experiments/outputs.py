@@ -7,6 +7,7 @@ import io
 import json
 import os
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -64,9 +65,28 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what processes that were killed while they wrote left in ``folder``."""
+    """Remove what processes that were killed while they wrote left in ``folder``.
+
+    Nothing but regular files with names of ``atomic_file``, the number of a process of 7 digits at most, and
+    none of another process that still runs.
+    """
     for partial in folder.glob(".*.partial"):
-        partial.unlink(missing_ok=True)
+        found = re.fullmatch(r"\..+\.([1-9][0-9]{0,6})\.partial", partial.name, re.DOTALL)
+        if found and partial.is_file() and not partial.is_symlink() and not _runs_elsewhere(int(found[1])):
+            partial.unlink(missing_ok=True)
+
+
+def _runs_elsewhere(pid: int) -> bool:
+    """Whether another process has this number. (What has ours is of an earlier one: we write nothing yet.)"""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        pass
+    return True
 
 
 def save_json(path: Path, value: dict[str, Any]) -> None:
