@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import math
 import os
 import re
 import tempfile
@@ -20,6 +19,9 @@ import torch
 from .experiments.outputs import remove_partial
 
 MAX_SEED = 2**63 - 1
+MAX_COUNT = 2**31 - 1
+MAX_NUMBER = 1e29
+"""Times any depth it is a rate that a float32 can hold."""
 EXTRAS = {"matplotlib", "rich", "sklearn"}
 
 
@@ -33,7 +35,7 @@ class Parser(argparse.ArgumentParser):
 def add_common(parser: argparse.ArgumentParser, folder: str) -> None:
     parser.add_argument(
         "--output",
-        type=Path,
+        type=output_folder,
         default=None if "NAME" in folder else Path(folder),
         metavar="DIR",
         help=f"folder for all files (default: {folder})",
@@ -112,11 +114,16 @@ def writable(output: Path, parser: argparse.ArgumentParser) -> Path:
 # ---- kinds of option values ------------------------------------------------------------------------------
 
 
-def whole_number(low: int, high: float = math.inf) -> Callable[[str], int]:
+def output_folder(text: str) -> Path:
+    if not text:  # which Path takes for the current folder
+        raise argparse.ArgumentTypeError("expected a folder to write to, got ''")
+    return Path(text)
+
+
+def whole_number(low: int, high: int = MAX_COUNT) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        if not re.fullmatch(r"[+-]?[0-9]+", text) or not low <= int(text) <= high:
-            upper = f" and <= {high}" if math.isfinite(high) else ""
-            raise argparse.ArgumentTypeError(f"expected a whole number >= {low}{upper}, got {text!r}")
+        if not re.fullmatch(r"[+-]?[0-9]{1,20}", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"expected a whole number >= {low} and <= {high}, got {text!r}")
         return int(text)
 
     return parse
@@ -126,9 +133,9 @@ def positive_number(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"expected a finite number > 0, got {text!r}")
+        value = 0.0
+    if not 0 < value <= MAX_NUMBER:
+        raise argparse.ArgumentTypeError(f"expected a finite number > 0 and <= {MAX_NUMBER:g}, got {text!r}")
     return value
 
 

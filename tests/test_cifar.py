@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from odeblock.arguments import positive_number
 from odeblock.experiments.config import CIFAR_QUICK, CifarConfig, Refusal
 
 pytest.importorskip("rich")
@@ -303,6 +304,7 @@ MADE_UP: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "size": (lambda s: s["config"].update(batch_size=0), "config: batch_size cannot be 0"),
     "choice": (lambda s: s["config"].update(schedule="x" * 9), "config: schedule cannot be 'xxxxxxxxx'"),
     "rate": (lambda s: s["config"].update(lr=float("nan")), "config: lr cannot be nan"),
+    "large rate": (lambda s: s["config"].update(lr=1e30), "config: lr cannot be 1e+30"),
     "no rate": (lambda s: s["config"].update(lr=-0.0), "config: lr cannot be -0.0"),
     "arguments": (lambda s: s["network"].update(depth=10**9), "arguments are not those of the settings"),
     "depth": (lambda s: [s[key].update(depth=10**9) for key in ("config", "network")], "not those of the n"),
@@ -331,6 +333,16 @@ def test_a_checkpoint_that_is_made_up(what: str, tmp_path: Path, uninterrupted: 
     with pytest.raises(Refusal, match=r"checkpoint\.pt: expected a checkpoint of train") as refused:
         Run(tmp_path, SMALL, IMAGES, read_checkpoint(tmp_path))
     assert expected in str(refused.value)
+
+
+def test_the_largest_rate_that_is_taken_is_read_again(tmp_path: Path, uninterrupted: Path) -> None:
+    state = read_checkpoint(uninterrupted)
+    assert state is not None
+    state["config"]["lr"] = positive_number("1e29")
+    save_checkpoint(tmp_path / CHECKPOINT, state)
+    found = read_checkpoint(tmp_path)
+    assert found is not None
+    assert found["config"]["lr"] == 1e29
 
 
 def test_a_batch_that_cannot_be_shared() -> None:

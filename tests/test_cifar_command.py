@@ -182,6 +182,9 @@ def test_refusals(tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[
         (["--output", str(folder), "--quick", "--images", "5"], "10 training images or more, got 5"),
         (["--output", str(folder), "--norm", "layer"], "--norm"),
         (["--output", str(folder), "--minutes", "0"], "--minutes: expected a finite number > 0"),
+        (["--output", str(folder), "--images", "9" * 20], "--images: expected a whole number >= 1 and <= "),
+        (["--output", str(folder), "--channels", "9" * 20], "--channels: expected a whole number >= 1 and "),
+        (["--output", str(folder), "--lr", "1e308"], "--lr: expected a finite number > 0 and <= 1e+29, got"),
         (["--output", str(folder), "--precision", "float8"], "--precision"),
     ):
         assert expected in refused(capsys, *options)

@@ -356,12 +356,17 @@ def test_loss_that_is_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[s
     [
         ("--depth", "0", ">= 1"),
         ("--depth", "many", ">= 1"),
+        ("--depth", "1" + "0" * 20, ">= 1 and <= 2147483647"),
+        ("--depth", "1" + "0" * 5000, ">= 1 and <= 2147483647"),
+        ("--dim", "2147483648", ">= 1 and <= 2147483647"),
+        ("--batch-size", str(10**19), ">= 1 and <= 2147483647"),
         ("--dim", "-3", ">= 1"),
         ("--hidden-dim", "0", ">= 1"),
         ("--epochs", "-1", ">= 1"),
         ("--batch-size", "1.5", ">= 1"),
         ("--lr", "nan", "> 0"),
         ("--lr", "-0.1", "> 0"),
+        ("--lr", "1e308", "> 0 and <= 1e+29"),
         ("--seed", "-1", ">= 0"),
         ("--seed", str(2**64), ">= 0"),
         ("--device", "toaster", "cpu, cuda or cuda:N"),
@@ -382,6 +387,17 @@ def test_bad_option(
     for part in (option, value, expectation):
         assert part in message
     assert not folder.exists()
+
+
+def test_an_output_without_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--quick", "--output", ""])
+    assert stop.value.code == 2
+    assert "argument --output: expected a folder to write to, got ''" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_output_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ...activations import ACTIVATIONS
-from ...arguments import MAX_SEED
+from ...arguments import MAX_NUMBER, MAX_SEED
 from ...initializers import INITIALIZERS
 from ...validation import STRATEGIES
 from ..config import CIFAR_DEFAULTS, PRECISIONS, RATES, SCHEDULES, CifarConfig, Refusal
@@ -80,7 +80,8 @@ def _check(state: dict[str, Any]) -> None:
         if key in CHOICES:
             possible = value in CHOICES[key]
         else:
-            possible = not number or (least <= value <= MAX_SEED and (key != "lr" or value > 0))
+            most = MAX_NUMBER if key == "lr" else MAX_SEED
+            possible = not number or (least <= value <= most and (key != "lr" or value > 0))
         if not possible:
             raise ValueError(f"config: {key} cannot be {value!r}")
     if state["network"] != network_arguments(config):
