@@ -186,7 +186,7 @@ class Fourier:
         check_number("decay", self.decay)
 
     def __call__(self, V: Tensor, W: Tensor, *, generator: torch.Generator | None = None) -> None:
-        j = torch.arange(self.modes + 1, dtype=torch.float64)
+        j = torch.arange(self.modes + 1, dtype=torch.float64, device="cpu")
         c = j.clamp(min=1) ** -self.decay
         c = c / c.norm()
         angle = 2 * math.pi * _layers(V.shape[0])[:, None] * j
@@ -262,8 +262,8 @@ def _fan_in(stack: Tensor) -> int:
 
 
 def _layers(depth: int) -> Tensor:
-    """s_k = k/L for k = 1 .. L, in float64."""
-    return torch.arange(1, depth + 1, dtype=torch.float64) / depth
+    """s_k = k/L for k = 1 .. L, in float64, on the CPU whatever the default device is."""
+    return torch.arange(1, depth + 1, dtype=torch.float64, device="cpu") / depth
 
 
 @torch.no_grad()
@@ -290,7 +290,8 @@ def _cholesky(kernel: Kernel, depth: int, length_scale: float) -> Tensor:
     if not abs(at_zero - 1) <= UNIT:
         raise ValueError(f"kernel: expected a function with value 1 at 0, got {at_zero:.6g}")
     factor: Tensor
-    factor, failed = torch.linalg.cholesky_ex(values + JITTER * torch.eye(depth, dtype=torch.float64))
+    identity = torch.eye(depth, dtype=torch.float64, device="cpu")
+    factor, failed = torch.linalg.cholesky_ex(values + JITTER * identity)
     if failed:
         raise ValueError(
             f"kernel: expected a positive definite function, got one whose matrix of the first {int(failed)} "
@@ -308,7 +309,7 @@ def _low_rank_factor(depth: int, length_scale: float) -> Tensor:
     depth.
     """
     s = _layers(depth)
-    remaining = torch.ones(depth, dtype=torch.float64)
+    remaining = torch.ones_like(s)
     columns: list[Tensor] = []
     while len(columns) < depth:
         pivot = int(remaining.argmax())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from odeblock import DeepResBlock, DeepResNet, diagnostics, flow, limit
 from odeblock.initializers import (
+    INITIALIZERS,
     KERNELS,
     Fields,
     Fourier,
@@ -201,6 +202,21 @@ def test_settings_out_of_range(make: Callable[[], Any], message: str) -> None:
 def test_settings_of_other_types(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(TypeError, match=f"^{message}"):
         make()
+
+
+@pytest.mark.parametrize(
+    "init",
+    [*INITIALIZERS, GaussianProcess("matern32"), Fourier(), Polynomial()],
+    ids=lambda init: init if isinstance(init, str) else type(init).__name__,
+)
+def test_the_default_device_is_not_that_of_the_block(init: Any) -> None:
+    torch.manual_seed(1)
+    expected = DeepResBlock(4, 6, init=init)
+    torch.manual_seed(1)
+    with torch.device("meta"):
+        block = DeepResBlock(4, 6, init=init, device="cpu")
+    assert torch.equal(block.V, expected.V)
+    assert torch.equal(block.W, expected.W)
 
 
 @pytest.mark.parametrize(
