@@ -181,7 +181,7 @@ class ResBlock(nn.Module):
         Raises:
             TypeError, ValueError: ``every`` is not a whole number from 1 to L, or as ``forward``.
         """
-        every = check_size("every", every)
+        every = check_size("every", every, most=None)
         if every > self.depth:
             raise ValueError(f"every: expected an int from 1 to the depth {self.depth}, got {every}")
         check_tensor("h", h)
@@ -240,7 +240,7 @@ class ResBlock(nn.Module):
         Raises:
             TypeError, ValueError: ``parts`` is not a whole number from 1 to L.
         """
-        parts = check_size("parts", parts)
+        parts = check_size("parts", parts, most=None)
         if parts > self.depth:
             raise ValueError(
                 f"parts: expected an int from 1 to the depth {self.depth}, got {parts}; a part holds at "

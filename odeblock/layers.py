@@ -76,7 +76,7 @@ def stack_layers(branch: Branch, layers: Iterable[Any]) -> tuple[str, list[Any],
         for i in (hidden, output):
             _check_alike(branch, f"layers[{k}][{i}]", step[i], f"layers[0][{i}]", model[i])
         for i in norms:
-            _check_norm(f"layers[{k}][{i}]", step[i], step[i - 1])
+            _check_norm(f"layers[{k}][{i}]", step[i], step[i - 1], f"layers[0][{i}]", model[i])
 
     def stack(i: int, name: str) -> Tensor | None:
         tensors = [getattr(step[i], name) for step in steps]
@@ -199,11 +199,25 @@ def _modules(branch: Branch, where: str, layer: Any) -> list[Any]:
     return modules
 
 
-def _check_norm(where: str, norm: Any, before: Any) -> None:
-    """A batch normalisation as the block has it, of the result of the module before."""
+def _check_norm(where: str, norm: Any, before: Any, where_model: str, model: Any) -> None:
+    """A batch normalisation as the block has it, of the result of the module before, with the dtypes of
+    ``model``."""
     expected = nn.BatchNorm2d(before.out_channels, device="meta")
     if type(norm) is not nn.BatchNorm2d or _settings(norm) != _settings(expected):
         raise ValueError(f"{where}: expected nn.{expected!r}, got {norm!r}")
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        dtype, device = getattr(model, name).dtype, before.weight.device
+        tensor = getattr(norm, name)
+        if tensor.device != device:
+            raise ValueError(
+                f"{where}: expected {name} on {device} as the convolution before, got it on {tensor.device}; "
+                "call .to() first"
+            )
+        if tensor.dtype != dtype:
+            raise ValueError(
+                f"{where}: expected {name} of {dtype} as in {where_model}, got {tensor.dtype}; call .to() "
+                "first"
+            )
 
 
 def _name(value: Any) -> str:

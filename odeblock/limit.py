@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .activations import get_activation
 from .products import products
+from .validation import check_number
 
 if TYPE_CHECKING:
     from .base import ResBlock
@@ -53,7 +54,7 @@ def interpolate(weights: Tensor, position: Tensor, kind: str = "linear") -> Tens
     depth = weights.shape[0]
     dtype = torch.promote_types(weights.dtype, torch.float32)
     offset = (position.to(torch.float64) - 1).clamp(0, depth - 1)
-    below = offset.detach().floor().clamp(max=max(depth - 2, 0)).long()
+    below = offset.detach().floor().long().clamp(0, max(depth - 2, 0))  # of NaN 0
 
     def layers(index: Tensor) -> Tensor:
         return weights.index_select(0, index).to(dtype)
@@ -154,6 +155,7 @@ class VectorField(nn.Module):
         block._check_shape(h)
         if not isinstance(s, (Tensor, numbers.Real)):
             raise TypeError(f"s: expected a number or a tensor of one element, got {type(s).__name__}")
+        s = s if isinstance(s, Tensor) else check_number("s", s)
         time = torch.as_tensor(s, dtype=torch.float64, device=h.device)
         if time.numel() != 1:
             raise ValueError(f"s: expected one number, got a tensor of shape {list(time.shape)}")

@@ -27,6 +27,9 @@ MOST_ACCEPTED = 1024
 _accepted: set[Any] = set()
 """Calls that passed, by all that the checks see: to look one up takes a third of the time."""
 
+MOST = 2**48
+"""Of a size: no machine has memory for as many numbers."""
+
 _PLAIN = {type(None), bool, int, float, str}
 """Types of options whose values do not change."""
 
@@ -255,8 +258,8 @@ def check_flag(name: str, value: Any) -> bool:
     return value
 
 
-def check_size(name: str, value: Any, *, least: int = 1) -> int:
-    """A whole number >= ``least``, also of another library's integer type, as an int."""
+def check_size(name: str, value: Any, *, least: int = 1, most: int | None = MOST) -> int:
+    """A whole number from ``least`` to ``most``, also of another library's integer type, as an int."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -264,8 +267,15 @@ def check_size(name: str, value: Any, *, least: int = 1) -> int:
     except (TypeError, RuntimeError):  # the latter from a tensor on the meta device
         raise TypeError(f"{name}: expected an int >= {least}, got {type(value).__name__}") from None
     if value < least:
-        raise ValueError(f"{name}: expected an int >= {least}, got {value}")
+        raise ValueError(f"{name}: expected an int >= {least}, got {_digits(value)}")
+    if most is not None and value > most:
+        raise ValueError(f"{name}: expected an int from {least} to {most}, got {_digits(value)}")
     return int(value)
+
+
+def _digits(value: int) -> str:
+    """Python refuses to write out what has thousands of them."""
+    return str(value) if abs(value) < 10**100 else "one of more than 100 digits"
 
 
 def check_number(name: str, value: Any, *, least: float | None = None, above: float | None = None) -> float:
@@ -274,10 +284,14 @@ def check_number(name: str, value: Any, *, least: float | None = None, above: fl
     expected += f" >= {least:g}" if least is not None else f" > {above:g}" if above is not None else ""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
-    low = (least is not None and value < least) or (above is not None and value <= above)
-    if low or not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: expected {expected}, got one that no float can hold") from None
+    low = (least is not None and number < least) or (above is not None and number <= above)
+    if low or not abs(number) < math.inf:  # which a compiler can ask of a symbol, unlike isfinite
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
-    return float(value)
+    return number
 
 
 def check_tensor(name: str, value: Any) -> None:

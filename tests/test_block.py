@@ -77,6 +77,8 @@ def test_repr() -> None:
         ((0, 5), {}, ValueError, "dim: expected an int >= 1, got 0"),
         ((4, 0), {}, ValueError, "depth: expected an int >= 1, got 0"),
         ((4, 2.0), {}, TypeError, "depth: expected an int >= 1, got float"),
+        ((4, 10**19), {}, ValueError, f"depth: expected an int from 1 to {2**48}, got {10**19}"),
+        ((10**19, 5), {}, ValueError, f"dim: expected an int from 1 to {2**48}, got {10**19}"),
         ((4, 5, -1), {}, ValueError, "hidden_dim: expected an int >= 1, got -1"),
         ((4, 5), {"activation": "mish"}, ValueError, "activation: expected one of"),
         ((4, 5), {"init": "he"}, ValueError, "init: expected one of smooth, tied, iid, zero_v; got 'he'"),

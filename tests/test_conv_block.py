@@ -235,6 +235,16 @@ REFUSED = [
     ),
     ([normalised(nn.BatchNorm2d(6, affine=False))], ValueError, r"layers\[0\]\[1\]: .*affine=False"),
     (
+        [normalised(), normalised(nn.BatchNorm2d(6).double())],
+        ValueError,
+        r"layers\[1\]\[1\]: expected weight of torch.float32 as in layers\[0\]\[1\], got torch.float64; call",
+    ),
+    (
+        [normalised(), normalised(nn.BatchNorm2d(6, device="meta"))],
+        ValueError,
+        r"layers\[1\]\[1\]: expected weight on cpu as the convolution before, got it on meta; call",
+    ),
+    (
         [normalised(nn.GroupNorm(2, 6))],
         ValueError,
         r"layers\[0\]\[1\]: expected nn.BatchNorm2d.*got GroupNorm",

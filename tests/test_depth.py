@@ -195,6 +195,11 @@ def test_the_vector_field_has_the_parameters_and_gradients_of_the_block() -> Non
         field(torch.zeros(2), h)
     with pytest.raises(TypeError, match="s: expected a number or a tensor of one element, got str"):
         field("0.5", h)
+    for bad, got in ((float("nan"), "nan"), (float("inf"), "inf"), (10**400, "one that no float can hold")):
+        with pytest.raises(ValueError, match=f"^s: expected a finite number, got {got}"):
+            field(bad, h)
+    assert field(torch.tensor(float("nan")), h).isnan().all()  # to look at it would wait for a GPU
+    assert block.vector_field("cubic")(torch.tensor(float("nan")), h).isnan().all()
     with pytest.raises(ValueError, match=r"h: expected shape \[\.\.\., 6\], got \[2, 5\]"):
         field(0.5, torch.randn(2, 5))
     for bad in ([1.0], torch.ones(2, 6, dtype=torch.int64)):
@@ -319,6 +324,9 @@ def test_impossible_arguments(name: str) -> None:
     if name != "resample":
         with pytest.raises(ValueError, match=f"{argument}: expected an int from 1 to the depth 4, got 5"):
             call(5)
+    largest = 2**48 if name == "resample" else "the depth 4"
+    with pytest.raises(ValueError, match=f"{argument}: expected an int from 1 to {largest}, got {10**19}"):
+        call(10**19)
 
 
 def test_integers_of_other_libraries_are_integers() -> None:

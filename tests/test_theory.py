@@ -7,6 +7,7 @@ import math
 import pickle
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -169,6 +170,20 @@ def test_initializers_travel_with_the_block() -> None:
         (lambda: Polynomial(degree=-1), "degree: expected an int >= 0"),
         (lambda: depth_scale(0), "depth: expected an int >= 1"),
         (lambda: depth_scale(4, math.nan), "beta: expected a finite number"),
+        (
+            lambda: GaussianProcess(length_scale=10**400),
+            "length_scale: expected a finite number > 0, got one that no float can hold",
+        ),
+        (
+            lambda: flow.gradient_flow_groups(nn.Linear(1, 1), 10**400),
+            "lr: expected a finite number > 0, got one that no float can hold",
+        ),
+        (
+            lambda: GaussianProcess(length_scale=Fraction(1, 10**400)),
+            "length_scale: expected a finite number",
+        ),
+        (lambda: depth_scale(10**400), "depth: expected an int from 1 to 2"),
+        (lambda: depth_scale(10**5000), "depth: expected an int from 1 to .* more than 100 digits"),
         (lambda: GaussianProcess(length_scale=0), "length_scale: expected a finite number > 0, got 0"),
     ],
 )
