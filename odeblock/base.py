@@ -80,9 +80,8 @@ class ResBlock(nn.Module):
         get_initializer(init)
         self.init = init
         self.scale = 1.0 / self.depth if scale is None else check_scale(scale)
-        check_options(backward, strict, anchors, memory_budget)
+        self.anchors, self.memory_budget = check_options(backward, strict, anchors, memory_budget)
         self.backward, self.strict = backward, strict
-        self.anchors, self.memory_budget = anchors, memory_budget
         self._drift = DriftRecord()
 
     def _make_weights(

@@ -19,7 +19,7 @@ from .drift import DriftRecord
 from .eager import Call, EagerDeepResidual, transformed
 from .products import shaped
 from .scan import is_exporting, residual_scan
-from .validation import check_arguments
+from .validation import check_arguments, plain_sizes
 
 __all__ = ["deep_conv_residual", "deep_residual", "residual_scan"]
 
@@ -170,6 +170,7 @@ def _apply(record: DriftRecord, step: float, *arguments: Any) -> Tensor:
     """Of checked arguments, h with one dimension of batch; ``step``: the scale to take."""
     h, V, W, hidden_bias, output_bias, activation, _, backward, strict, anchors, memory_budget = arguments
     tensors = (h, V, W, hidden_bias, output_bias)
+    anchors, memory_budget = plain_sizes(anchors, memory_budget)
     plan, compiling = checkpointing.NOTHING, torch.compiler.is_compiling()
     call = Call(activation, step, backward, strict, anchors, memory_budget, record)
     transforms = torch._C._are_functorch_transforms_active()

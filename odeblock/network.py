@@ -49,9 +49,8 @@ class DeepResNet(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_size("in_features", in_features)
-        check_size("dim", dim)
-        check_size("out_features", out_features)
+        in_features, dim = check_size("in_features", in_features), check_size("dim", dim)
+        out_features = check_size("out_features", out_features)
         self.A = nn.Linear(in_features, dim, bias=bias, device=device, dtype=dtype)
         self.block = DeepResBlock(
             dim,

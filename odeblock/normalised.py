@@ -31,7 +31,7 @@ from .normalised_ops import EPS
 from .products import CONVOLUTION, shaped
 from .reference import state_dtype
 from .scan import ResidualScan, Steps, plan_for
-from .validation import check_affine, check_arguments
+from .validation import check_affine, check_arguments, plain_sizes
 
 MOMENTUM = 0.1
 """That of ``nn.BatchNorm2d``, as EPS is."""
@@ -209,6 +209,7 @@ def normalised_residual(
     h, V, W, hidden_bias, output_bias = autocasted(h, *weights)
     options = (backward, strict, anchors, memory_budget)
     scale = check_arguments(h, V, W, hidden_bias, output_bias, activation, scale, *options, maps=True)
+    anchors, memory_budget = plain_sizes(anchors, memory_budget)
     for i, (name, tensor) in enumerate(zip(AFFINE, norm, strict=True)):
         check_affine(name, tensor, V, hidden=i < 2)
     if h.numel() == h.shape[-3]:

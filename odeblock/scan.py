@@ -100,7 +100,7 @@ def residual_scan(
     ODEs", ICLR 2024, arXiv 2309.01213.
     """
     leaves, spec, depth = _check_arguments(f, h, params)
-    check_options(backward, strict, anchors, memory_budget)
+    anchors, memory_budget = check_options(backward, strict, anchors, memory_budget)
     scale = 1.0 / depth if scale is None else check_scale(scale)
     device = h.device.type
     autocast = torch.get_autocast_dtype(device) if autocasts(device) else None

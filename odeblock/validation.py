@@ -236,19 +236,30 @@ def check_strategy(backward: Any) -> str:
     return backward
 
 
-def check_options(backward: Any, strict: Any, anchors: Any, memory_budget: Any) -> None:
-    """A strategy, and the options that go with it."""
+def check_options(backward: Any, strict: Any, anchors: Any, memory_budget: Any) -> tuple[int, int | None]:
+    """A strategy, and the options that go with it; returns the last two as plain ints."""
     check_strategy(backward)
     check_flag("strict", strict)
-    if check_size("anchors", anchors, least=0) and backward != "adjoint":
+    anchors = check_size("anchors", anchors, least=0, most=None)
+    if anchors and backward != "adjoint":
         raise ValueError(f'anchors: expected 0 unless backward is "adjoint", got {anchors} with {backward!r}')
     if memory_budget is not None:
-        check_size("memory_budget", memory_budget)
+        memory_budget = check_size("memory_budget", memory_budget, most=None)
         if backward not in ("auto", "checkpoint"):
             raise ValueError(
                 'memory_budget: expected None unless backward is "auto" or "checkpoint", got '
                 f"{memory_budget} with {backward!r}"
             )
+    return anchors, memory_budget
+
+
+def plain_sizes(anchors: Any, memory_budget: Any) -> tuple[int, int | None]:
+    """These options, which were checked, as plain ints: a tensor may change, and a short type overflows."""
+    if type(anchors) is not int:
+        anchors = operator.index(anchors)
+    if memory_budget is not None and type(memory_budget) is not int:
+        memory_budget = operator.index(memory_budget)
+    return anchors, memory_budget
 
 
 def check_flag(name: str, value: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 
+import numpy as np
 import pytest
 import torch
 
@@ -103,6 +104,7 @@ def test_network() -> None:
     assert set(DeepResNet(10, 6, 15, 3).state_dict()) == {"A.weight", "block.V", "block.W", "B.weight"}
     with pytest.raises(ValueError, match="in_features"):
         DeepResNet(0, 6, 15, 3)
+    assert type(DeepResNet(np.int64(2), 3, 4, np.int64(5)).A.in_features) is int
     before = network.B.weight.clone()
     network.reset_parameters()
     assert not torch.equal(before, network.B.weight)

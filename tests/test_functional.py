@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from oracle import NAMES, make_case
 from torch import Tensor, nn
 
-from odeblock import checkpointing, functional, reference
+from odeblock import DeepConvResBlock, DeepResBlock, checkpointing, functional, reference
 from odeblock.activations import ACTIVATIONS
 
 STRATEGIES = ("auto", "store", "checkpoint", "adjoint")
@@ -84,6 +85,45 @@ REFUSED = [
 def test_bad_arguments(function: Any, changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         function(**arguments(**changes))
+
+
+def test_integers_of_other_libraries_are_taken_by_their_value() -> None:
+    """Not by their type, of which 255 + 1 may be 0, nor by a tensor's identity, as its value changes."""
+    block = DeepResBlock(4, 6, backward="adjoint", anchors=np.uint8(255))
+    assert type(block.anchors) is int
+    assert "anchors=255" in repr(block)
+    block(torch.randn(3, 4)).sum().backward()
+    tensors = {name: tensor.requires_grad_() for name, tensor in arguments().items()}
+    plain = functional.deep_residual(**tensors, backward="adjoint", anchors=255)
+    short = functional.deep_residual(**tensors, backward="adjoint", anchors=np.uint8(255))
+    expected, found = (torch.autograd.grad(y.sum(), tensors["h"])[0] for y in (plain, short))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["rows", "maps", "scan", "normalised"])
+def test_a_budget_that_changes(kind: str) -> None:
+    budget = torch.tensor(10**6)
+    block = DeepResBlock(4, 6, memory_budget=budget)
+    assert type(block.memory_budget) is int
+    maps = DeepConvResBlock(4, 6, norm="batch" if kind == "normalised" else None)
+    x = torch.randn(2, 4, 3, 3)
+
+    def call() -> Tensor:
+        if kind == "rows":
+            return functional.deep_residual(torch.randn(3, 4), block.V, block.W, memory_budget=budget)
+        if kind == "maps":
+            return functional.deep_conv_residual(x, maps.V, maps.W, memory_budget=budget)
+        if kind == "scan":
+            return functional.residual_scan(
+                lambda h, V: h @ V, torch.randn(3, 4), block.V, memory_budget=budget
+            )
+        maps.memory_budget = budget  # type: ignore[assignment]
+        return maps(x)
+
+    call().sum().backward()
+    budget.fill_(10)
+    with pytest.raises(ValueError, match=r"memory_budget: expected at least \d+ bytes.*got 10$"):
+        call()
 
 
 @pytest.mark.parametrize("function", ENTRY_POINTS, ids=["functional", "reference"])
