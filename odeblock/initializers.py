@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -145,7 +145,7 @@ class GaussianProcess:
     length_scale: float = LENGTH_SCALE
 
     def __post_init__(self) -> None:
-        check_number("length_scale", self.length_scale, above=0)
+        _keep(self, "length_scale", check_number("length_scale", self.length_scale, above=0))
         expected = f"kernel: expected a function or one of {', '.join(KERNELS)}"
         if not isinstance(self.kernel, str) and not callable(self.kernel):
             raise TypeError(f"{expected}; got {type(self.kernel).__name__}")
@@ -182,8 +182,8 @@ class Fourier:
     decay: float = 1.0
 
     def __post_init__(self) -> None:
-        check_size("modes", self.modes, least=0)
-        check_number("decay", self.decay)
+        _keep(self, "modes", check_size("modes", self.modes, least=0))
+        _keep(self, "decay", check_number("decay", self.decay))
 
     def __call__(self, V: Tensor, W: Tensor, *, generator: torch.Generator | None = None) -> None:
         j = torch.arange(self.modes + 1, dtype=torch.float64, device="cpu")
@@ -210,7 +210,7 @@ class Polynomial:
     degree: int = 3
 
     def __post_init__(self) -> None:
-        check_size("degree", self.degree, least=0)
+        _keep(self, "degree", check_size("degree", self.degree, least=0))
 
     def __call__(self, V: Tensor, W: Tensor, *, generator: torch.Generator | None = None) -> None:
         x = 2 * _layers(V.shape[0]) - 1
@@ -254,6 +254,11 @@ class Fields:
 
 
 # ---- inside ----------------------------------------------------------------------------------------------
+
+
+def _keep(setting: Any, name: str, value: float) -> None:
+    """What a check made of an argument, in its place: short types of other libraries overflow later."""
+    object.__setattr__(setting, name, value)
 
 
 def _fan_in(stack: Tensor) -> int:

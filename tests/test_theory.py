@@ -10,6 +10,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -158,6 +159,25 @@ def test_initializers_travel_with_the_block() -> None:
     before = network.block.V.clone()
     network.reset_parameters()
     assert not torch.equal(before, network.block.V)
+
+
+@pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        (lambda: Fourier(modes=np.uint8(255), decay=Fraction(1, 2)), Fourier(255, 0.5)),
+        (lambda: Polynomial(np.int8(127)), Polynomial(127)),
+        (lambda: GaussianProcess(length_scale=Fraction(1, 4)), GaussianProcess()),
+        (lambda: GaussianProcess("matern32", np.float16(0.25)), GaussianProcess("matern32")),
+    ],
+)
+def test_settings_of_other_libraries_are_plain_numbers(given: Callable[[], Any], plain: Any) -> None:
+    assert repr(given()) == repr(plain)
+    found, expected = torch.empty(2, 6, 4, 4)
+    for init, weights in ((given(), found), (plain, expected)):
+        torch.manual_seed(1)
+        init(weights, torch.empty(6, 4, 4))
+    assert torch.equal(found, expected)
+    assert found.any()
 
 
 @pytest.mark.parametrize(
