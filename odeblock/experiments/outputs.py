@@ -80,6 +80,8 @@ def _runs_elsewhere(pid: int) -> bool:
     """Whether another process has this number. (What has ours is of an earlier one: we write nothing yet.)"""
     if pid == os.getpid():
         return False
+    if os.name == "nt":  # where this signal ends a process; nobody is asked
+        return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
