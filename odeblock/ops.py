@@ -212,10 +212,10 @@ def _gradients(
     weight_gradients: bool,
 ) -> tuple[Tensor, ...]:
     check_op(grad, V, W, hidden_bias, output_bias, activation, save_every, reconstruct, slots, "grad")
-    if reconstruct and (h is None or (h.shape, h.dtype, h.device) != (grad.shape, grad.dtype, grad.device)):
-        got = "None" if h is None else f"{list(h.shape)}, {h.dtype} on {h.device}"
-        expected = f"{list(grad.shape)}, {grad.dtype} on {grad.device}"
-        raise ValueError(f"h: expected the input, to measure drift, as grad: {expected}; got {got}")
+    if reconstruct:
+        check_saved("h", h, grad.shape, grad.dtype, grad.device)
+    else:
+        h = None  # drift alone is measured by it
     on_a_gpu = grad.is_cuda and not keep_hidden and gpu.has_kernels_for(grad)
     if on_a_gpu or native.runs_natively(grad):
         _check_saved(grad, V, states, checks, save_every, reconstruct, keep_hidden)

@@ -143,7 +143,7 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     before = (folder / CHECKPOINT).read_bytes()
     assert main([*options, "--data", str(tmp_path), "--resume"]) == 0  # is at its end, and has its settings
     assert (folder / CHECKPOINT).read_bytes() == before
-    assert main([*options[:-1], str(tmp_path / "new"), *settings, "--lr", "1e30", "--resume"]) == 1
+    assert main([*options[:-1], str(tmp_path / "new"), *settings, "--lr", "1e29", "--resume"]) == 1
     assert "stopped: the loss is" in capsys.readouterr().out
 
 

@@ -157,7 +157,7 @@ def test_memory_may_hold_anything(dtype: torch.dtype, shape: Any) -> None:
         ({"slots": 0}, "slots: expected from 1 to L = 4"),
         ({"slots": 5}, "slots: expected from 1 to L = 4"),
         ({"save_every": 0}, "save_every: expected from 1 to L = 4"),
-        ({"reconstruct": True}, "h: expected the input"),
+        ({"reconstruct": True}, "h: expected a torch.Tensor"),
     ],
     ids=str,
 )
