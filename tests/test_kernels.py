@@ -159,7 +159,6 @@ def test_memory_may_hold_anything(dtype: torch.dtype, shape: Any) -> None:
         ({"save_every": 0}, "save_every: expected from 1 to L = 4"),
         ({"reconstruct": True}, "h: expected a torch.Tensor"),
     ],
-    ids=str,
 )
 def test_ops_by_themselves_check_what_goes_to_the_core(changed: dict[str, Any], message: str) -> None:
     """Those of a program that was saved, too: with such arguments the core would read what is not theirs."""

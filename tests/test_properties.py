@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import hypothesis.strategies as st
-import oracle
 import torch
 from hypothesis import HealthCheck, event, given, settings
 from oracle import NAMES, Case, Eager, check_strategies, errors, make_case, rounded, run
@@ -25,13 +24,11 @@ from odeblock.functional import deep_conv_residual, deep_residual
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 EXACT = ("store", "checkpoint", "auto")
-RUNS = 64 if NIGHTLY else oracle.RUNS
-FLOORS = {dtype: (128 if dtype == torch.float64 else 4) if NIGHTLY else 1 for dtype in DTYPES}
-"""Eager runs of which the worst is the baseline; floors of the oracle's rule that are always allowed. With
-one or two features a sum has the same bits in any order, so that all eager runs are nearly the same one, and
-in float64 nearly the truth: of thousands of other draws every night the kernels are beyond twice its error in
-a few. That they round no more than eager is what tests of fixed problems ask, those of the short form among
-them; at night mistakes are looked for."""
+NUDGES = 8 if NIGHTLY else 0
+"""With one or two features and few rows that count, a sum has the same bits in any order: all eager runs are
+nearly the same one, and in float64 nearly the truth. Of thousands of other draws every night a few cancel
+where eager happens to round well; there twice what an ulp of the inputs makes is no mistake either. That the
+kernels round no more than eager is what fixed problems ask, those of the short form among them."""
 
 
 def examples(count: int) -> Callable[[Any], Any]:
@@ -118,7 +115,7 @@ def test_the_rule(threads: None, problem: Problem, forms: list[str]) -> None:
         views = (None if x is None else strided(form, x) for form, x in zip(forms, tensors, strict=True))
         return problem.function(*views, **options)
 
-    check_strategies(function, problem.case, problem.dtype, EXACT, RUNS, FLOORS[problem.dtype])
+    check_strategies(function, problem.case, problem.dtype, EXACT, NUDGES)
 
 
 @examples(50)
@@ -132,7 +129,7 @@ def test_the_adjoint_is_right_or_says_so(threads: None, problem: Problem, anchor
         event("refused")
         return
     truth = run(case.reference, case, torch.float64)
-    eager, eps = Eager(case, dtype, truth, RUNS), torch.finfo(dtype).eps
+    eager, eps = Eager(case, dtype, truth, NUDGES), torch.finfo(dtype).eps
     for name, error in errors(found, truth).items():
         if name != "increment":  # of y and h, which other strategies have as well
             assert eager.allows(name, error - 20 * DRIFT_TOLERANCE[dtype], 4 * eps), name
