@@ -62,7 +62,8 @@ def residual_scan(
             autocast's dtype). The backward calls it again, so it must be a pure function of its arguments:
             no random numbers, no running statistics, no change of an argument in place, and no captured
             tensor that needs a gradient (it belongs in ``params``) or changes before the backward. Where
-            gradients are needed, one more call checks this as far as it can be seen (two on the CPU).
+            gradients are needed, one more call checks this as far as it can be seen (two on the CPU);
+            ``torch.func`` asks for none of this.
         h: input, any shape [B, ...] with at least one dimension; float32, float64, bfloat16 or float16.
             States are kept in float32 (float64 for float64), f sees them in the dtype of ``h``.
         params: a tensor, or lists, tuples and dicts of tensors, each stacked over depth: [L, ...] with the
@@ -85,9 +86,10 @@ def residual_scan(
 
     Returns:
         h_L, with the shape, dtype and device of ``h``. Forward mode takes one pass and keeps nothing;
-        gradients that can be differentiated again (``create_graph=True``, ``torch.func.grad``) are those of
-        the plain loop, whatever the strategy, and keep the graph of all steps. ``torch.vmap`` over gradients
-        is not supported. ``torch.compile`` leaves training to run eagerly: compile f itself.
+        gradients that can be differentiated again (``create_graph=True``), and all derivatives and ``vmap``
+        of ``torch.func``, are those of the plain loop, whatever the strategy, and keep the graph of all
+        steps; ``is_grads_batched`` is not supported. ``torch.compile`` leaves training to run eagerly:
+        compile f itself.
 
     Raises:
         TypeError: an argument is of the wrong type, ``params`` holds something else than tensors, f returns
@@ -117,7 +119,13 @@ def residual_scan(
 def _train(
     steps: FunctionSteps, plan: checkpointing.Plan, strict: bool, h: Tensor, leaves: Sequence[Tensor]
 ) -> Tensor:
-    """h_L, with what its derivatives need."""
+    """h_L, with what its derivatives need.
+
+    Those of ``torch.func`` are the plain loop's anyway; taken of the loop itself they are also by what f
+    captures, at any level of nested transforms.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return steps.run(h, leaves)
     check_purity(steps, h, leaves)
     y, *_ = ResidualScan.apply(steps, plan, strict, DriftRecord(), h, *leaves)  # type: ignore[no-untyped-call]
     result: Tensor = y

@@ -24,6 +24,7 @@ from residuals import (
 )
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.func import grad, grad_and_value, hessian, jvp, vjp, vmap
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -161,11 +162,11 @@ def test_function_transforms(strategy: str) -> None:
         def loss(h: Tensor, params: Any) -> Tensor:
             return scan(f, h, params, backward=strategy).square().mean()
 
-        gradient = torch.func.grad(loss, argnums=(0, 1))
-        _, pull = torch.func.vjp(lambda h, p: scan(f, h, p, backward=strategy), h, params)
+        gradient = grad(loss, argnums=(0, 1))
+        _, pull = vjp(lambda h, p: scan(f, h, p, backward=strategy), h, params)
         (y, dy), second = (
-            torch.func.jvp(lambda h, p: scan(f, h, p, backward=strategy), (h, params), (dh, tangents)),
-            torch.func.jvp(gradient, (h, params), (dh, tangents)),
+            jvp(lambda h, p: scan(f, h, p, backward=strategy), (h, params), (dh, tangents)),
+            jvp(gradient, (h, params), (dh, tangents)),
         )
         return [y, dy, *tree_flatten(second)[0], *tree_flatten(pull(dh))[0]]
 
@@ -178,6 +179,37 @@ def test_function_transforms(strategy: str) -> None:
             for scan in (residual_scan, plain)
         )
     torch.testing.assert_close(moving, expected, rtol=1e-12, atol=1e-14)
+
+
+CAPTURED: dict[str, Callable[..., Any]] = {  # of loss(Z, c), whose f captures c
+    "jvp": lambda loss, Z, c: jvp(lambda c: loss(Z, c), (c,), (c.cos(),)),
+    "jvp of a gradient": lambda loss, Z, c: jvp(lambda c: grad_and_value(loss)(Z, c), (c,), (c.cos(),)),
+    "jvp of vjp": lambda loss, Z, c: jvp(lambda c: vjp(loss, Z, c)[0], (c,), (c.cos(),)),
+    "gradient of a value": lambda loss, Z, c: grad(lambda c: grad_and_value(loss)(Z, c)[1])(c),
+    "gradient of a gradient": lambda loss, Z, c: grad(lambda c: grad(loss)(Z, c).square().sum())(c),
+    "autograd of a value": lambda loss, Z, c: torch.autograd.functional.jacobian(
+        lambda c: grad_and_value(loss)(Z, c)[1], c
+    ),
+    "gradients of members": lambda loss, Z, c: vmap(grad(loss, (0, 1)))(
+        torch.stack([Z, -Z]), torch.stack([c, c])
+    ),
+    "hessian": lambda loss, Z, c: hessian(loss, (0, 1))(Z, c),
+}
+
+
+@pytest.mark.parametrize("name", CAPTURED)
+def test_derivatives_by_what_f_captures(name: str) -> None:
+    """Of ``torch.func``, at every level."""
+    h, Z, c = (torch.randn(*shape, dtype=torch.float64) for shape in ((3, 4), (5, 4), (4,)))
+
+    def derivatives(scan: Callable[..., Tensor]) -> list[Any]:
+        def loss(Z: Tensor, c: Tensor) -> Tensor:
+            return scan(lambda h, Z: torch.tanh(h * Z) * c, h, Z, backward="adjoint").square().sum()
+
+        return tree_flatten(CAPTURED[name](loss, Z, c))[0]
+
+    for a, b in zip(derivatives(residual_scan), derivatives(plain), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
 def test_the_adjoint_says_when_a_step_cannot_be_inverted() -> None:
