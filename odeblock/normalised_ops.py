@@ -25,6 +25,9 @@ EPS = 1e-5
 AFFINE = ("hidden_weight", "hidden_shift", "output_weight", "output_shift")
 """What the ops call γ and β."""
 
+STATISTICS = ("hidden_mean", "hidden_var", "output_mean", "output_var")
+"""And what they are made by."""
+
 _library.define(
     "deep_conv_normalised(Tensor h, Tensor V, Tensor W, Tensor? hidden_bias, Tensor? output_bias, "
     "Tensor hidden_weight, Tensor hidden_shift, Tensor output_weight, Tensor output_shift, str activation, "
@@ -135,8 +138,7 @@ def _check_saved(
     grad: Tensor, V: Tensor, statistics: Sequence[Tensor], states: Tensor, save_every: int
 ) -> None:
     like = (state_dtype(grad.dtype), grad.device)
-    names = ("hidden_mean", "hidden_var", "output_mean", "output_var")
-    for name, tensor, shape in zip(names, statistics, _statistics_shapes(V), strict=True):
+    for name, tensor, shape in zip(STATISTICS, statistics, _statistics_shapes(V), strict=True):
         check_saved(name, tensor, shape, *like)
     check_saved("states", states, _states_shape(grad, V, save_every), *like)
 
@@ -250,7 +252,8 @@ def _backward_fake(
 
     weights = [like(p, grad.dtype) for p in (V, W, hidden_bias, output_bias)]
     affine = (hidden_weight, hidden_shift, output_weight, output_shift)
-    named = dict(zip(AFFINE, affine, strict=True), states=states)
+    statistics = (hidden_mean, hidden_var, output_mean, output_var)
+    named = dict(zip((*AFFINE, *STATISTICS), (*affine, *statistics), strict=True), states=states)
     check_devices(grad=grad, V=V, W=W, hidden_bias=hidden_bias, output_bias=output_bias, **named)
     return grad.new_empty(grad.shape), *weights, *(like(p, state_dtype(grad.dtype)) for p in affine)
 

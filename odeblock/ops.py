@@ -157,6 +157,7 @@ def _forward(
     computed = state_dtype(h.dtype)
     states, checks = _empty(states_like, computed), _empty(checks_like, computed)
     workspace = _empty((workspace_size,), torch.uint8)
+    direction = probe(dim, computed) if reconstruct else None
     native.core.forward(
         *sizes,
         scale,
@@ -167,7 +168,7 @@ def _forward(
         native.pointer(output_bias),
         native.pointer(y),
         native.pointer(states),
-        native.pointer(probe(dim, computed) if reconstruct else None),
+        native.pointer(direction),
         native.pointer(checks),
         save_every,
         reconstruct,
@@ -249,6 +250,7 @@ def _gradients(
     report = torch.zeros(REPORT_SIZE, dtype=torch.float64)
     size = native.core.backward_workspace(*sizes, save_every, reconstruct, slots, keep_hidden, threads)
     workspace = _empty((size,), torch.uint8)
+    direction = probe(dim, state_dtype(grad.dtype)) if reconstruct else None
     native.core.backward(
         *sizes,
         scale,
@@ -259,7 +261,7 @@ def _gradients(
         native.pointer(hidden_bias),
         native.pointer(output_bias),
         native.pointer(states),
-        native.pointer(probe(dim, state_dtype(grad.dtype)) if reconstruct else None),
+        native.pointer(direction),
         native.pointer(checks),
         native.pointer(dh),
         native.pointer(dV),
@@ -358,7 +360,8 @@ def _backward_fake(
     strict: bool,
     record: int,
 ) -> tuple[Tensor, ...]:
-    check_devices(grad=grad, V=V, W=W, hidden_bias=hidden_bias, output_bias=output_bias, states=states)
+    weights = {"V": V, "W": W, "hidden_bias": hidden_bias, "output_bias": output_bias}
+    check_devices(grad=grad, h=h, **weights, states=states, checks=checks)
     dV, dW, dhidden, doutput = (
         p.new_empty(p.shape) if weight_gradients and p is not None else grad.new_empty(0)
         for p in (V, W, hidden_bias, output_bias)

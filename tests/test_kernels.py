@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from oracle import NAMES, check_rule, make_case, rounded, run
 from torch import Tensor
 
-from odeblock import DeepResBlock, build_info, reference
+from odeblock import DeepResBlock, DriftWarning, build_info, native, normalised_ops, ops, reference
 from odeblock.activations import ACTIVATIONS
 from odeblock.checkpointing import Plan
 from odeblock.functional import deep_conv_residual, deep_residual
@@ -177,6 +178,65 @@ def test_ops_by_themselves_check_what_goes_to_the_core(changed: dict[str, Any], 
     both({})
     with pytest.raises((TypeError, ValueError, RuntimeError), match=message):
         both(changed)
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_no_op_takes_a_meta_tensor_among_others(normalised: bool) -> None:
+    """PyTorch would ask the fake version, whose results nothing has computed."""
+    options: dict[str, Any] = {"activation": "relu", "scale": 1e-3, "save_every": 1, "reconstruct": True}
+    options |= {"keep_hidden": False, "slots": 1, "weight_gradients": True, "strict": False, "record": 0}
+    kind: Any = normalised_ops if normalised else ops
+    kernel = (3, 3) if normalised else ()
+    given = {"h": torch.randn(3, 5, 4, 4) if normalised else torch.randn(3, 5)} | options
+    given |= {"V": torch.randn(4, 5, 6, *kernel), "W": torch.randn(4, 6, 5, *kernel)}
+    given |= {"hidden_bias": torch.randn(4, 6), "output_bias": torch.randn(4, 5)}
+    given |= {name: torch.randn(4, 6) for name in ("hidden_weight", "hidden_shift")}
+    given |= {name: torch.randn(4, 5) for name in ("output_weight", "output_shift")}
+    for op in (kind.forward, kind.backward):
+        schema = op._schema
+        names = [argument.name for argument in schema.arguments]
+        tensors = [name for name in names if isinstance(given[name], torch.Tensor)]
+        first, *_ = tensors
+        for name in tensors:
+            changed = {key: given[key] for key in names} | {name: given[name].to("meta")}
+            named, got = ("(h|V)", "meta; got cpu") if name == first else (name, "cpu; got meta")
+            expected = f"^{named}: expected the device of {first}, {got}"
+            with pytest.raises(ValueError, match=expected):
+                op(**changed)
+        saved = op(**{name: given[name] for name in names})
+        given |= dict(zip([result.name for result in schema.returns], saved, strict=True))
+        given["grad"] = saved[0]
+
+
+def test_the_direction_lives_as_long_as_the_core_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is kept for no other call, as under a dispatch mode."""
+    block, x = DeepResBlock(5, 4, backward="adjoint"), torch.randn(3, 5)
+    made: list[Any] = []
+    alive: list[bool] = []
+
+    def probe(dim: int, dtype: torch.dtype) -> torch.Tensor:
+        direction = torch.randn(dim, dtype=dtype)
+        made.append(weakref.ref(direction))
+        return direction
+
+    class Core:
+        def __getattr__(self, name: str) -> Any:
+            function = getattr(core, name)
+            if name not in ("forward", "backward"):
+                return function
+
+            def watched(*arguments: Any) -> Any:
+                alive.append(made[-1]() is not None)
+                return function(*arguments)
+
+            return watched
+
+    core = native.core
+    monkeypatch.setattr(native, "core", Core())
+    monkeypatch.setattr(ops, "probe", probe)
+    with pytest.warns(DriftWarning):  # as two directions are compared
+        block(x).sum().backward()
+    assert alive == [True, True]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
