@@ -100,6 +100,7 @@ def main() -> int:
         parser.error(f"--steps: expected some of {', '.join(STEPS)}, got {', '.join(unknown)}")
     if not torch.cuda.is_available():
         parser.error(f"PyTorch {torch.__version__} sees no GPU here")
+    arguments.output = arguments.output.resolve()  # steps run elsewhere
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name, command in STEPS.items():
         if name.startswith("benchmark"):

@@ -28,6 +28,7 @@ from .validation import (
     check_scale,
     check_size,
     check_tensor,
+    in_digits,
 )
 
 if TYPE_CHECKING:
@@ -159,7 +160,8 @@ class ResBlock(nn.Module):
 
         Relative errors of the worst row: ``estimate``, of the states that activations were differentiated at;
         ``drift``, of reconstructed states that the forward knew. Means: ``evaluations`` of a step's f,
-        ``order`` of the prediction that the reconstruction starts from. See docs/adjoint.md. Waits for a GPU.
+        ``order`` of the prediction that the reconstruction starts from. See docs/adjoint.md. Waits for a GPU,
+        and takes what CUDA graphs have written since the last look for the last.
         """
         return self._drift.read()
 
@@ -182,7 +184,8 @@ class ResBlock(nn.Module):
         """
         every = check_size("every", every, most=None)
         if every > self.depth:
-            raise ValueError(f"every: expected an int from 1 to the depth {self.depth}, got {every}")
+            got = in_digits(every)
+            raise ValueError(f"every: expected an int from 1 to the depth {self.depth}, got {got}")
         check_tensor("h", h)
         stacks = self._current_stacks()
         h, *weights = autocasted(h, *stacks[: len(PARAMETERS)])
@@ -242,8 +245,8 @@ class ResBlock(nn.Module):
         parts = check_size("parts", parts, most=None)
         if parts > self.depth:
             raise ValueError(
-                f"parts: expected an int from 1 to the depth {self.depth}, got {parts}; a part holds at "
-                "least one step"
+                f"parts: expected an int from 1 to the depth {self.depth}, got {in_digits(parts)}; a part "
+                "holds at least one step"
             )
         stacks = self._current_stacks()
         pieces = cut_stacks(stacks, lambda p: p.detach().tensor_split(parts))

@@ -18,7 +18,7 @@ from .base import PARAMETERS, ResBlock
 from .flow import blocks, flow_rates
 from .limit import interpolate
 from .sharded import whole
-from .validation import check_size
+from .validation import check_layers, check_size
 
 # ---- of weights ------------------------------------------------------------------------------------------
 
@@ -138,6 +138,8 @@ def distance(weights: Tensor, limit: Tensor, at: Tensor | None = None) -> float:
     Raises:
         ValueError: layers of another shape in ``limit``, or none; not as many depths ``at`` as there.
     """
+    check_layers("weights", weights)
+    check_layers("limit", limit)
     if weights.shape[1:] != limit.shape[1:]:
         raise ValueError(f"limit: expected shape [n, {list(weights.shape[1:])}], got {list(limit.shape)}")
     if at is None:
@@ -149,8 +151,7 @@ def distance(weights: Tensor, limit: Tensor, at: Tensor | None = None) -> float:
 
 
 def _flat(weights: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    if weights.dim() < 1 or weights.shape[0] < 1:
-        raise ValueError(f"weights: expected shape [L, ...] with L >= 1, got {list(weights.shape)}")
+    check_layers("weights", weights)
     return whole(weights.detach()).reshape(weights.shape[0], -1).to(dtype)
 
 

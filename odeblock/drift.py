@@ -99,7 +99,7 @@ class DriftRecord:
             pass
         for captured in self.captured:
             report, tolerance, seen = captured
-            captured[2] = report.tolist()
+            captured[2] = str(report.tolist())  # in which NaN is NaN
             if captured[2] != seen:  # written since
                 self.judge(report, tolerance)
         return dict(self.last) or None

@@ -187,7 +187,8 @@ class Fourier:
 
     def __call__(self, V: Tensor, W: Tensor, *, generator: torch.Generator | None = None) -> None:
         j = torch.arange(self.modes + 1, dtype=torch.float64, device="cpu")
-        c = j.clamp(min=1) ** -self.decay
+        largest = self.modes if self.decay < 0 else 1  # whose c_j is 1, so that none overflows
+        c = (j.clamp(min=1) / max(largest, 1)) ** -self.decay
         c = c / c.norm()
         angle = 2 * math.pi * _layers(V.shape[0])[:, None] * j
         _combine(V, W, torch.cat([c * angle.cos(), (c * angle.sin())[:, 1:]], 1), generator)
@@ -286,7 +287,7 @@ def _combine(V: Tensor, W: Tensor, factor: Tensor, generator: torch.Generator | 
 def _cholesky(kernel: Kernel, depth: int, length_scale: float) -> Tensor:
     """The factor R [L, L] in float64 with R Rᵀ = K, K_ij = kernel(|s_i - s_j| / ℓ); refuses what is none."""
     s = _layers(depth)
-    r = (s[:, None] - s[None, :]).abs() / length_scale
+    r = ((s[:, None] - s[None, :]).abs() / length_scale).clamp(max=1e100)  # whose square is finite
     values = kernel(r)
     if not isinstance(values, Tensor) or values.shape != r.shape:
         got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
@@ -320,7 +321,7 @@ def _low_rank_factor(depth: int, length_scale: float) -> Tensor:
         pivot = int(remaining.argmax())
         if remaining[pivot] < JITTER:
             break
-        column = torch.exp(-((s - s[pivot]) ** 2) / (2 * length_scale**2))
+        column = torch.exp(-(((s - s[pivot]) / length_scale) ** 2) / 2)
         for previous in columns:
             column = column - previous[pivot] * previous
         column = column / remaining[pivot].sqrt()

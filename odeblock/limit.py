@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .activations import get_activation
 from .products import products
-from .validation import check_number
+from .validation import check_layers, check_number
 
 if TYPE_CHECKING:
     from .base import ResBlock
@@ -48,9 +48,10 @@ def interpolate(weights: Tensor, position: Tensor, kind: str = "linear") -> Tens
         position k gives Z_k itself, and linear interpolation of equal neighbours gives exactly themselves.
 
     Raises:
-        ValueError: an unknown ``kind``.
+        ValueError: an unknown ``kind``, or no layer.
     """
     _check_kind("kind", kind)
+    check_layers("weights", weights)
     depth = weights.shape[0]
     dtype = torch.promote_types(weights.dtype, torch.float32)
     offset = (position.to(torch.float64) - 1).clamp(0, depth - 1)

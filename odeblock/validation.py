@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import sys
 from typing import Any
 
 import torch
@@ -202,6 +203,12 @@ def _check_kernels(V: Tensor) -> None:
         )
 
 
+def check_layers(name: str, weights: Tensor) -> None:
+    """A stack over depth of at least one layer."""
+    if weights.dim() < 1 or weights.shape[0] < 1:
+        raise ValueError(f"{name}: expected shape [L, ...] with L >= 1, got {list(weights.shape)}")
+
+
 def check_rows(h: Tensor, dim: int, source: str = "", name: str = "h") -> None:
     """Rows of ``dim`` features; ``source``: what errors say of where that comes from."""
     if h.dim() < 1 or h.shape[-1] != dim:
@@ -240,11 +247,11 @@ def check_options(backward: Any, strict: Any, anchors: Any, memory_budget: Any) 
     """A strategy, and the options that go with it; returns the last two as plain ints."""
     check_strategy(backward)
     check_flag("strict", strict)
-    anchors = check_size("anchors", anchors, least=0, most=None)
+    anchors = check_size("anchors", anchors, least=0, most=sys.maxsize)
     if anchors and backward != "adjoint":
         raise ValueError(f'anchors: expected 0 unless backward is "adjoint", got {anchors} with {backward!r}')
     if memory_budget is not None:
-        memory_budget = check_size("memory_budget", memory_budget, most=None)
+        memory_budget = check_size("memory_budget", memory_budget, most=sys.maxsize)
         if backward not in ("auto", "checkpoint"):
             raise ValueError(
                 'memory_budget: expected None unless backward is "auto" or "checkpoint", got '
@@ -278,13 +285,13 @@ def check_size(name: str, value: Any, *, least: int = 1, most: int | None = MOST
     except (TypeError, RuntimeError):  # the latter from a tensor on the meta device
         raise TypeError(f"{name}: expected an int >= {least}, got {type(value).__name__}") from None
     if value < least:
-        raise ValueError(f"{name}: expected an int >= {least}, got {_digits(value)}")
+        raise ValueError(f"{name}: expected an int >= {least}, got {in_digits(value)}")
     if most is not None and value > most:
-        raise ValueError(f"{name}: expected an int from {least} to {most}, got {_digits(value)}")
+        raise ValueError(f"{name}: expected an int from {least} to {most}, got {in_digits(value)}")
     return int(value)
 
 
-def _digits(value: int) -> str:
+def in_digits(value: int) -> str:
     """Python refuses to write out what has thousands of them."""
     return str(value) if abs(value) < 10**100 else "one of more than 100 digits"
 

@@ -66,6 +66,8 @@ REFUSED = [
     ({"strict": "yes"}, TypeError, "strict: expected True or False, got str"),
     ({"anchors": -1, "backward": "adjoint"}, ValueError, "anchors: expected an int >= 0, got -1"),
     ({"anchors": 2}, ValueError, "anchors: expected 0 unless backward is \"adjoint\", got 2 with 'auto'"),
+    ({"memory_budget": 10**5000}, ValueError, "memory_budget: expected an int from 1 to"),
+    ({"anchors": 10**5000, "backward": "store"}, ValueError, "anchors: expected an int from 0 to"),
     ({"memory_budget": 1.5}, TypeError, "memory_budget: expected an int >= 1, got float"),
     (
         {"memory_budget": torch.tensor(9, device="meta")},

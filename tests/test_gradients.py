@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import warnings
 
@@ -274,9 +275,11 @@ def test_the_report_of_a_gpu_is_judged_when_it_has_arrived(monkeypatch: pytest.M
     assert block.last_drift["estimate"] == 1e-7
     block._drift.waiting.append((report(1e-8), Event(True), 1e-5))  # of a call outside of it
     assert block.last_drift["estimate"] == 1e-8
-    replayed[0] = 1
-    with pytest.warns(DriftWarning):
-        assert block.last_drift["estimate"] == 1
+    for estimate in (1, math.nan):
+        replayed[0] = estimate
+        with pytest.warns(DriftWarning):
+            assert str(block.last_drift["estimate"]) == str(float(estimate))
+        assert block.last_drift is not None  # and is silent
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

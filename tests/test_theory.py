@@ -590,6 +590,23 @@ def test_high_frequencies() -> None:
     assert shares[0] / shares[1] == pytest.approx(8, rel=0.2)
 
 
+@pytest.mark.parametrize(
+    "init",
+    [
+        Fourier(10, decay=-400.0),
+        Fourier(10, decay=1e308),
+        Fourier(0, decay=-1e308),
+        *(GaussianProcess(kernel, scale) for kernel in KERNELS for scale in (5e-324, 1e-170, 1e200, 1e308)),
+    ],
+    ids=repr,
+)
+def test_extreme_settings_give_finite_weights(init: Any) -> None:
+    block = DeepResBlock(3, 6, init=init)
+    for stack in (block.V, block.W):
+        assert stack.isfinite().all()
+        assert stack.any()
+
+
 def test_distance() -> None:
     s = torch.arange(1, 4097, dtype=torch.float64)[:, None, None] / 4096
     reference = torch.cat([s.sin(), s.cos()], 1)
@@ -605,6 +622,11 @@ def test_distance() -> None:
     assert layers == 0 < between < 2e-3
     with pytest.raises(ValueError, match=r"^limit: expected shape \[n, \[2, 1\]\]"):
         diagnostics.distance(reference, reference[:, :1])
+    with pytest.raises(ValueError, match=r"^limit: expected shape \[L, ...\] with L >= 1"):
+        diagnostics.distance(shallow, reference[:0])
+    for function in (diagnostics.distance, limit.interpolate):
+        with pytest.raises(ValueError, match=r"^weights: expected shape \[L, ...\] with L >= 1"):
+            function(shallow[:0], at)
     with pytest.raises(ValueError, match=r"^at: expected shape \[4096\], .* got \[4095\]"):
         diagnostics.distance(shallow, reference, at[1:])
 
