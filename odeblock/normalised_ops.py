@@ -219,7 +219,7 @@ def _forward_fake(
 ) -> tuple[Tensor, ...]:
     affine = (hidden_weight, hidden_shift, output_weight, output_shift)
     named = dict(zip(AFFINE, affine, strict=True))
-    check_devices(h=h, V=V, W=W, hidden_bias=hidden_bias, output_bias=output_bias, **named)
+    check_devices({"hidden_bias": hidden_bias, "output_bias": output_bias}, h=h, V=V, W=W, **named)
     computed = state_dtype(h.dtype)
     states = h.new_empty(_states_shape(h, V, save_every), dtype=computed)
     return h.new_empty(h.shape), states, *(p.new_empty(p.shape, dtype=computed) for p in affine)
@@ -250,11 +250,11 @@ def _backward_fake(
     def like(p: Tensor | None, dtype: torch.dtype) -> Tensor:
         return grad.new_empty(p.shape if weight_gradients and p is not None else (0,), dtype=dtype)
 
-    weights = [like(p, grad.dtype) for p in (V, W, hidden_bias, output_bias)]
     affine = (hidden_weight, hidden_shift, output_weight, output_shift)
     statistics = (hidden_mean, hidden_var, output_mean, output_var)
     named = dict(zip((*AFFINE, *STATISTICS), (*affine, *statistics), strict=True), states=states)
-    check_devices(grad=grad, V=V, W=W, hidden_bias=hidden_bias, output_bias=output_bias, **named)
+    check_devices({"hidden_bias": hidden_bias, "output_bias": output_bias}, grad=grad, V=V, W=W, **named)
+    weights = [like(p, grad.dtype) for p in (V, W, hidden_bias, output_bias)]
     return grad.new_empty(grad.shape), *weights, *(like(p, state_dtype(grad.dtype)) for p in affine)
 
 

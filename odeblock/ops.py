@@ -331,7 +331,7 @@ def _forward_fake(
     reconstruct: bool,
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_devices(h=h, V=V, W=W, hidden_bias=hidden_bias, output_bias=output_bias)
+    check_devices({"hidden_bias": hidden_bias, "output_bias": output_bias}, h=h, V=V, W=W)
     depth, (batch, dim, hidden) = V.shape[0], flat_sizes(h, V)
     computed = state_dtype(h.dtype)
     shape = states_shape(batch, dim, hidden, depth, save_every, reconstruct, keep_hidden)
@@ -360,8 +360,8 @@ def _backward_fake(
     strict: bool,
     record: int,
 ) -> tuple[Tensor, ...]:
-    weights = {"V": V, "W": W, "hidden_bias": hidden_bias, "output_bias": output_bias}
-    check_devices(grad=grad, h=h, **weights, states=states, checks=checks)
+    optional = {"h": h, "hidden_bias": hidden_bias, "output_bias": output_bias}
+    check_devices(optional, grad=grad, V=V, W=W, states=states, checks=checks)
     dV, dW, dhidden, doutput = (
         p.new_empty(p.shape) if weight_gradients and p is not None else grad.new_empty(0)
         for p in (V, W, hidden_bias, output_bias)

@@ -120,12 +120,17 @@ def check_op(
     _accept(call)
 
 
-def check_devices(**tensors: Tensor | None) -> None:
-    """All are where the first is; of a meta tensor among others PyTorch would ask what none has computed."""
-    (first, like), *others = tensors.items()
-    for name, tensor in others:
-        if tensor is not None and like is not None and tensor.device != like.device:
-            raise ValueError(f"{name}: expected the device of {first}, {like.device}; got {tensor.device}")
+def check_devices(optional: dict[str, Tensor | None], **tensors: Tensor) -> None:
+    """All are where the first of ``tensors`` is, for what only looks at their sizes: of a meta tensor among
+    others PyTorch would ask for results that none has computed."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):  # PyTorch lets None pass
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    first, *_ = tensors
+    device = tensors[first].device
+    for name, found in {**tensors, **optional}.items():
+        if found is not None and found.device != device:
+            raise ValueError(f"{name}: expected the device of {first}, {device}; got {found.device}")
 
 
 def check_saved(name: str, tensor: Any, shape: tuple[int, ...], dtype: torch.dtype, device: Any) -> None:

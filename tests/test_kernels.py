@@ -192,6 +192,7 @@ def test_no_op_takes_a_meta_tensor_among_others(normalised: bool) -> None:
     given |= {"hidden_bias": torch.randn(4, 6), "output_bias": torch.randn(4, 5)}
     given |= {name: torch.randn(4, 6) for name in ("hidden_weight", "hidden_shift")}
     given |= {name: torch.randn(4, 5) for name in ("output_weight", "output_shift")}
+    on_meta = given["hidden_bias"].to("meta")
     for op in (kind.forward, kind.backward):
         schema = op._schema
         names = [argument.name for argument in schema.arguments]
@@ -203,6 +204,10 @@ def test_no_op_takes_a_meta_tensor_among_others(normalised: bool) -> None:
             expected = f"^{named}: expected the device of {first}, {got}"
             with pytest.raises(ValueError, match=expected):
                 op(**changed)
+            if name not in ("hidden_bias", "output_bias") and (name, op) != ("h", kind.backward):
+                lacking = {key: given[key] for key in names} | {name: None, "hidden_bias": on_meta}
+                with pytest.raises(TypeError, match=f"^{name}: expected a torch.Tensor, got NoneType"):
+                    op(**lacking)
         saved = op(**{name: given[name] for name in names})
         given |= dict(zip([result.name for result in schema.returns], saved, strict=True))
         given["grad"] = saved[0]
