@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import hypothesis.strategies as st
+import pytest
 import torch
 from hypothesis import HealthCheck, event, given, settings
 from oracle import NAMES, Case, Eager, check_strategies, errors, make_case, rounded, run
@@ -135,6 +136,8 @@ def test_the_adjoint_is_right_or_says_so(threads: None, problem: Problem, anchor
             assert eager.allows(name, error - 20 * DRIFT_TOLERANCE[dtype], 4 * eps), name
 
 
+# A state of one feature that passes zero may be off by much of what it is there: (15) warns.
+@pytest.mark.filterwarnings("ignore::odeblock.DriftWarning")
 @examples(60)
 @given(problems(least=1), st.sampled_from([*EXACT, "adjoint"]), st.data())
 def test_rows_do_not_see_each_other(
