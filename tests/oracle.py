@@ -129,15 +129,16 @@ def errors(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, fl
 
 
 def eager_errors(
-    case: Case, dtype: torch.dtype, truth: dict[str, Tensor], nudges: int = 0
+    case: Case, dtype: torch.dtype, truth: dict[str, Tensor], nudges: int = 0, unit: float | None = None
 ) -> Iterator[dict[str, float]]:
     """The largest errors of one eager run, of two, .. of all: the last is the baseline.
 
-    nudges: so many runs more are the float64 one with inputs that are off by about an ulp of the type that is
-    computed in: what that makes of a result is its condition, and no luck of a rounding.
+    nudges: so many runs more are the float64 one with inputs that are off by about ``unit``, an ulp of the
+    type that is computed in: what that makes of a result is its condition, and no luck of a rounding.
     """
     batch, (dim, hidden) = len(case.tensors["h"]), case.tensors["V"].shape[1:3]
     generator = torch.Generator().manual_seed(1)
+    unit = torch.finfo(reference.state_dtype(dtype)).eps if unit is None else unit
     worst = dict.fromkeys(truth, 0.0)
     for _ in range(RUNS):
         rows, features, units = (torch.randperm(n, generator=generator) for n in (batch, dim, hidden))
@@ -146,16 +147,14 @@ def eager_errors(
         worst = {name: max(worst[name], found[name]) for name in worst}
         yield worst
     for _ in range(nudges):
-        found = errors(run(case.reference, _nudged(case, dtype, generator), torch.float64), truth)
+        found = errors(run(case.reference, _nudged(case, unit, generator), torch.float64), truth)
         worst = {name: max(worst[name], found[name]) for name in worst}
         yield worst
 
 
-def _nudged(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Case:
-    ulp = torch.finfo(reference.state_dtype(dtype)).eps
-
+def _nudged(case: Case, unit: float, generator: torch.Generator) -> Case:
     def nudge(x: Tensor) -> Tensor:
-        return x * (1 + ulp * torch.randn(x.shape, generator=generator, dtype=torch.float64))
+        return x * (1 + unit * torch.randn(x.shape, generator=generator, dtype=torch.float64))
 
     tensors = {name: None if x is None else nudge(x) for name, x in case.tensors.items()}
     return replace(case, tensors=tensors, grad=nudge(case.grad))
@@ -210,9 +209,16 @@ def check_results(
 class Eager:
     """The baseline, as far as it is asked for: a run more can only raise it, so what passes needs none."""
 
-    def __init__(self, case: Case, dtype: torch.dtype, truth: dict[str, Tensor], nudges: int = 0) -> None:
+    def __init__(
+        self,
+        case: Case,
+        dtype: torch.dtype,
+        truth: dict[str, Tensor],
+        nudges: int = 0,
+        unit: float | None = None,
+    ) -> None:
         self.worst = dict.fromkeys(truth, 0.0)
-        self._runs = eager_errors(case, dtype, truth, nudges)
+        self._runs = eager_errors(case, dtype, truth, nudges, unit)
 
     def allows(self, name: str, error: float, least: float) -> bool:
         """Whether an error is at most twice the baseline, or ``least``."""
